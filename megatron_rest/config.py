@@ -1,0 +1,511 @@
+"""One configuration tree: frozen, keyword-only dataclasses, a sentence under every field, no torch import.
+
+Files are YAML; overrides are ``section.key=value``.  An unknown key is an error that names the nearest known one.
+Classes check what they can on construction; what needs two sections is checked by :func:`validate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+__all__ = [
+    "AdvantageConfig",
+    "AdvantageEstimator",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "LossAggregation",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RestConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "TrainerConfig",
+    "WarmStartConfig",
+    "WeightSource",
+    "WeightSyncConfig",
+    "WeightingConfig",
+    "from_dict",
+    "load",
+    "to_dict",
+    "validate",
+]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key, what came and how to mend it."""
+
+
+class WeightSource(StrEnum):
+    """Where token weights come from."""
+
+    UNIFORM = "uniform"  # plain GRPO
+    CONSTANT = "constant"  # the paper's region constants with the curriculum
+    ENTROPY_OFFLINE = "entropy_offline"  # region entropies measured once, fixed
+    ENTROPY_EMA = "entropy_ema"  # region entropies measured in every scoring pass
+    VARIANCE_OPTIMAL = "variance_optimal"  # 1/beta from the exact last-layer score norm
+
+
+class LossAggregation(StrEnum):
+    """How token losses become one number (see docs/algorithm.md)."""
+
+    SEQUENCE_MEAN = "sequence_mean"  # paper: mean over sequences of the mean over their tokens
+    TOKEN_MEAN = "token_mean"  # one weighted mean over all tokens of the global batch
+    REFERENCE_CODE = "reference_code"  # published code: weighted mean of each microbatch; for parity tests only
+
+
+class AdvantageEstimator(StrEnum):
+    """Group-relative advantage."""
+
+    GRPO = "grpo"  # (R - mean) / (std + eps)
+    DR_GRPO = "dr_grpo"  # R - mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Which model, and its shape if it starts from random weights."""
+
+    path: str = ""
+    """HF folder (config.json, tokenizer; weights unless they start at random)."""
+    max_sequence_length: int = 2048
+    """Longest prompt + response in tokens; longer ones are refused, never cut."""
+    dtype: str = "float32"
+    """Training precision: float32 or bfloat16."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _at_least("model.max_sequence_length", self.max_sequence_length, 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Megatron's layout.  Data parallelism is what is left of the world size."""
+
+    tensor_parallel: int = 1
+    """Ranks that share every layer (TP)."""
+    pipeline_parallel: int = 1
+    """Pipeline stages (PP)."""
+    virtual_pipeline: int = 1
+    """Model chunks per stage (VPP); 1 = plain 1F1B."""
+    context_parallel: int = 1
+    """Ranks that share every sequence (CP)."""
+    expert_parallel: int = 1
+    """Ranks that share the experts (EP)."""
+    sequence_parallel: bool = False
+    """Shard norms and dropout along the sequence inside a TP group."""
+    distributed_optimizer: bool = False
+    """Shard the optimiser state over data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel", "expert_parallel"):
+            _at_least(f"parallel.{name}", getattr(self, name), 1)
+        if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
+            raise ConfigError("parallel.virtual_pipeline > 1 needs parallel.pipeline_parallel > 1")
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel size for ``world_size`` ranks; raises if the layout does not fit."""
+        model = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        if world_size % model:
+            raise ConfigError(
+                f"world size {world_size} does not fit tensor_parallel {self.tensor_parallel} x pipeline_parallel "
+                f"{self.pipeline_parallel} x context_parallel {self.context_parallel} = {model}: "
+                f"start a multiple of {model} ranks or change the parallel section"
+            )
+        return world_size // model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Prompts to train on: what ``make preprocess`` wrote."""
+
+    train: str = ""
+    """Folder written by megatron-rest-data convert."""
+    prompts_per_step: int = 16
+    """Prompts per RL step, over all data-parallel ranks."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are left out (and counted), never cut."""
+    max_prompts: int = 0
+    """Use only the first so many usable prompts; 0 = all."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.prompts_per_step", self.prompts_per_step, 1)
+        _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("data.max_prompts", self.max_prompts, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """How the engine samples."""
+
+    rollouts_per_prompt: int = 8
+    """Group size G of the group-relative advantage."""
+    max_response_tokens: int = 256
+    """Longest response."""
+    temperature: float = 1.0
+    """Sampling temperature; the scoring pass uses the same."""
+    top_p: float = 1.0
+    """Nucleus sampling; below 1 the sampling distribution differs from the policy."""
+    top_k: int = 0
+    """Top-k sampling; 0 = off."""
+    dtype: str = "float32"
+    """Engine precision: float32, bfloat16 or float16."""
+    tensor_parallel: int = 1
+    """Ranks of one engine replica."""
+    kv_cache_bytes: int = 64 << 20
+    """KV cache of one engine on CPU, bytes (GPU engines take gpu_memory_utilization instead)."""
+    gpu_memory_utilization: float = 0.5
+    """Share of a GPU's memory an engine may take."""
+    max_concurrent: int = 64
+    """Sequences one engine decodes at the same time."""
+
+    def __post_init__(self) -> None:
+        _at_least("rollout.rollouts_per_prompt", self.rollouts_per_prompt, 1)
+        _at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
+        _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.temperature <= 0:
+            raise ConfigError(f"rollout.temperature is {self.temperature}: RL samples from the policy, it must be > 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p is {self.top_p}, expected a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """Format + correctness with the schedule of the published code (docs/algorithm.md)."""
+
+    schedule: bool = True
+    """Move weight from format to correctness over ``schedule_steps``; False = static ranges (0/1 and -3..3)."""
+    schedule_steps: int = 150
+    """Steps until the schedule is complete; the published code hard-codes 150."""
+    strict_format: bool = False
+    """ToolRL's rule (nothing but the sections, exact newlines) instead of ResT's relaxed one."""
+    accept_arguments: bool = True
+    """Take the key "arguments" for "parameters" (the published reward scores it as a failure)."""
+
+    def __post_init__(self) -> None:
+        _at_least("reward.schedule_steps", self.schedule_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdvantageConfig:
+    """Group-relative advantages."""
+
+    estimator: AdvantageEstimator = AdvantageEstimator.GRPO
+    """grpo or dr_grpo."""
+    epsilon: float = 1e-6
+    """Added to the group's standard deviation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightingConfig:
+    """Token weights: regions, curriculum, normalisation (mean 1 per sequence over its valid tokens)."""
+
+    source: WeightSource = WeightSource.CONSTANT
+    """uniform (plain GRPO), constant, entropy_offline, entropy_ema or variance_optimal."""
+    gamma_format: float = 1.0
+    """Weight of tags, JSON glue and end of turn at progress 0."""
+    gamma_name: float = 1.2
+    """Weight of tool names, constant."""
+    gamma_args: float = 0.6
+    """Weight of tool arguments at progress 0."""
+    gamma_think: float = 0.6
+    """Weight of reasoning at progress 0."""
+    gamma_response: float = 0.6
+    """Weight of response text at progress 0 (a choice of ours: the published code gives it 0)."""
+    alpha_format: float = 0.0
+    """Decay of gamma_format over the whole run (paper: > 0, published code: 0)."""
+    alpha_args: float = 0.21
+    """Growth of gamma_args over the whole run (published: 0.002 a step over 105 steps)."""
+    alpha_think: float = 0.21
+    """Growth of gamma_think over the whole run."""
+    alpha_response: float = 0.21
+    """Growth of gamma_response over the whole run."""
+    max_args: float = 1.2
+    """Cap of gamma_args."""
+    max_think: float = 1.0
+    """Cap of gamma_think and gamma_response."""
+    min_weight: float = 0.001
+    """Floor of a raw weight before normalisation."""
+    max_weight: float = 8.0
+    """Cap of a raw weight before normalisation."""
+    entropy_floor: float = 0.01
+    """Region entropies below this (nats) count as this: the rule sends weights to infinity at zero entropy."""
+    entropy_decay: float = 0.9
+    """Decay of the moving average of region entropies (entropy_ema)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Clipped policy loss."""
+
+    aggregation: LossAggregation = LossAggregation.SEQUENCE_MEAN
+    """sequence_mean (paper), token_mean or reference_code."""
+    clip_low: float = 0.2
+    """Lower clip: ratio >= 1 - clip_low."""
+    clip_high: float = 0.2
+    """Upper clip: ratio <= 1 + clip_high."""
+    dual_clip: float | None = None
+    """Bound of the loss for negative advantages (published code: 3.0); None = off (paper)."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || reference); the paper removes it."""
+    kl_estimator: str = "k3"
+    """k1, k2 or k3."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    tis_cap: float | None = None
+    """Truncated importance sampling between rollout and training log-probs, cap; None = off."""
+    tis_level: str = "token"
+    """token or sequence."""
+    max_log_ratio: float = 20.0
+    """Log-ratios are clamped to +- this before exp."""
+
+    def __post_init__(self) -> None:
+        _one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        _one_of("loss.tis_level", self.tis_level, ("token", "sequence"))
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ConfigError(f"loss.dual_clip is {self.dual_clip}: it bounds -c*A for c > 1, or is null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Adam as Megatron runs it."""
+
+    lr: float = 1e-6
+    """Learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Global gradient norm."""
+    adam_beta1: float = 0.9
+    """Adam beta1."""
+    adam_beta2: float = 0.999
+    """Adam beta2."""
+    warmup_steps: int = 0
+    """Linear warm-up, optimiser steps."""
+    decay: str = "constant"
+    """constant or linear (to zero at the last step)."""
+    updates_per_step: int = 1
+    """Optimiser steps per RL step (the rollouts are split into so many mini-batches)."""
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.decay", self.decay, ("constant", "linear"))
+        _at_least("optimizer.updates_per_step", self.updates_per_step, 1)
+        if self.lr <= 0:
+            raise ConfigError(f"optimizer.lr is {self.lr}, expected a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSyncConfig:
+    """Training shards into the engine."""
+
+    transport: str = "local"
+    """local (engine in the trainer's process); others are named by the weight_sync package."""
+    bucket_bytes: int = 64 << 20
+    """Tensors travel in buckets of about this size."""
+    canary_tolerance: float = 1e-3
+    """Largest |log-prob difference| between engine and trainer on the canary after a sync, nats (float32)."""
+    canary_tokens: int = 16
+    """Tokens sampled from the canary prompt after every sync."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Megatron distributed checkpoints and the HF export."""
+
+    load: str = ""
+    """Checkpoint folder to start from (any layout)."""
+    save_every: int = 10
+    """RL steps between checkpoints; 0 = only at the end."""
+    keep_last: int = 2
+    """Older checkpoints are removed."""
+    export_hf: bool = True
+    """Write an HF folder at the end."""
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.save_every", self.save_every, 0)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    """The loop."""
+
+    run_dir: str = "runs/rest"
+    """Everything the run writes."""
+    steps: int = 105
+    """RL steps of the whole run; progress = (step - 1) / (steps - 1)."""
+    seed: int = 1
+    """Seed of model, data order and sampling."""
+    max_tokens_per_microbatch: int = 4096
+    """Packed tokens of one pipeline microbatch."""
+    timeout_minutes: int = 30
+    """A collective that takes longer ends the run with an error."""
+
+    def __post_init__(self) -> None:
+        _at_least("trainer.steps", self.steps, 1)
+        _at_least("trainer.max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmStartConfig:
+    """Supervised warm start on reference answers."""
+
+    epochs: int = 8
+    """Passes over the reference answers."""
+    batch_size: int = 16
+    """Sequences per optimiser step."""
+    lr: float = 1e-3
+    """Peak learning rate, linear decay to 10 %."""
+    answers: str = ""
+    """Folder with prompts and reference answers; empty = data.train."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestConfig:
+    """The whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Prompts."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Reward."""
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    """Advantages."""
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    """Token weights."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Policy loss."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimiser."""
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    """Training to engine."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The loop."""
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    """Supervised warm start."""
+
+
+def validate(config: RestConfig, *, world_size: int) -> None:
+    """Check what needs two sections.  Raises :class:`ConfigError`."""
+    dp = config.parallel.data_parallel(world_size)
+    rollouts = config.data.prompts_per_step * config.rollout.rollouts_per_prompt
+    per_update = rollouts // config.optimizer.updates_per_step
+    if rollouts % config.optimizer.updates_per_step:
+        raise ConfigError(
+            f"{rollouts} rollouts a step do not split into optimizer.updates_per_step={config.optimizer.updates_per_step}"
+        )
+    if per_update < dp:
+        raise ConfigError(f"{per_update} rollouts per optimiser step are fewer than {dp} data-parallel ranks")
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if longest > config.model.max_sequence_length:
+        raise ConfigError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_response_tokens "
+            f"{config.rollout.max_response_tokens} = {longest} exceeds model.max_sequence_length "
+            f"{config.model.max_sequence_length}: shorten one or raise the model's length"
+        )
+    if config.trainer.max_tokens_per_microbatch < longest:
+        raise ConfigError(
+            f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one sequence "
+            f"may be ({longest} tokens)"
+        )
+
+
+def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
+    """Build dataclass ``cls`` from nested plain values.  Unknown keys and wrong types raise :class:`ConfigError`."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or cls.__name__} must be a mapping, got {type(values).__name__}")
+    hints = get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]
+    kwargs = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where + '.' if where else ''}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"unknown configuration key {path}: {hint}")
+        kwargs[key] = _convert(hints[key], value, path)
+    return cls(**kwargs)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, ready for YAML."""
+    return {
+        f.name: to_dict(v) if dataclasses.is_dataclass(v) else (str(v) if isinstance(v, StrEnum) else v)
+        for f in dataclasses.fields(config)
+        for v in [getattr(config, f.name)]
+    }
+
+
+def load(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> RestConfig:
+    """Read a YAML file (optional) and apply ``section.key=value`` overrides (values are YAML scalars)."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep:
+            raise ConfigError(f"override {item!r} is not of the form section.key=value")
+        *sections, leaf = key.split(".")
+        node = values
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {item!r}: {section} is not a section")
+        node[leaf] = yaml.safe_load(text)
+    return from_dict(RestConfig, values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value or {}, where=path)
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in get_args(hint) if a is not type(None)), value, path)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        _one_of(path, str(value), [str(m) for m in hint])
+        return hint(str(value))
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{path} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _one_of(path: str, value: str, allowed: typing.Sequence[str]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
+        raise ConfigError(f"{path} is {value!r}: {hint}")
+
+
+def _at_least(path: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{path} is {value}, expected at least {least}")

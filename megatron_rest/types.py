@@ -1,0 +1,245 @@
+"""The data carried through one RL step: frozen, keyword-only, checked on construction.
+
+    PromptSample -> RolloutGroup(Rollout) -> TrainSample -> TrainBatch(MicroBatch) -> LossInputs -> LossOutput
+
+One alignment rule holds everywhere after ``data/batching.py``: index ``t`` of every ``[T]`` tensor of a :class:`MicroBatch`
+or of :class:`LossInputs` speaks of ``labels[t] = token_ids[t + 1]``.  Before it (``Rollout``, ``TrainSample``) index ``t``
+speaks of ``token_ids[t]`` itself.  The shift happens once, there.
+
+Host-side sequences are numpy arrays (they are built, split and shipped between processes); what a model sees is torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntEnum, StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "BatchTotals",
+    "LossInputs",
+    "LossOutput",
+    "MicroBatch",
+    "PromptSample",
+    "RewardOutput",
+    "Rollout",
+    "RolloutGroup",
+    "StepReport",
+    "StopReason",
+    "TokenRegion",
+    "TrainBatch",
+    "TrainSample",
+]
+
+
+class TokenRegion(IntEnum):
+    """What a token is for.  Every token belongs to exactly one region; the order is stable (it is stored in files)."""
+
+    CONTEXT = 0  # prompt, tool outputs, padding: never trained on
+    FORMAT = 1  # tags, JSON glue, newlines between sections, end of turn
+    THINK = 2  # reasoning between the think tags
+    TOOL_NAME = 3  # characters of a called tool's name
+    TOOL_ARGS = 4  # the arguments object of a call, braces included
+    RESPONSE = 5  # text for the user
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended.  Expected failures are data, not exceptions."""
+
+    EOS = "eos"  # the policy ended its turn
+    LENGTH = "length"  # max_response_tokens reached
+    CONTEXT = "context"  # the model's context is full
+    ABORTED = "aborted"  # the engine gave the request up
+
+
+def _same_length(owner: str, expected: int, **arrays: np.ndarray | Tensor | None) -> None:
+    for name, array in arrays.items():
+        if array is not None and len(array) != expected:
+            raise ValueError(f"{owner}.{name} has length {len(array)}, expected {expected} like token_ids")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSample:
+    """One prompt with its reference answer, already tokenised."""
+
+    prompt_id: str  # stable over runs: content hash of the row
+    token_ids: np.ndarray  # int32 [P], chat template applied, generation prompt included
+    ground_truth: str  # reference answer text; parsed by the reward, never executed
+    index: int = -1  # row in the data set it came from
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sampled sequence.  Index t of every array speaks of ``token_ids[t]`` (response tokens only)."""
+
+    prompt_id: str
+    token_ids: np.ndarray  # int32 [R] sampled ids, the end-of-turn token included; tool outputs appended as tokens
+    log_probs: np.ndarray  # float32 [R] log-prob under the sampling distribution, nats; 0 where loss_mask is False
+    loss_mask: np.ndarray  # bool [R] True where the policy sampled the token
+    stop_reason: StopReason
+    policy_version: int  # weights that sampled it
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        if n == 0:
+            raise ValueError(f"rollout of prompt {self.prompt_id} is empty: a policy samples at least one token")
+        _same_length("Rollout", n, log_probs=self.log_probs, loss_mask=self.loss_mask)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutGroup:
+    """The siblings of one prompt: what group-relative advantages are computed over."""
+
+    prompt: PromptSample
+    rollouts: tuple[Rollout, ...]
+
+    def __post_init__(self) -> None:
+        wrong = {r.prompt_id for r in self.rollouts} - {self.prompt.prompt_id}
+        if wrong:
+            raise ValueError(f"group of prompt {self.prompt.prompt_id} holds rollouts of {sorted(wrong)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardOutput:
+    """Reward of one rollout, its parts separate so that each can be plotted."""
+
+    total: float  # format + correctness, what the advantage is computed from
+    format: float
+    correctness: float
+    is_format_valid: bool
+    accuracy: float  # S_acc in [0, 1]: the correctness score before scaling; independent of the schedule
+    detail: tuple[str, ...] = ()  # what was wrong, one line a finding, for people
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSample:
+    """Prompt and response of one rollout as the trainer sees it.  Index t speaks of ``token_ids[t]``."""
+
+    token_ids: np.ndarray  # int32 [L], prompt then response
+    loss_mask: np.ndarray  # bool [L]
+    region_ids: np.ndarray  # int8 [L], TokenRegion
+    rollout_log_probs: np.ndarray  # float32 [L], 0 outside the mask
+    advantage: float
+    sequence_id: int  # unique in the step
+
+    def __post_init__(self) -> None:
+        _same_length(
+            "TrainSample",
+            len(self.token_ids),
+            loss_mask=self.loss_mask,
+            region_ids=self.region_ids,
+            rollout_log_probs=self.rollout_log_probs,
+        )
+        if self.loss_mask[0]:
+            raise ValueError("the first token of a sequence has no predictor: loss_mask[0] must be False")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchTotals:
+    """Denominators of one optimiser step: over all microbatches, data- and context-parallel ranks.
+
+    Known before the first forward pass, so that no split of the work changes loss or gradient.
+    """
+
+    num_tokens: float  # tokens with loss_mask True
+    num_sequences: float  # sequences with at least one such token
+    weight_sum: float  # sum of token_weights over those tokens (= num_tokens for uniform weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Packed sequences [T] of one pipeline microbatch (batch dimension 1, Megatron's THD layout).
+
+    Sequence ``i`` occupies ``cu_seqlens[i]:cu_seqlens[i + 1]``; padding positions have label 0 and loss_mask False.
+    """
+
+    token_ids: Tensor  # int64 [T]
+    labels: Tensor  # int64 [T], labels[t] = token_ids[t + 1] inside a sequence
+    position_ids: Tensor  # int64 [T]
+    cu_seqlens: Tensor  # int32 [S + 1]
+    loss_mask: Tensor  # bool [T]
+    region_ids: Tensor  # int64 [T], region of labels[t]
+    sequence_ids: Tensor  # int64 [T], TrainSample.sequence_id of labels[t], -1 on padding
+    sequence_lengths: Tensor  # float32 [T], number of loss tokens of the sequence that t belongs to (1 on padding)
+    advantages: Tensor  # float32 [T]
+    rollout_log_probs: Tensor  # float32 [T]
+    old_log_probs: Tensor | None = None  # float32 [T], from the scoring pass
+    token_weights: Tensor | None = None  # float32 [T]; None = uniform
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        for name in (
+            "labels",
+            "position_ids",
+            "loss_mask",
+            "region_ids",
+            "sequence_ids",
+            "sequence_lengths",
+            "advantages",
+            "rollout_log_probs",
+            "old_log_probs",
+            "token_weights",
+        ):
+            _same_length("MicroBatch", n, **{name: getattr(self, name)})
+        if int(self.cu_seqlens[-1]) != n:
+            raise ValueError(f"MicroBatch.cu_seqlens ends at {int(self.cu_seqlens[-1])}, but there are {n} tokens")
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def with_scores(self, *, old_log_probs: Tensor, token_weights: Tensor | None) -> MicroBatch:
+        """The same microbatch after the scoring pass."""
+        return replace(self, old_log_probs=old_log_probs, token_weights=token_weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainBatch:
+    """This data-parallel rank's microbatches of one optimiser step; every rank has the same number of them."""
+
+    microbatches: tuple[MicroBatch, ...]
+    totals: BatchTotals
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossInputs:
+    """Arguments of a policy loss over ``[T]`` label-aligned tokens of one microbatch.
+
+    ``log_probs`` and ``entropy`` carry gradient; everything else is constant.  Positions with ``loss_mask`` False may hold
+    anything, NaN included: they are selected away, never multiplied by zero.
+    """
+
+    log_probs: Tensor  # float32 [T], current policy
+    old_log_probs: Tensor  # float32 [T], training engine at the start of the step
+    advantages: Tensor  # float32 [T]
+    loss_mask: Tensor  # bool [T]
+    sequence_lengths: Tensor  # float32 [T], loss tokens of the whole sequence of t, whatever the split
+    totals: BatchTotals
+    entropy: Tensor | None = None  # float32 [T], nats
+    token_weights: Tensor | None = None  # float32 [T]; None = uniform, plain GRPO
+    rollout_log_probs: Tensor | None = None  # float32 [T], needed by importance-sampling correction only
+    ref_log_probs: Tensor | None = None  # float32 [T], needed by the KL term only
+    sequence_ids: Tensor | None = None  # int64 [T], needed by sequence-level ratios only
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOutput:
+    """Megatron's loss contract: sums travel, one division happens at the end (by the global token count)."""
+
+    loss_sum: Tensor  # scalar float32 with gradient; loss = sum over everything / totals.num_tokens
+    num_tokens: Tensor  # scalar int, loss tokens of this microbatch
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepReport:
+    """What one step says to people and to ``metrics.jsonl``: plain numbers only."""
+
+    step: int
+    policy_version: int
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]  # wall time by phase
