@@ -1,0 +1,70 @@
+"""Run a function on several real gloo ranks from a test.
+
+    results = run_distributed(worker, 4, some_argument)
+
+``worker(rank, world_size, *args)`` must be importable (module level); the default process group exists when it runs.
+What it returns (picklable) comes back in rank order; the first exception of any rank is raised here with its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _main(rank: int, fn: Callable[..., Any], world_size: int, folder: str, seconds: int, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    out = Path(folder) / f"rank{rank}.pickle"
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=seconds),
+        )
+        result = (True, fn(rank, world_size, *args))
+    except BaseException:  # noqa: BLE001  reported to the parent, which raises
+        result = (False, traceback.format_exc())
+    out.with_suffix(".part").write_bytes(pickle.dumps(result))
+    out.with_suffix(".part").rename(out)
+    if not result[0]:
+        os._exit(1)  # a rank that failed must not wait for its peers in a destructor
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: int = 120) -> list[Any]:
+    """Call ``fn(rank, world_size, *args)`` on ``world_size`` spawned gloo ranks; return their results in rank order."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on shared cores cost more than they give
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_main, args=(fn, world_size, folder, timeout, args), nprocs=world_size, join=False)
+        assert context is not None
+        error: BaseException | None = None
+        try:
+            while not context.join(timeout=timeout):
+                pass
+        except Exception as e:  # noqa: BLE001  the rank's own traceback, read below, says more
+            error = e
+        results = []
+        for rank in range(world_size):
+            path = Path(folder) / f"rank{rank}.pickle"
+            if path.exists():
+                ok, value = pickle.loads(path.read_bytes())
+                if not ok:
+                    raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
+                results.append(value)
+        if error is not None:
+            raise error
+        return results
