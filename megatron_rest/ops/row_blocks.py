@@ -26,6 +26,7 @@ scratch blocks.  Sources: online softmax (arXiv 1805.02867) for the merge; the e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,13 +35,13 @@ from torch import Tensor
 from megatron_rest.ops.sharding import VocabShard
 
 __all__ = [
+    "GradientRule",
     "RowStatistics",
     "Scratch",
-    "block_gradient",
-    "block_partials",
     "compute_dtype",
     "fold_partials",
-    "row_blocks",
+    "write_gradient",
+    "write_partials",
 ]
 
 # Stands for the maximum of columns that are all -inf or absent.  Finite, because -inf - -inf is NaN; far below any
@@ -58,14 +59,14 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
-def row_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
+def _row_blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of consecutive rows that one scratch block holds."""
-    step = rows_per_block(num_columns, device)
-    for begin in range(0, num_rows, step):
-        yield slice(begin, min(begin + step, num_rows))
+    step = _rows_per_block(logits.shape[1], logits.device)
+    for begin in range(0, len(logits), step):
+        yield slice(begin, min(begin + step, len(logits)))
 
 
-def rows_per_block(num_columns: int, device: torch.device) -> int:
+def _rows_per_block(num_columns: int, device: torch.device) -> int:
     elements = _CPU_BLOCK_ELEMENTS if device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     return max(1, elements // max(1, num_columns))
 
@@ -74,12 +75,12 @@ class Scratch:
     """The two buffers that a block's passes write into: exponents and exponentials."""
 
     def __init__(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        rows = min(num_rows, rows_per_block(num_columns, device))
+        rows = min(num_rows, _rows_per_block(num_columns, device))
         self._exponents = torch.empty(rows, num_columns, dtype=dtype, device=device)
         self._exponentials = torch.empty_like(self._exponents)
 
-    def of(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        return self._exponents[:num_rows], self._exponentials[:num_rows]
+    def of(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        return self._exponents[: len(block)], self._exponentials[: len(block)]
 
 
 class RowStatistics(NamedTuple):
@@ -92,38 +93,44 @@ class RowStatistics(NamedTuple):
     collision: Tensor | None  # sum of p^2
 
 
-def block_partials(
-    rows: Tensor, labels: Tensor, shard: VocabShard, inverse_temperature: float, out: Tensor, scratch: Scratch
+def write_partials(
+    logits: Tensor, labels: Tensor, shard: VocabShard, inverse_temperature: float, out: Tensor, scratch: Scratch
 ) -> None:
-    """Fill ``out [K, r]`` with (m, Z, U, t), and Q where K is 5, of ``rows [r, V/TP]`` of any floating dtype."""
+    """Fill ``out [K, n]`` with (m, Z, U, t), and Q where K is 5, of ``logits [n, V/TP]`` of any floating dtype."""
+    out.zero_()
+    out[0] = _FLOOR
     if shard.num_columns == 0:
-        out.zero_()
-        out[0] = _FLOOR
         return
-    x = rows[:, : shard.num_columns]
-    a, e = scratch.of(len(x))
-    if x.dtype == a.dtype:
-        out[0] = x.amax(-1)
-    else:
-        out[0] = a.copy_(x).amax(-1)  # the widened copy is reduced much faster than bf16 on CPU
-        x = a
-    out[0].clamp_(min=_FLOOR)
-    _exponents(x, out[0], inverse_temperature, a)
-    torch.exp(a, out=e)
-    out[1] = e.sum(-1)
-    out[2] = a.mul_(e).sum(-1)
+    for at in _row_blocks(logits):
+        a, e = scratch.of(logits[at])
+        x = logits[at, : shard.num_columns]
+        if x.dtype != a.dtype:
+            x = a.copy_(x)  # reducing the widened copy is much faster than reducing bf16 on CPU
+        m = torch.amax(x, -1).clamp_(min=_FLOOR)
+        _exponents(x, m, inverse_temperature, a)
+        torch.exp(a, out=e)
+        out[0, at] = m
+        out[1, at] = e.sum(-1)
+        out[2, at] = a.mul_(e).sum(-1)
+        if len(out) == 5:
+            out[4, at] = e.square_().sum(-1)
     column, is_local = shard.local_columns(labels)
-    out[3] = torch.where(is_local, rows.gather(1, column[:, None])[:, 0].to(out.dtype), 0.0)
-    if len(out) == 5:
-        out[4] = e.square_().sum(-1)
+    out[3] = torch.where(is_local, _pick(logits, column).to(out.dtype), 0.0)
 
 
 def _exponents(x: Tensor, max_logit: Tensor, inverse_temperature: float, out: Tensor) -> None:
     """``out = (x - m) / T`` with -inf replaced by a finite floor, since -inf * e^-inf is NaN where 0 is meant."""
-    torch.sub(x, max_logit[:, None], out=out)
+    if x.dtype == out.dtype:
+        torch.sub(x, max_logit[:, None], out=out)
+    else:  # widening first is several times faster than mixed-dtype arithmetic on CPU
+        out.copy_(x).sub_(max_logit[:, None])
     if inverse_temperature != 1.0:
         out.mul_(inverse_temperature)
     out.clamp_(min=_FLOOR)
+
+
+def _pick(logits: Tensor, column: Tensor) -> Tensor:
+    return logits.gather(1, column[:, None])[:, 0]
 
 
 def fold_partials(gathered: Tensor, inverse_temperature: float) -> RowStatistics:
@@ -144,47 +151,98 @@ def fold_partials(gathered: Tensor, inverse_temperature: float) -> RowStatistics
     )
 
 
-def block_gradient(
-    rows: Tensor,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GradientRule:
+    """How the gradient of a row follows from its exponents a: ``g 1{label} / T + e^a (slope a + intercept)``."""
+
+    max_logit: Tensor  # [n]
+    slope: Tensor | None  # [n]; None where the entropy has no gradient
+    intercept: Tensor  # [n]
+    at_label: Tensor  # [n], g / T
+    is_active: Tensor  # bool [n]; False = exactly zero gradient whatever the logits hold, NaN included
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        max_logit: Tensor,
+        log_sum: Tensor,
+        entropy: Tensor,
+        grad_log_probs: Tensor,
+        grad_entropy: Tensor | None,
+        inverse_temperature: float,
+    ) -> GradientRule:
+        """From row statistics, g = dL/dlog_probs and h = dL/dentropy (None = no such term), each ``[n]``."""
+        g, h = grad_log_probs, grad_entropy
+        scale = torch.exp(-log_sum) * inverse_temperature  # 1 / (Z T)
+        slope = None if h is None else -h * scale
+        intercept = -g * scale if h is None else -(g + h * (entropy - log_sum)) * scale
+        is_active = g != 0 if h is None else (g != 0) | (h != 0)
+        return cls(
+            max_logit=max_logit,
+            slope=slope,
+            intercept=intercept,
+            at_label=g * inverse_temperature,
+            is_active=is_active,
+        )
+
+    def __getitem__(self, at: slice) -> GradientRule:
+        return GradientRule(
+            max_logit=self.max_logit[at],
+            slope=None if self.slope is None else self.slope[at],
+            intercept=self.intercept[at],
+            at_label=self.at_label[at],
+            is_active=self.is_active[at],
+        )
+
+
+def write_gradient(
+    logits: Tensor,
     labels: Tensor,
     shard: VocabShard,
     inverse_temperature: float,
-    saved: tuple[Tensor, Tensor, Tensor],
-    grads: tuple[Tensor, Tensor | None],
+    rule: GradientRule,
     out: Tensor,
     scratch: Scratch,
 ) -> None:
-    """Fill ``out [r, V/TP]`` (may be ``rows`` itself) with the gradient of the logits.
-
-    Args:
-        saved: (m, log Z, H), each [r].
-        grads: (dL/dlog_probs, dL/dentropy or None), each [r].  A row where both are zero gets an exactly zero gradient
-            whatever its logits hold, so that a padding row of NaN cannot reach the weights.
-    """
+    """Fill ``out [n, V/TP]``, which may be ``logits`` itself, with the gradient of the logits."""
     out[:, shard.num_columns :] = 0
     if shard.num_columns == 0:
         return
-    max_logit, log_sum, entropy = saved
-    g, h = grads
-    is_active = g != 0 if h is None else (g != 0) | (h != 0)
-    x, out = rows[:, : shard.num_columns], out[:, : shard.num_columns]
-    a, e = scratch.of(len(x))
-    _exponents(x, max_logit, inverse_temperature, a)
-    torch.exp(a, out=e)
-    scale = torch.exp(-log_sum) * inverse_temperature  # 1 / (Z T)
-    if h is None:
-        e.mul_((-g * scale)[:, None])
-    else:
-        a.mul_((-h * scale)[:, None]).add_((-(g + h * (entropy - log_sum)) * scale)[:, None])
-        e.mul_(a)
     column, is_local = shard.local_columns(labels)
-    e.scatter_add_(1, column[:, None], torch.where(is_local, g * inverse_temperature, 0.0)[:, None])
-    _zero_inactive(e, is_active)
-    out.copy_(e)
+    at_label = _gradient_at_label(logits, column, inverse_temperature, rule)  # before ``out`` overwrites the logits
+    on_cpu = logits.device.type == "cpu"
+    for at in _row_blocks(logits):
+        gradient = out[at, : shard.num_columns]
+        if on_cpu and not bool(rule.is_active[at].any()):  # elsewhere the question would synchronise with the host
+            gradient.zero_()
+            continue
+        x = logits[at, : shard.num_columns]
+        a, e = scratch.of(x)
+        _exponents(x, rule.max_logit[at], inverse_temperature, a)
+        torch.exp(a, out=e)
+        if rule.slope is None:
+            a = rule.intercept[at, None]
+        else:
+            a.mul_(rule.slope[at, None]).add_(rule.intercept[at, None])
+        if gradient.dtype == e.dtype:
+            torch.mul(e, a, out=gradient)
+        else:
+            gradient.copy_(e.mul_(a))
+    out.scatter_(1, column[:, None], torch.where(is_local, at_label.to(out.dtype), _pick(out, column))[:, None])
+    _zero_inactive(out, rule.is_active)
+
+
+def _gradient_at_label(logits: Tensor, column: Tensor, inverse_temperature: float, rule: GradientRule) -> Tensor:
+    """The label's own element ``[n]``, summed before it is rounded to the storage dtype."""
+    a = torch.empty_like(rule.intercept)[:, None]
+    _exponents(_pick(logits, column)[:, None], rule.max_logit, inverse_temperature, a)
+    factor = rule.intercept if rule.slope is None else a[:, 0] * rule.slope + rule.intercept
+    return rule.at_label + a[:, 0].exp() * factor
 
 
 def _zero_inactive(gradient: Tensor, is_active: Tensor) -> None:
     if gradient.device.type != "cpu":
-        gradient.masked_fill_(~is_active[:, None], 0.0)  # asking which rows would synchronise with the host
+        gradient.masked_fill_(~is_active[:, None], 0.0)
     elif not bool(is_active.all()):
         gradient[~is_active] = 0.0

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_rest.ops.row_blocks import (
+    GradientRule,
     Scratch,
-    block_gradient,
-    block_partials,
     compute_dtype,
     fold_partials,
-    row_blocks,
+    write_gradient,
+    write_partials,
 )
 from megatron_rest.ops.sharding import VocabShard
 
@@ -106,8 +106,8 @@ class _VocabParallel(torch.autograd.Function):
             5 if with_collision else 4, labels.numel(), dtype=compute_dtype(logits.dtype), device=logits.device
         )
         scratch = Scratch(labels.numel(), shard.num_columns, partials.dtype, logits.device)
-        for rows, at in _blocks(logits):
-            block_partials(rows, flat_labels[at], shard, inverse_temperature, partials[:, at], scratch)
+        for matrix, at in _matrices(logits):
+            write_partials(matrix, flat_labels[at], shard, inverse_temperature, partials[:, at], scratch)
         stats = fold_partials(shard.all_gather(partials), inverse_temperature)
         ctx.save_for_backward(logits, labels, stats.max_logit, stats.log_sum, stats.entropy)
         ctx.shard, ctx.inverse_temperature, ctx.consume = shard, inverse_temperature, consume
@@ -132,30 +132,32 @@ class _VocabParallel(torch.autograd.Function):
         logits, labels, max_logit, log_sum, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None, None, None, None
-        g = torch.zeros_like(entropy) if grad_log_probs is None else grad_log_probs.reshape(-1)
-        h = None if grad_entropy is None else grad_entropy.reshape(-1)
+        rule = GradientRule.create(
+            max_logit=max_logit,
+            log_sum=log_sum,
+            entropy=entropy,
+            grad_log_probs=torch.zeros_like(entropy) if grad_log_probs is None else grad_log_probs.reshape(-1),
+            grad_entropy=None if grad_entropy is None else grad_entropy.reshape(-1),
+            inverse_temperature=ctx.inverse_temperature,
+        )
         ctx.is_consumed = ctx.consume
         grad_logits = logits.detach() if ctx.consume else torch.empty_like(logits)
         flat_labels = labels.reshape(-1)
         scratch = Scratch(labels.numel(), ctx.shard.num_columns, entropy.dtype, logits.device)
-        for (rows, at), (out, _at) in zip(_blocks(logits), _blocks(grad_logits), strict=True):
-            saved = (max_logit[at], log_sum[at], entropy[at])
-            grads = (g[at], None if h is None else h[at])
-            block_gradient(rows, flat_labels[at], ctx.shard, ctx.inverse_temperature, saved, grads, out, scratch)
+        for (matrix, at), (out, _at) in zip(_matrices(logits), _matrices(grad_logits), strict=True):
+            write_gradient(matrix, flat_labels[at], ctx.shard, ctx.inverse_temperature, rule[at], out, scratch)
         return grad_logits, None, None, None, None, None
 
 
-def _blocks(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """Row blocks ``[r, V/TP]`` of any strided ``[..., V/TP]`` tensor as views, with their place among its flat rows."""
+def _matrices(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """Views ``[n, V/TP]`` that cover any strided ``[..., V/TP]`` tensor, with their place among its flat rows."""
     begin = 0
-    for matrix in _matrices(logits):
-        for rows in row_blocks(matrix.shape[0], matrix.shape[1], matrix.device):
-            yield matrix[rows], slice(begin + rows.start, begin + rows.stop)
-        begin += matrix.shape[0]
+    for matrix in _split_to_2d(logits):
+        yield matrix, slice(begin, begin + len(matrix))
+        begin += len(matrix)
 
 
-def _matrices(logits: Tensor) -> list[Tensor]:
-    """2-D views that cover the rows in order: one where strides allow it, more for a transposed [s, b, V/TP]."""
+def _split_to_2d(logits: Tensor) -> list[Tensor]:
     if logits.numel() == 0:
         return []
     if logits.dim() <= 2:
@@ -165,7 +167,7 @@ def _matrices(logits: Tensor) -> list[Tensor]:
     except (
         RuntimeError
     ):  # these strides have no 2-D view; a reshape would copy, and consume=True needs the memory itself
-        return [matrix for part in logits.unbind(0) for matrix in _matrices(part)]
+        return [matrix for part in logits.unbind(0) for matrix in _split_to_2d(part)]
 
 
 def _check_arguments(logits: Tensor, labels: Tensor, temperature: float) -> None:
