@@ -1,0 +1,396 @@
+"""One table between Hugging Face checkpoints and Megatron-Core parameters, as pure data and pure functions.
+
+    HF full tensors --to_megatron--> one TP rank's shard          (loading)
+    all TP shards of a parameter --to_hf--> HF full tensors       (export, weight transfer)
+
+Everything that has to know how the two sides name and lay out a weight reads this table: the loader, the exporter and
+the transfer into the rollout engine.  It needs torch only, no process group and no Megatron.
+
+Megatron's layouts, all along dimension 0 unless said otherwise:
+
+* QKV: for every key/value group its query heads, then its key head, then its value head; TP cuts between groups.
+* GATE_UP (``linear_fc1`` of SwiGLU): every TP shard is its slice of the gate above its slice of the up projection.
+* VOCAB: rows padded with zeros up to a multiple of ``vocab_multiple * tp_size``; the padding never reaches HF.
+* PLAIN: cut along ``shard_dim`` (0 column parallel, 1 row parallel), or the same on every rank (``None``).
+
+Covered: Qwen3 (QK norm), Qwen2 / Qwen2.5 (QKV bias), Llama 2 / 3 and Qwen3-MoE, tied or untied embeddings.  Layer and
+expert numbers in the names are global: the caller adds its pipeline and expert offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "ModelShape",
+    "ParameterKind",
+    "ParameterSpec",
+    "hf_shapes",
+    "padded_vocab_size",
+    "parameter_map",
+    "resolve_name",
+    "shard_shape",
+    "to_hf",
+    "to_megatron",
+]
+
+_SUPPORTED = ("qwen3", "qwen2", "llama", "qwen3_moe")
+
+
+class ParameterKind(StrEnum):
+    """How one Megatron parameter is composed of HF tensors."""
+
+    PLAIN = "plain"  # one HF tensor, as it is
+    QKV = "qkv"  # q, k, v interleaved by key/value group
+    GATE_UP = "gate_up"  # gate above up inside every shard
+    VOCAB = "vocab"  # one HF tensor, rows padded
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The numbers of a decoder that decide names, shapes and arithmetic; read from an HF ``config.json``."""
+
+    model_type: str  # HF's name of the architecture
+    hidden_size: int
+    ffn_hidden_size: int  # of the dense MLP
+    num_layers: int
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    head_dim: int
+    vocab_size: int  # true size, without padding
+    tied_embeddings: bool  # output layer = transposed input embedding
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # empty = plain rotary embedding
+    max_position_embeddings: int = 0  # 0 = not stated
+    vocab_multiple: int = 1  # Megatron's make_vocab_size_divisible_by
+    num_experts: int = 0  # 0 = dense
+    moe_ffn_hidden_size: int = 0
+    num_experts_per_token: int = 0
+    dense_layers: tuple[int, ...] = ()  # layers without experts in a MoE model
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"{self.num_attention_heads} query heads cannot be shared by {self.num_query_groups} key/value heads: "
+                "num_attention_heads must be a multiple of num_key_value_heads"
+            )
+        if self.vocab_multiple < 1:
+            raise ValueError(f"vocab_multiple is {self.vocab_multiple}, expected at least 1")
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], *, vocab_multiple: int = 1) -> ModelShape:
+        """Read the content of an HF ``config.json`` (transformers 4 and 5 spellings of the rotary parameters).
+
+        Raises ValueError for an architecture or an option that this table does not map (sliding windows, biases of the
+        output projection or the MLP): such a model would load without an error and compute something else.
+        """
+        model_type = str(config.get("model_type", ""))
+        if model_type not in _SUPPORTED:
+            raise ValueError(f"model_type {model_type!r} has no mapping to Megatron; known: {', '.join(_SUPPORTED)}")
+        for flag in ("use_sliding_window", "mlp_bias"):
+            if config.get(flag):
+                raise ValueError(f"{flag}=true in config.json of a {model_type} model is not supported")
+        if config.get("attention_bias"):
+            raise ValueError("attention_bias=true (bias on the output projection) is not supported")
+        heads = int(config["num_attention_heads"])
+        experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)  # transformers 4 and 5
+        layers = int(config["num_hidden_layers"])
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        scaling = {} if rope.get("rope_type", rope.get("type", "default")) == "default" else rope
+        return cls(
+            model_type=model_type,
+            hidden_size=int(config["hidden_size"]),
+            ffn_hidden_size=int(config["intermediate_size"]),
+            num_layers=layers,
+            num_attention_heads=heads,
+            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
+            vocab_size=int(config["vocab_size"]),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            has_qkv_bias=model_type == "qwen2",
+            has_qk_norm=model_type in ("qwen3", "qwen3_moe"),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(theta),
+            rope_scaling=scaling,
+            max_position_embeddings=int(config.get("max_position_embeddings") or 0),
+            vocab_multiple=vocab_multiple,
+            num_experts=experts,
+            moe_ffn_hidden_size=int(config.get("moe_intermediate_size") or 0) if experts else 0,
+            num_experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+            dense_layers=_dense_layers(config, layers) if experts else (),
+        )
+
+
+def _dense_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    listed = set(config.get("mlp_only_layers") or ())
+    step = int(config.get("decoder_sparse_step") or 1)
+    return tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterSpec:
+    """One Megatron parameter and the HF tensors it is made of."""
+
+    megatron_name: str  # with the GLOBAL layer (and expert) number, in the local (non-TE) spelling
+    hf_names: tuple[str, ...]  # QKV: q, k, v; GATE_UP: gate, up; else one
+    kind: ParameterKind = ParameterKind.PLAIN
+    shard_dim: int | None = None  # dimension cut by TP; None = the same on every TP rank
+    alternatives: tuple[str, ...] = ()  # what other Megatron specs (Transformer Engine) call the same parameter
+    tied_copies: tuple[str, ...] = ()  # further Megatron parameters with the same values (tied head on the last stage)
+
+
+def parameter_map(shape: ModelShape) -> tuple[ParameterSpec, ...]:
+    """Every parameter of the model in layer order: embedding, layers 0..N-1, final norm, output layer (if untied)."""
+    specs = [
+        ParameterSpec(
+            megatron_name="embedding.word_embeddings.weight",
+            hf_names=("model.embed_tokens.weight",),
+            kind=ParameterKind.VOCAB,
+            shard_dim=0,
+            tied_copies=("output_layer.weight",) if shape.tied_embeddings else (),
+        )
+    ]
+    for layer in range(shape.num_layers):
+        specs += _attention_specs(shape, layer)
+        is_moe = shape.num_experts > 0 and layer not in shape.dense_layers
+        specs += _moe_specs(shape, layer) if is_moe else _mlp_specs(layer)
+    specs.append(ParameterSpec(megatron_name="decoder.final_layernorm.weight", hf_names=("model.norm.weight",)))
+    if not shape.tied_embeddings:
+        specs.append(
+            ParameterSpec(
+                megatron_name="output_layer.weight",
+                hf_names=("lm_head.weight",),
+                kind=ParameterKind.VOCAB,
+                shard_dim=0,
+            )
+        )
+    return tuple(specs)
+
+
+def _attention_specs(shape: ModelShape, layer: int) -> list[ParameterSpec]:
+    megatron, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    specs = [
+        ParameterSpec(
+            megatron_name=f"{megatron}.input_layernorm.weight",
+            alternatives=(f"{megatron}.self_attention.linear_qkv.layer_norm_weight",),
+            hf_names=(f"{hf}.input_layernorm.weight",),
+        )
+    ]
+    specs += [
+        ParameterSpec(
+            megatron_name=f"{megatron}.self_attention.linear_qkv.{part}",
+            hf_names=tuple(f"{hf}.self_attn.{p}_proj.{part}" for p in "qkv"),
+            kind=ParameterKind.QKV,
+            shard_dim=0,
+        )
+        for part in (("weight", "bias") if shape.has_qkv_bias else ("weight",))
+    ]
+    if shape.has_qk_norm:
+        specs += [
+            ParameterSpec(
+                megatron_name=f"{megatron}.self_attention.{p}_layernorm.weight",
+                hf_names=(f"{hf}.self_attn.{p}_norm.weight",),
+            )
+            for p in "qk"
+        ]
+    specs.append(
+        ParameterSpec(
+            megatron_name=f"{megatron}.self_attention.linear_proj.weight",
+            hf_names=(f"{hf}.self_attn.o_proj.weight",),
+            shard_dim=1,
+        )
+    )
+    return specs
+
+
+def _mlp_specs(layer: int) -> list[ParameterSpec]:
+    megatron, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    return [
+        ParameterSpec(
+            megatron_name=f"{megatron}.pre_mlp_layernorm.weight",
+            alternatives=(f"{megatron}.mlp.linear_fc1.layer_norm_weight",),
+            hf_names=(f"{hf}.post_attention_layernorm.weight",),
+        ),
+        ParameterSpec(
+            megatron_name=f"{megatron}.mlp.linear_fc1.weight",
+            hf_names=(f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+            kind=ParameterKind.GATE_UP,
+            shard_dim=0,
+        ),
+        ParameterSpec(
+            megatron_name=f"{megatron}.mlp.linear_fc2.weight", hf_names=(f"{hf}.mlp.down_proj.weight",), shard_dim=1
+        ),
+    ]
+
+
+def _moe_specs(shape: ModelShape, layer: int) -> list[ParameterSpec]:
+    megatron, hf = f"decoder.layers.{layer}", f"model.layers.{layer}"
+    specs = [
+        ParameterSpec(
+            megatron_name=f"{megatron}.pre_mlp_layernorm.weight", hf_names=(f"{hf}.post_attention_layernorm.weight",)
+        ),
+        ParameterSpec(megatron_name=f"{megatron}.mlp.router.weight", hf_names=(f"{hf}.mlp.gate.weight",)),
+    ]
+    for expert in range(shape.num_experts):
+        ours, theirs = f"{megatron}.mlp.experts", f"{hf}.mlp.experts.{expert}"
+        specs += [
+            ParameterSpec(
+                megatron_name=f"{ours}.local_experts.{expert}.linear_fc1.weight",
+                alternatives=(f"{ours}.linear_fc1.weight{expert}",),
+                hf_names=(f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"),
+                kind=ParameterKind.GATE_UP,
+                shard_dim=0,
+            ),
+            ParameterSpec(
+                megatron_name=f"{ours}.local_experts.{expert}.linear_fc2.weight",
+                alternatives=(f"{ours}.linear_fc2.weight{expert}",),
+                hf_names=(f"{theirs}.down_proj.weight",),
+                shard_dim=1,
+            ),
+        ]
+    return specs
+
+
+def resolve_name(spec: ParameterSpec, names: Collection[str]) -> str | None:
+    """Under which of its names ``names`` holds the parameter, or None.  Tied copies do not count."""
+    return next((name for name in (spec.megatron_name, *spec.alternatives) if name in names), None)
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int, multiple: int = 1) -> int:
+    """Rows of Megatron's vocabulary: the next multiple of ``multiple * tp_size``."""
+    step = multiple * tp_size
+    return -(-vocab_size // step) * step
+
+
+def hf_shapes(spec: ParameterSpec, shape: ModelShape) -> tuple[tuple[int, ...], ...]:
+    """Full HF shape of each of ``spec.hf_names``, from the model's numbers alone."""
+    hidden = shape.hidden_size
+    query, key = shape.num_attention_heads * shape.head_dim, shape.num_query_groups * shape.head_dim
+    name = spec.hf_names[0]
+    ffn = shape.moe_ffn_hidden_size if ".mlp.experts." in name else shape.ffn_hidden_size
+    if spec.kind is ParameterKind.VOCAB:
+        return ((shape.vocab_size, hidden),)
+    if spec.kind is ParameterKind.QKV:
+        rest = () if name.endswith(".bias") else (hidden,)
+        return ((query, *rest), (key, *rest), (key, *rest))
+    if spec.kind is ParameterKind.GATE_UP:
+        return ((ffn, hidden), (ffn, hidden))
+    if name.endswith(".o_proj.weight"):
+        return ((hidden, query),)
+    if name.endswith(".down_proj.weight"):
+        return ((hidden, ffn),)
+    if name.endswith(".mlp.gate.weight"):
+        return ((shape.num_experts, hidden),)
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        return ((shape.head_dim,),)
+    return ((hidden,),)
+
+
+def shard_shape(spec: ParameterSpec, shape: ModelShape, tp_size: int) -> tuple[int, ...]:
+    """Shape of one TP rank's shard.  Raises ValueError when the model cannot be cut into ``tp_size`` parts."""
+    full = hf_shapes(spec, shape)
+    if spec.kind is ParameterKind.VOCAB:
+        rows = padded_vocab_size(shape.vocab_size, tp_size, shape.vocab_multiple)
+        return (rows // tp_size, *full[0][1:])
+    if spec.shard_dim is None:
+        return full[0]
+    if spec.kind is ParameterKind.QKV and shape.num_query_groups % tp_size:
+        raise ValueError(
+            f"tensor_parallel {tp_size} does not divide {shape.num_query_groups} key/value heads: "
+            "sharing one key/value head between TP ranks is not supported, use a smaller tensor_parallel"
+        )
+    # Composite kinds stack their parts along dimension 0.
+    whole = [sum(part[0] for part in full), *full[0][1:]]
+    if any(part[spec.shard_dim] % tp_size for part in full):
+        raise ValueError(f"{spec.megatron_name}: dimension {spec.shard_dim} of {full} is not divisible by TP {tp_size}")
+    whole[spec.shard_dim] //= tp_size
+    return tuple(whole)
+
+
+def to_megatron(
+    spec: ParameterSpec, hf: Mapping[str, Tensor], *, tp_rank: int, tp_size: int, shape: ModelShape
+) -> Tensor:
+    """Cut one TP rank's Megatron shard out of full HF tensors; no collective, values and dtype unchanged.
+
+    ``hf`` holds the full tensors of ``spec.hf_names`` with the shapes of :func:`hf_shapes`.  Returns a contiguous
+    tensor of :func:`shard_shape`; it may share memory with ``hf``.  Raises KeyError for a missing and ValueError for
+    a misshapen one.
+    """
+    if not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank {tp_rank} is not in 0..{tp_size - 1}")
+    tensors = [
+        _checked(hf, name, expected) for name, expected in zip(spec.hf_names, hf_shapes(spec, shape), strict=True)
+    ]
+    shard_shape(spec, shape, tp_size)  # refuses what cannot be cut
+    if spec.kind is ParameterKind.QKV:
+        groups = _by_group(tensors, shape)
+        return groups.chunk(tp_size, 0)[tp_rank].reshape(-1, *tensors[0].shape[1:]).contiguous()
+    if spec.kind is ParameterKind.GATE_UP:
+        return torch.cat([t.chunk(tp_size, 0)[tp_rank] for t in tensors])
+    full = tensors[0]
+    if spec.kind is ParameterKind.VOCAB:
+        rows = padded_vocab_size(shape.vocab_size, tp_size, shape.vocab_multiple) // tp_size
+        part = full[tp_rank * rows : (tp_rank + 1) * rows]
+        padding = part.new_zeros(rows - len(part), *part.shape[1:])
+        return torch.cat([part, padding]) if len(padding) else part.contiguous()
+    if spec.shard_dim is None:
+        return full.contiguous()
+    return full.chunk(tp_size, spec.shard_dim)[tp_rank].contiguous()
+
+
+def to_hf(spec: ParameterSpec, shards: Sequence[Tensor], *, shape: ModelShape) -> dict[str, Tensor]:
+    """Put the TP shards of one parameter (in TP order) together to full HF tensors; the inverse of :func:`to_megatron`.
+
+    Vocabulary padding is cut off whatever its size.  A replicated parameter is taken from the first shard.  The
+    results are contiguous and may share memory with ``shards``.  Raises ValueError when the shapes do not add up.
+    """
+    if spec.shard_dim is None:
+        parts = [shards[0]]
+    elif spec.kind is ParameterKind.QKV:
+        parts = _from_groups(torch.cat(list(shards)) if len(shards) > 1 else shards[0], shape)
+    elif spec.kind is ParameterKind.GATE_UP:
+        halves = [shard.chunk(2, 0) for shard in shards]
+        parts = [torch.cat(list(half)) if len(half) > 1 else half[0] for half in zip(*halves, strict=True)]
+    else:
+        full = torch.cat(list(shards), spec.shard_dim) if len(shards) > 1 else shards[0]
+        parts = [full[: shape.vocab_size] if spec.kind is ParameterKind.VOCAB else full]
+    expected = hf_shapes(spec, shape)
+    if [tuple(p.shape) for p in parts] != list(expected):
+        raise ValueError(
+            f"{spec.megatron_name}: {len(shards)} shards of {[tuple(s.shape) for s in shards]} give "
+            f"{[tuple(p.shape) for p in parts]}, expected {list(expected)}"
+        )
+    return {name: part.contiguous() for name, part in zip(spec.hf_names, parts, strict=True)}
+
+
+def _checked(hf: Mapping[str, Tensor], name: str, expected: tuple[int, ...]) -> Tensor:
+    if name not in hf:
+        raise KeyError(f"the HF checkpoint has no tensor {name!r}")
+    if tuple(hf[name].shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(hf[name].shape)}, config.json says {expected}")
+    return hf[name]
+
+
+def _by_group(qkv: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    """q [NH*D, ...], k and v [NG*D, ...] -> [NG, (NH/NG + 2) * D, ...]."""
+    rest = qkv[0].shape[1:]
+    return torch.cat([t.reshape(shape.num_query_groups, -1, *rest) for t in qkv], dim=1)
+
+
+def _from_groups(fused: Tensor, shape: ModelShape) -> list[Tensor]:
+    """[NG * (NH/NG + 2) * D, ...] -> q, k, v."""
+    rest = fused.shape[1:]
+    per_group = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
+    groups = fused.reshape(shape.num_query_groups, -1, *rest)
+    parts = groups.split([per_group, shape.head_dim, shape.head_dim], dim=1)
+    return [part.reshape(-1, *rest) for part in parts]

@@ -1,0 +1,51 @@
+"""A digest of a tensor's bytes: cheap where the tensor lives, and changed by any single changed byte.
+
+The bytes are read as 64-bit words (zeros behind the last one) and laid out as a matrix of ``_COLUMNS`` columns.  With
+row sums ``r_i`` and column sums ``c_j``, all modulo 2**64:
+
+    digest = (sum_i r_i,  sum_i (2 i + 1) r_i + 2**32 * sum_j (2 j + 1) c_j)
+
+A changed byte changes one word by a non-zero ``d * 2**k`` with ``|d| < 2**8`` and ``k <= 56``, hence the first sum.
+The second one notices words that swapped places: shards in the wrong order, a slice taken at the wrong offset.  This
+is a check against faults, not against an adversary.  Two passes of integer sums run at several GiB/s on one CPU core
+(crc32: 2) and need no copy to the host on a GPU; both ends must use this function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["WORD_BYTES", "digest", "digest_tensor"]
+
+WORD_BYTES = 8
+_COLUMNS = 1024  # row of 8 KiB: column sums stay in the first-level cache
+
+
+def digest_tensor(tensor: Tensor) -> Tensor:
+    """int64 [2] on the tensor's device; ``tensor`` may have any shape and dtype.  No host synchronisation."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    remainder = data.numel() % WORD_BYTES
+    # The tail, and storage that does not start on a word, cannot be viewed as words: pad or copy.
+    if remainder:
+        data = torch.cat([data, data.new_zeros(WORD_BYTES - remainder)])
+    elif data.storage_offset() % WORD_BYTES:
+        data = data.clone()
+    words = data.view(torch.int64)
+    full = words.numel() // _COLUMNS * _COLUMNS
+    matrix, rest = words[:full].view(-1, _COLUMNS), words[full:]
+    rows = torch.cat([matrix.sum(1), rest.sum().view(1)])
+    columns = matrix.sum(0)
+    columns[: rest.numel()] += rest
+    weighted = (rows * _odd(rows)).sum() + (columns * _odd(columns)).sum() * 2**32
+    return torch.stack([rows.sum(), weighted])
+
+
+def digest(tensor: Tensor) -> tuple[int, int]:
+    """:func:`digest_tensor` as two Python integers."""
+    first, second = digest_tensor(tensor).tolist()
+    return int(first), int(second)
+
+
+def _odd(like: Tensor) -> Tensor:
+    return 2 * torch.arange(like.numel(), dtype=torch.int64, device=like.device) + 1
