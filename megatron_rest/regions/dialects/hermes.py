@@ -1,0 +1,16 @@
+"""Hermes and Qwen3: a ``<tool_call>`` block for every call, ``{"name": ..., "arguments": {...}}``; other text is the answer."""
+
+from megatron_rest.regions.dialect import Dialect, Section
+from megatron_rest.types import TokenRegion
+
+__all__ = ["HERMES"]
+
+HERMES = Dialect(
+    name="hermes",
+    sections=(
+        Section(open=b"<think>", close=b"</think>", region=TokenRegion.THINK),
+        Section(open=b"<tool_call>", close=b"</tool_call>", region=None),
+    ),
+    outside=TokenRegion.RESPONSE,
+    end_markers=(b"<|im_end|>", b"<|endoftext|>"),
+)

@@ -1,0 +1,21 @@
+"""Llama 3 JSON calls: the whole turn is ``{"name": ..., "parameters": {...}}``, several joined by ``;``, no tags.
+
+``<|python_tag|>`` may come first.  A turn that does not start with JSON is text for the user.  Think tags are accepted for
+models that were taught to reason in them.
+"""
+
+from megatron_rest.regions.dialect import Dialect, Section
+from megatron_rest.types import TokenRegion
+
+__all__ = ["LLAMA3_JSON"]
+
+LLAMA3_JSON = Dialect(
+    name="llama3_json",
+    sections=(
+        Section(open=b"<think>", close=b"</think>", region=TokenRegion.THINK),
+        Section(open=b"<|python_tag|>", close=None, region=None),
+    ),
+    outside=TokenRegion.RESPONSE,
+    end_markers=(b"<|eot_id|>", b"<|eom_id|>", b"<|end_of_text|>"),
+    bare_calls=True,
+)

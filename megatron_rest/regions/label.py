@@ -1,0 +1,150 @@
+"""One pass over the bytes of a turn, then one reduction per token.
+
+    bytes of the sampled tokens, joined --scan, left to right--> (start, end, region) spans --paint--> one code a byte
+      --maximum over the bytes of a token--> one region a token
+
+The scan decides on bytes only, so the labels do not depend on how the same bytes were split into tokens: a token carries
+the highest-priority region among its bytes, NAME > ARGS > FORMAT > THINK > RESPONSE > CONTEXT (the published code takes the
+larger *weight*, which is the same order at its gammas).  An unclosed section runs to the end of the turn, so truncated and
+malformed answers are covered too: a run-away thought must feel its penalty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_rest.regions.dialect import Dialect, Section, end_pattern, tag_pattern
+from megatron_rest.regions.dialects.toolrl import TOOLRL
+from megatron_rest.regions.json_calls import call_spans
+from megatron_rest.types import TokenRegion
+
+__all__ = ["label_regions", "label_rollout"]
+
+Span = tuple[int, int, TokenRegion]
+
+_BY_PRIORITY = (
+    TokenRegion.CONTEXT,
+    TokenRegion.RESPONSE,
+    TokenRegion.THINK,
+    TokenRegion.FORMAT,
+    TokenRegion.TOOL_ARGS,
+    TokenRegion.TOOL_NAME,
+)
+_REGION_OF_PRIORITY = np.array(_BY_PRIORITY, dtype=np.int8)
+_PRIORITY = {region: priority for priority, region in enumerate(_BY_PRIORITY)}
+_WHITE_SPACE = b" \t\r\n"
+
+
+def label_regions(tokens: Sequence[bytes], *, starts_in_think: bool = False, dialect: Dialect = TOOLRL) -> np.ndarray:
+    """Region of every token of one sampled turn (or of several, each ended by an end marker).
+
+    Args:
+        tokens: the bytes of each sampled token, in order, the end-of-turn token included; any bytes, cut anywhere.
+        starts_in_think: the prompt already opened the thought (Qwen3 Thinking templates end in ``<think>``).
+        dialect: which tags and JSON keys to look for.
+
+    Returns:
+        int8 ``[n]``, values of :class:`TokenRegion`.  Every token has exactly one; a token without bytes is glue.
+
+    Raises:
+        ValueError: ``starts_in_think`` with a dialect that has no thought section.  No token content ever raises.
+    """
+    if starts_in_think and dialect.thought is None:
+        raise ValueError(f"dialect {dialect.name} has no think section to start in: pass starts_in_think=False")
+    lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
+    text = b"".join(tokens)
+    region_ids = np.full(len(tokens), dialect.glue, dtype=np.int8)
+    if not text:
+        return region_ids
+    codes = np.full(len(text), _PRIORITY[dialect.glue], dtype=np.uint8)
+    for start, end, region in _scan(text, starts_in_think, dialect):
+        codes[start:end] = _PRIORITY[region]
+    has_bytes = lengths > 0
+    starts = (np.cumsum(lengths) - lengths)[has_bytes]
+    region_ids[has_bytes] = _REGION_OF_PRIORITY[np.maximum.reduceat(codes, starts)]
+    return region_ids
+
+
+def label_rollout(
+    tokens: Sequence[bytes],
+    loss_mask: np.ndarray,
+    *,
+    starts_in_think: bool = False,
+    dialect: Dialect = TOOLRL,
+) -> np.ndarray:
+    """Regions of a multi-turn rollout: every run of sampled tokens is a turn of its own, tool outputs are CONTEXT.
+
+    Args:
+        tokens: bytes of each token, sampled or appended.
+        loss_mask: bool ``[n]``, True where the policy sampled the token.
+        starts_in_think: the template opens the thought of *every* assistant turn.
+        dialect: as in :func:`label_regions`.
+
+    Returns:
+        int8 ``[n]``.  Raises ValueError if the lengths differ.
+    """
+    mask = np.asarray(loss_mask, dtype=bool)
+    if mask.shape != (len(tokens),):
+        raise ValueError(f"loss_mask has shape {mask.shape}, expected ({len(tokens)},) like tokens")
+    region_ids = np.full(len(tokens), TokenRegion.CONTEXT, dtype=np.int8)
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
+    for start, end in edges.reshape(-1, 2):
+        region_ids[start:end] = label_regions(tokens[start:end], starts_in_think=starts_in_think, dialect=dialect)
+    return region_ids
+
+
+def _scan(text: bytes, starts_in_think: bool, dialect: Dialect) -> Iterator[Span]:
+    """Spans of ``text`` that are not glue, turn by turn."""
+    opened = dialect.thought if starts_in_think else None
+    start = 0
+    for marker in end_pattern(dialect).finditer(text):
+        yield from _scan_turn(text, start, marker.start(), opened, dialect)
+        start, opened = marker.end(), None
+    yield from _scan_turn(text, start, len(text), opened, dialect)
+
+
+def _scan_turn(text: bytes, start: int, end: int, opened: Section | None, dialect: Dialect) -> Iterator[Span]:
+    """Left to right: inside a section only its own closing tag counts, so a tag mentioned in a thought opens nothing."""
+    sections = {section.open: section for section in dialect.sections}
+    tags = tag_pattern(dialect)
+    position = start
+    while position < end:
+        if opened is None:
+            tag = tags.search(text, position, end)
+            outside_end = tag.start() if tag else end
+            yield from _outside(text, position, outside_end, dialect)
+            if tag is None:
+                return
+            yield tag.start(), tag.end(), TokenRegion.FORMAT
+            position, opened = tag.end(), sections.get(tag.group())  # a stray closing tag opens nothing
+            continue
+        close = text.find(opened.close, position, end) if opened.close is not None else -1
+        inside_end = end if close < 0 else close
+        yield from _inside(text, position, inside_end, opened, dialect)
+        position = inside_end
+        if close >= 0 and opened.close is not None:
+            position = close + len(opened.close)
+            yield close, position, TokenRegion.FORMAT
+        opened = None
+
+
+def _inside(text: bytes, start: int, end: int, section: Section, dialect: Dialect) -> Iterator[Span]:
+    if section.region is None:
+        yield from call_spans(text, start, end, name_key=dialect.name_key, args_keys=dialect.args_keys)
+    else:
+        yield start, end, section.region
+
+
+def _outside(text: bytes, start: int, end: int, dialect: Dialect) -> Iterator[Span]:
+    """Text outside sections without the white space around it, which is glue."""
+    stripped = text[start:end].lstrip(_WHITE_SPACE)
+    first = end - len(stripped)
+    last = first + len(stripped.rstrip(_WHITE_SPACE))
+    if first >= last:
+        return
+    if dialect.bare_calls and text[first : first + 1] in (b"{", b"["):
+        yield from call_spans(text, first, last, name_key=dialect.name_key, args_keys=dialect.args_keys)
+    else:
+        yield first, last, dialect.outside
