@@ -1,9 +1,9 @@
 """``metrics.jsonl`` read back: one line a step, one truth for console, report and comparison.
 
-A line is ``{"step": 3, "policy_version": 3, "metrics": {name: number | null}, "seconds": {phase: number | null}}`` and, if
-a value was NaN or infinite, ``"nonfinite": [names]`` (the value itself is null: JSON has no NaN).  Three cases are kept apart
-all the way to the reader's eye: a number, a value that was not finite (``nan`` here, and it spoils every mean it is part of)
-and a metric the step does not have (left out: a region without tokens has no entropy).
+A line is ``{"step": 3, "policy_version": 3, "metrics": {name: number | null}, "seconds": {phase: number | null}}``
+and, if a value was NaN or infinite, ``"nonfinite": [names]`` (the value itself is null: JSON has no NaN).  Three cases
+are kept apart all the way to the reader's eye: a number, a value that was not finite (``nan`` here, and it spoils every
+mean it is part of) and a metric the step does not have (left out: a region without tokens has no entropy).
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class MetricsFileError(ValueError):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All complete lines.  A damaged line raises :class:`MetricsFileError`; a half-written last one is left out with a warning."""
+    """All complete lines.  A half-written last one is left out with a warning.
+
+    Raises :class:`MetricsFileError` with the line's number if one is damaged.
+    """
     rows, complete_bytes = scan_metrics(path)
     num_bytes = os.path.getsize(path)
     if num_bytes > complete_bytes:
@@ -85,9 +88,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         values = row.get(part)
         if not isinstance(values, dict):
             _damaged(where, f'it has no object "{part}"')
-        wrong = [
-            k for k, v in values.items() if v is not None and (isinstance(v, bool) or not isinstance(v, (int, float)))
-        ]
+        wrong = [k for k, v in values.items() if v is not None and type(v) not in (int, float)]
         if wrong:
             _damaged(where, f"{part}/{wrong[0]} is {values[wrong[0]]!r}, expected a number or null")
     return row
@@ -99,7 +100,7 @@ def _damaged(where: str, what: str) -> NoReturn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Window:
-    """Mean of a metric over the first or last steps of a run, with the standard error that the spread of the steps gives."""
+    """Mean of a metric over some steps; the standard error comes from the spread of those steps."""
 
     mean: float  # nan if a value was not finite, or if there is none
     standard_error: float  # nan with fewer than two values
@@ -137,7 +138,7 @@ class RunMetrics:
         return np.array([step for step, _ in found], dtype=np.int64), np.array(values, dtype=np.float64)
 
     def shares(self, prefix: str) -> dict[str, np.ndarray]:
-        """``prefix/{region}`` of every step as shares of their sum; a region without tokens has 0, a step without any nan."""
+        """``prefix/{region}`` of every step as shares of their sum; a region without tokens has 0."""
         table = np.array([[_number(row["metrics"].get(f"{prefix}/{r}", 0.0)) for r in REGIONS] for row in self.rows])
         table = table.reshape(len(self.rows), len(REGIONS))
         sums = table.sum(axis=1, keepdims=True)

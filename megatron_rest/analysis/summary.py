@@ -1,7 +1,7 @@
 """The table at the end of a run: did it learn (first steps against last), where the time went, where the files are.
 
-Every number is computed from the rows of ``metrics.jsonl`` and from nothing else, except the peak memory of all processes,
-which the caller measures.
+Every number is computed from the rows of ``metrics.jsonl`` and from nothing else, except the peak memory of all
+processes, which the caller measures.
 """
 
 from __future__ import annotations
@@ -12,9 +12,17 @@ from pathlib import Path
 
 from megatron_rest.analysis.series import METRICS_FILE, PHASES, REGIONS, WINDOW, RunMetrics, Window
 
-__all__ = ["LEARNING_METRICS", "duration", "learning_lines", "phase_lines", "summary_lines", "table_lines"]
+__all__ = [
+    "LEARNING_METRICS",
+    "duration",
+    "format_value",
+    "learning_lines",
+    "phase_lines",
+    "summary_lines",
+    "table_lines",
+]
 
-# (metric, what people read, decimals), in the order of the table; metrics a run does not have are left out.
+# (metric, what people read, decimals or -1 for scientific), in table order; metrics a run does not have are left out.
 LEARNING_METRICS: tuple[tuple[str, str, int], ...] = (
     ("reward/total", "reward, total", 3),
     ("reward/static", "reward, schedule-independent", 3),
@@ -26,7 +34,7 @@ LEARNING_METRICS: tuple[tuple[str, str, int], ...] = (
     ("response/truncated", "truncated (share)", 3),
     ("entropy/all", "entropy, all (nats)", 3),
     *((f"entropy/{region}", f"entropy, {region} (nats)", 3) for region in REGIONS),
-    ("mismatch/abs_log_prob_mean", "|rollout - train log-prob| (nats)", 6),
+    ("mismatch/abs_log_prob_mean", "|rollout - train log-prob| (nats)", -1),
 )
 
 
@@ -35,10 +43,8 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "  ".join([first, *others]).rstrip()
+        others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
 
     return [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]
 
@@ -50,7 +56,9 @@ def learning_lines(run: RunMetrics) -> list[str]:
         if run.has(name):
             first, last = run.first(name), run.last(name)
             change = last.mean - first.mean
-            rows.append([label, _mean(first, decimals), _mean(last, decimals), _number(change, decimals, sign=True)])
+            rows.append(
+                [label, _mean(first, decimals), _mean(last, decimals), format_value(change, decimals, sign=True)]
+            )
     n = min(WINDOW, len(run.rows))
     lines = table_lines(["mean over steps", f"first {n}", f"last {n}", "change"], rows)
     if len(run.rows) < 2 * WINDOW:
@@ -79,18 +87,17 @@ def summary_lines(
     run: RunMetrics, *, peak_memory_bytes: int | None = None, files: Mapping[str, str | Path] | None = None
 ) -> list[str]:
     """The whole summary.  ``files`` are further outputs by name; metrics and TensorBoard are named without asking."""
-    _, seconds = run.series("total", part="seconds")
+    seconds = math.fsum(run.series("total", part="seconds")[1])
     lines = [
-        f"{run.run_dir}: steps {run.steps[0]} to {run.steps[-1]} ({len(run.rows)} steps, {duration(math.fsum(seconds))})",
+        f"{run.run_dir}: steps {run.steps[0]} to {run.steps[-1]} ({len(run.rows)} steps, {duration(seconds)})",
         "",
         *learning_lines(run),
         "",
         *phase_lines(run),
         "",
     ]
-    lines += (
-        [f"peak memory, all processes: {peak_memory_bytes / 2**30:.2f} GiB"] if peak_memory_bytes is not None else []
-    )
+    if peak_memory_bytes is not None:
+        lines.append(f"peak memory, all processes: {peak_memory_bytes / 2**30:.2f} GiB")
     lines += _nonfinite_lines(run)
     known: dict[str, str | Path] = {"metrics": run.run_dir / METRICS_FILE, "tensorboard": run.run_dir / "tensorboard"}
     named = {name: path for name, path in known.items() if Path(path).exists()} | dict(files or {})
@@ -107,17 +114,19 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def format_value(value: float, decimals: int, *, sign: bool = False) -> str:
+    """``decimals`` digits after the point, or three significant ones with an exponent if it is -1."""
+    digits = f".{decimals}f" if decimals >= 0 else ".2e"
+    return f"{value:{'+' if sign else ''}{digits}}"
+
+
 def _nonfinite_lines(run: RunMetrics) -> list[str]:
     counts: dict[str, list[int]] = {}
     for row in run.rows:
         for name in row.get("nonfinite", ()):
             counts.setdefault(name, []).append(row["step"])
-    return [f"NOT FINITE: {name} at {len(s)} steps, first at step {s[0]}" for name, s in counts.items()]
+    return [f"NOT FINITE: {name} in {len(s)} step(s), first in step {s[0]}" for name, s in counts.items()]
 
 
 def _mean(window: Window, decimals: int) -> str:
-    return _number(window.mean, decimals) if window.num_steps else "-"
-
-
-def _number(value: float, decimals: int, *, sign: bool = False) -> str:
-    return f"{value:{'+' if sign else ''}.{decimals}f}"
+    return format_value(window.mean, decimals) if window.num_steps else "-"

@@ -1,8 +1,8 @@
 """What a person sees while a run goes on: progress with time left, one line a step, a summary at the end.
 
-On a terminal progress is a tqdm bar.  Elsewhere (torchrun, Slurm and NeMo-Run read logs line by line) it is a plain line every
-few seconds: no carriage returns, no colours, complete lines only.  Step lines have fixed columns under a header that comes
-back every 20 lines; a metric that a step does not have is ``-``, one that is not finite stands out.
+On a terminal progress is a tqdm bar.  Elsewhere (torchrun, Slurm and NeMo-Run read logs line by line) it is a plain
+line every few seconds: no carriage returns, no colours, complete lines only.  Step lines have fixed columns under a
+header that comes back every 20 lines; a metric that a step does not have is ``-``, one that is not finite stands out.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -67,6 +68,7 @@ class Console:
         self._plain_interval = plain_interval
         if width is None:
             width = shutil.get_terminal_size((WIDE, 24)).columns if self._is_terminal else WIDE
+        self._width = width
         self._columns = step_columns(width)
         self._num_step_lines = 0
 
@@ -90,7 +92,7 @@ class Console:
 
     def track(self, items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
         """Iterate over ``items`` with progress."""
-        if total is None and hasattr(items, "__len__"):
+        if total is None and isinstance(items, Sized):
             total = len(items)
         with self.progress(description, total=total, unit=unit) as progress:
             for item in items:
@@ -100,7 +102,8 @@ class Console:
     def step(self, report: StepReport) -> None:
         """Print the line of one step, and the header when it is due."""
         if self._num_step_lines == 0:
-            self.line(LEGEND)
+            for text in textwrap.wrap(LEGEND, self._width):
+                self.line(text)
         if self._num_step_lines % HEADER_EVERY == 0:
             for text in _header(self._columns):
                 self.line(self._painted(text, BOLD))
@@ -222,12 +225,11 @@ def _header(columns: Iterable[Column]) -> tuple[str, str]:
     """Two lines: group titles over rules, column titles."""
     top = ""
     bottom = ""
-    for group, members in groupby(columns, key=lambda c: c.group):
+    for group, items in groupby(columns, key=lambda c: c.group):
+        first, *_ = members = list(items)
         titles = "".join(" " * c.gap + c.title.rjust(c.width) for c in members)
-        gap = len(titles) - len(titles.lstrip(" ")) if not group else 0
         bottom += titles
-        lead = min(gap, len(titles)) if gap else len(titles) - len(titles[1:])
-        top += " " * lead + (f" {group} ".center(len(titles) - lead, "-") if group else " " * (len(titles) - lead))
+        top += " " * first.gap + (f" {group} ".center(len(titles) - first.gap, "-") if group else "".ljust(len(titles)))
     return top.rstrip(), bottom
 
 

@@ -1,9 +1,9 @@
 """What a step measured, on disk before the next one starts: ``metrics.jsonl`` and TensorBoard events.
 
-A line is written by one ``write`` and synced: after a kill the file holds complete lines and at most one half-written last
-one, which readers report and :class:`MetricsWriter` cuts off before it appends.  NaN and infinity become null and are named in
-``"nonfinite"``, so a run that breaks says so in a file any JSON reader takes.  One process writes (the rank that reports);
-sums and counts travel to it in :class:`SumCount`, and the one division happens there.
+A line is written by one ``write`` and synced: after a kill the file holds complete lines and at most one half-written
+last one, which readers report and :class:`MetricsWriter` cuts off before it appends.  NaN and infinity become null and
+are named in ``"nonfinite"``, so a run that breaks says so in a file any JSON reader takes.  One process writes (the
+rank that reports); sums and counts travel to it in :class:`SumCount`, and the one division happens there.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class MetricsWriter:
         """Append one line (complete and on disk, or not there at all), then the TensorBoard scalars."""
         if self.last_step is not None and report.step <= self.last_step:
             raise ValueError(
-                f"step {report.step} comes after step {self.last_step} in {self.path}: call resume({report.step - 1}) to "
-                "continue that run from a checkpoint, or choose a new run_dir"
+                f"step {report.step} comes after step {self.last_step} in {self.path}: call resume({report.step - 1}) "
+                "to continue that run from a checkpoint, or choose a new run_dir"
             )
         _append_line(self.path, _encode(report))
         self.last_step = report.step
@@ -205,8 +205,8 @@ class SumCount:
 class PhaseTimer:
     """Wall seconds by phase, and ``total`` for the ``with`` block as a whole.
 
-    ``with PhaseTimer() as timer: ... with timer.phase("rollout"): ...`` then ``StepReport(seconds=timer.seconds)``.  A phase
-    entered several times adds up; one that raises is counted up to there.
+    ``with PhaseTimer() as timer: ... with timer.phase("rollout"): ...`` then ``StepReport(seconds=timer.seconds)``.
+    A phase entered several times adds up; one that raises is counted up to there.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
