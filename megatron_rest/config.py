@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -191,9 +192,24 @@ class RewardConfig:
     """ToolRL's rule (nothing but the sections, exact newlines) instead of ResT's relaxed one."""
     accept_arguments: bool = True
     """Take the key "arguments" for "parameters" (the published reward scores it as a failure)."""
+    opaque_thought: bool = False
+    """Ignore tags mentioned inside the thought; False = the first tag anywhere counts, as in the published reward."""
+    correctness_range: float = 3.0
+    """Static correctness lies in [-range, range] (published variant CORRECTMAX1: 1.0)."""
+    granularity: str = "fine"
+    """fine, exact_sets (REFINEDREWARD), coarse (COARSEREWARD) or whole_calls (INTERMEDIATEREWARD)."""
+    two_stage: bool = False
+    """Correctness / 3 before step 30, format / 2 from then on (MAX1STEP30MAX3)."""
+    length_bonus: bool = False
+    """Add words in the thought / 512, at most 1, to the total (WITHLENGTH, as ToolRL adds it)."""
+    length_schedule: bool = False
+    """Lengthen the 512 from 384 to 640 words over 105 steps (SCHEDULELENGTH)."""
 
     def __post_init__(self) -> None:
         _at_least("reward.schedule_steps", self.schedule_steps, 1)
+        _one_of("reward.granularity", self.granularity, ("fine", "exact_sets", "coarse", "whole_calls"))
+        if not 0 < self.correctness_range < math.inf:
+            raise ConfigError(f"reward.correctness_range is {self.correctness_range}, expected a number > 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +220,10 @@ class AdvantageConfig:
     """grpo or dr_grpo."""
     epsilon: float = 1e-6
     """Added to the group's standard deviation."""
+
+    def __post_init__(self) -> None:
+        if self.epsilon <= 0:
+            raise ConfigError(f"advantage.epsilon is {self.epsilon}, expected a number > 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +261,25 @@ class WeightingConfig:
     entropy_floor: float = 0.01
     """Region entropies below this (nats) count as this: the rule sends weights to infinity at zero entropy."""
     entropy_decay: float = 0.9
-    """Decay of the moving average of region entropies (entropy_ema)."""
+    """Decay of the moving average of region entropies (entropy_ema) or score norms (variance_optimal)."""
+    entropy_rule: str = "score_bound"
+    """score_bound: 1 / (1 - exp(-H)); inverse: 1 / H (both in the paper, Eq. 9)."""
+
+    def __post_init__(self) -> None:
+        _one_of("weighting.entropy_rule", self.entropy_rule, ("score_bound", "inverse"))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise ConfigError(f"weighting.{f.name} is {value}, expected a finite number >= 0")
+        if not 0 < self.min_weight <= self.max_weight:
+            raise ConfigError(
+                f"weighting.min_weight {self.min_weight} and max_weight {self.max_weight}: expected 0 < min <= max"
+            )
+        if self.entropy_floor <= 0 or self.entropy_decay >= 1:
+            raise ConfigError(
+                f"weighting.entropy_floor is {self.entropy_floor} (expected > 0), "
+                f"entropy_decay {self.entropy_decay} (expected < 1)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +331,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Linear warm-up, optimiser steps."""
     decay: str = "constant"
-    """constant or linear (to zero at the last step)."""
+    """constant or linear (to a tenth of lr at the last step)."""
     updates_per_step: int = 1
     """Optimiser steps per RL step (the rollouts are split into so many mini-batches)."""
 
