@@ -1,0 +1,54 @@
+# Everything a newcomer types.  `make help` lists it; every target builds .venv first if it is missing or out of date.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.megatron_rest_setup
+# Any Python can start the set-up; it looks for 3.11, then 3.12 (PYTHON=/path overrides).
+STARTER := $(shell command -v python3 || command -v python3.11 || command -v python3.12)
+
+BASELINE ?=
+DEMO_ARGS ?=
+RUN_DIR ?=
+TEST_ARGS ?=
+
+.PHONY: help setup demo test lint types arch clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  variables     PYTHON=/path/to/python3.12   interpreter for .venv (default: 3.11, then 3.12)"
+	@echo "                BASELINE=grpo                make demo: plain GRPO (uniform weights), same seeds"
+	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
+	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
+	@echo "                TEST_ARGS='tests/ops -x'     make test: handed to pytest"
+
+setup: $(STAMP) ## virtual environment in .venv from the frozen list
+
+$(STAMP): requirements/cpu.txt requirements/bootstrap.py setup.cfg pyproject.toml
+	@test -n "$(STARTER)" || { echo "setup: no python3 on PATH: install Python 3.11 or 3.12" >&2; exit 1; }
+	@$(STARTER) requirements/bootstrap.py --venv $(VENV) --python "$(PYTHON)"
+
+demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
+	@$(BIN)/nemo-run launch/rest_demo.py --yes $(if $(BASELINE),baseline=$(BASELINE)) \
+	  $(if $(RUN_DIR),trainer.run_dir=$(RUN_DIR)) $(DEMO_ARGS)
+
+test: $(STAMP) ## all tests
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP) ## ruff: style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	@$(BIN)/mypy megatron_rest launch data_tools
+
+arch: $(STAMP) ## import contracts (setup.cfg, [importlinter])
+	@$(BIN)/lint-imports --config setup.cfg
+
+clean: ## remove caches and build leftovers (keeps .venv and runs)
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
