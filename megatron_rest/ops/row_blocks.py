@@ -229,7 +229,9 @@ def write_gradient(
             torch.mul(e, a, out=gradient)
         else:
             gradient.copy_(e.mul_(a))
-    out.scatter_(1, column[:, None], torch.where(is_local, at_label.to(out.dtype), _pick(out, column))[:, None])
+    # index_put_, because scatter_ copies the whole matrix on CPU; a label held elsewhere keeps column 0 as it is
+    row = torch.arange(len(out), device=out.device)
+    out.index_put_((row, column), torch.where(is_local, at_label.to(out.dtype), _pick(out, column)))
     _zero_inactive(out, rule.is_active)
 
 
