@@ -1,0 +1,237 @@
+"""Convert rows of any form and layout into a folder that training memory-maps.
+
+Chunks are read in order, encoded by worker processes and written in order: the number of processes changes no byte of
+the output.  At most ``processes + 2`` chunks are under way, so memory does not grow with the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from tqdm import tqdm
+
+import megatron_rest
+from data_tools.chat import ChatTokenizer
+from data_tools.encode import EncodedChunk, EncodeOptions, encode_chunk
+from data_tools.errors import DataError
+from data_tools.prompt_style import STYLES
+from data_tools.readers import Chunk, Source, count_rows, read_chunks, resolve_inputs
+from data_tools.writer import OutputFolder, sha256_file
+from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, SCHEMA_VERSION
+
+FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
+_STYLE_NOTES = {
+    "original": "messages as they came",
+    "compact": "constant instruction blocks dropped, headings shortened, for toy models; tools and dialogue untouched",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertOptions:
+    """Everything ``convert`` can be told."""
+
+    inputs: list[str]
+    output: Path
+    tokenizer: Path
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
+    split: str = ""
+    licence: str = ""
+    strict: bool = False
+    overwrite: bool = False
+    processes: int = 0
+    rows_per_shard: int = 1 << 16
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        if self.encode.prompt_style not in STYLES:
+            raise DataError(f"--prompt-style is {self.encode.prompt_style!r}, expected one of {', '.join(STYLES)}")
+        if self.encode.max_think_words < 0:
+            raise DataError(
+                f"--max-think-words is {self.encode.max_think_words}, expected a positive number (0 = keep)"
+            )
+        if self.rows_per_shard < 1:
+            raise DataError(f"--rows-per-shard is {self.rows_per_shard}, expected at least 1")
+
+
+def convert(options: ConvertOptions) -> dict[str, Any]:
+    """Run a conversion (or go on with an interrupted one) and return its manifest."""
+    if options.output.exists() and not options.overwrite:
+        raise DataError(f"{options.output} exists: give --overwrite to replace it, or another --output")
+    sources = resolve_inputs(options.inputs, split=options.split)
+    tokenizer = ChatTokenizer(options.tokenizer)
+    identity = _identity(options, sources, tokenizer)
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    metadata = {
+        "megatron_rest.schema_version": str(SCHEMA_VERSION),
+        "megatron_rest.tokenizer": tokenizer.identity,
+        "megatron_rest.chat_template": tokenizer.template_identity,
+    }
+    with OutputFolder(
+        options.output, fingerprint=fingerprint, metadata=metadata, rows_per_shard=options.rows_per_shard
+    ) as folder:
+        _fill(folder, sources, options)
+        folder.close_shard()
+        if folder.progress.num_out == 0:
+            raise DataError(_nothing_usable(folder))
+        manifest = _manifest(identity, folder, options)
+        folder.finish(manifest, overwrite=options.overwrite)
+    return manifest
+
+
+def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) -> None:
+    totals = [count_rows(source) for source in sources]
+    total = sum(t for t in totals if t is not None) if None not in totals else None
+    chunks = islice(read_chunks(sources), folder.progress.num_chunks, None)
+    with tqdm(
+        total=total,
+        initial=folder.progress.num_in,
+        desc="convert",
+        unit="row",
+        disable=None if options.progress_bar else True,
+    ) as bar:
+        for encoded in encoded_chunks(chunks, options):
+            if options.strict and encoded.refused:
+                first = encoded.refused[0]
+                raise DataError(f"--strict: {first.source} row {first.row}: {first.reason}")
+            folder.add(encoded)
+            bar.update(encoded.num_in)
+
+
+def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator[EncodedChunk]:
+    """Encode in order; in this process while there are few chunks, in a pool beyond that."""
+    processes = options.processes or len(os.sched_getaffinity(0))
+    remaining = iter(chunks)
+    head = list(islice(remaining, FEWEST_CHUNKS_FOR_A_POOL)) if processes > 1 else []
+    if len(head) < FEWEST_CHUNKS_FOR_A_POOL:
+        tokenizer = ChatTokenizer(options.tokenizer)
+        for chunk in (*head, *remaining) if processes > 1 else remaining:
+            yield encode_chunk(chunk, tokenizer, options.encode)
+        return
+    context = multiprocessing.get_context("spawn")  # threads of pyarrow and tokenizers do not survive a fork
+    with context.Pool(processes, _start_worker, (options.tokenizer, options.encode)) as pool:
+        waiting: deque[Any] = deque()
+        for source in (head, remaining):
+            for chunk in source:
+                waiting.append(pool.apply_async(_work, (chunk,)))
+                if len(waiting) > processes + 1:
+                    yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+_encode: Callable[[Chunk], EncodedChunk] | None = None
+
+
+def _start_worker(tokenizer_folder: Path, options: EncodeOptions) -> None:
+    global _encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    pa.set_cpu_count(1)
+    tokenizer = ChatTokenizer(tokenizer_folder)
+    _encode = lambda chunk: encode_chunk(chunk, tokenizer, options)  # noqa: E731
+
+
+def _work(chunk: Chunk) -> EncodedChunk:
+    assert _encode is not None, "the pool starts every worker with _start_worker"
+    return _encode(chunk)
+
+
+def _identity(options: ConvertOptions, sources: list[Source], tokenizer: ChatTokenizer) -> dict[str, Any]:
+    """What the output depends on: the same identity gives the same bytes."""
+    import tokenizers
+
+    encode = options.encode
+    return {
+        "format": "megatron_rest prompts",
+        "schema_version": SCHEMA_VERSION,
+        "tokenizer": {
+            "identity": tokenizer.identity,
+            "chat_template_identity": tokenizer.template_identity,
+            "end_of_turn": tokenizer.end_of_turn,
+        },
+        "options": {
+            "prompt_style": encode.prompt_style,
+            "max_think_words": encode.max_think_words,
+            "columns": asdict(encode.columns) if encode.columns else None,
+            "split": options.split,
+            "rows_per_shard": options.rows_per_shard,
+        },
+        "notes": _notes(encode),
+        "licence": options.licence
+        or "not stated: see the inputs' own licences, and keep their attribution with copies",
+        "inputs": [
+            {
+                "name": source.name,
+                "form": str(source.form) + (f" in {source.compression}" if source.compression else ""),
+                "bytes": source.path.stat().st_size,
+                "sha256": sha256_file(source.path),
+            }
+            for source in sources
+        ],
+        "written_by": {
+            "megatron_rest": megatron_rest.__version__,
+            "pyarrow": pa.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+
+
+def _notes(encode: EncodeOptions) -> list[str]:
+    notes = [f"prompt style {encode.prompt_style}: {_STYLE_NOTES[encode.prompt_style]}"]
+    if encode.max_think_words:
+        notes.append(
+            f"thoughts of answer_text shortened to {encode.max_think_words} words, for warm starts of toy models; "
+            "ground_truth is the original"
+        )
+    return notes
+
+
+def _manifest(identity: dict[str, Any], folder: OutputFolder, options: ConvertOptions) -> dict[str, Any]:
+    progress = folder.progress
+    if progress.num_in != progress.num_out + progress.num_quarantined:
+        raise AssertionError(f"rows do not add up: {progress}")
+    quarantine = folder.partial / QUARANTINE_NAME
+    return {
+        **identity,
+        "counts": {
+            "rows_in": progress.num_in,
+            "rows_out": progress.num_out,
+            "rows_quarantined": progress.num_quarantined,
+            "quarantine_reasons": dict(sorted(progress.reasons.items())),
+        },
+        "outputs": progress.shards,
+        "quarantine": {"name": QUARANTINE_NAME, "bytes": quarantine.stat().st_size, "sha256": sha256_file(quarantine)},
+    }
+
+
+def _nothing_usable(folder: OutputFolder) -> str:
+    with open(folder.partial / QUARANTINE_NAME, encoding="ascii") as file:
+        first = file.readline()
+    if not first:
+        return "the inputs hold no rows"
+    record = json.loads(first)
+    return (
+        f"none of {folder.progress.num_in} rows is usable; the first ({record['file']} row {record['row']}): "
+        f"{record['reason']}"
+        f" (all reasons: {folder.partial / QUARANTINE_NAME})"
+    )
+
+
+def describe(manifest: dict[str, Any], output: Path) -> str:
+    """The summary a person sees at the end."""
+    counts = manifest["counts"]
+    lines = [
+        f"{output}: {counts['rows_in']} rows in, {counts['rows_out']} out, {counts['rows_quarantined']} quarantined"
+        f" ({sum(shard['bytes'] for shard in manifest['outputs']) / 1e6:.1f} MB, {MANIFEST_NAME})"
+    ]
+    lines += [f"  quarantined {number}: {reason}" for reason, number in counts["quarantine_reasons"].items()]
+    return "\n".join(lines)

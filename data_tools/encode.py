@@ -1,0 +1,105 @@
+"""Raw rows to columns: the part of a conversion that runs in worker processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from data_tools import answers, prompt_style
+from data_tools.chat import ChatTokenizer
+from data_tools.errors import RowError
+from data_tools.layouts import Columns, Example, normalise
+from data_tools.readers import Chunk
+from megatron_rest.data.prompt_files import PROMPT_SCHEMA
+
+TOOLS_IN = ("system", "template")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodeOptions:
+    """What decides the content of a converted row, beside the tokenizer."""
+
+    prompt_style: str = "original"
+    """original or compact (see :mod:`data_tools.prompt_style`)."""
+    max_think_words: int = 0
+    """Shorten the thought of answer_text to so many words; 0 = keep.  ground_truth is never touched."""
+    columns: Columns | None = None
+    """Column mapping; None = recognise the layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """One row for the quarantine."""
+
+    source: str
+    row: int
+    reason: str
+    content: Any
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChunk:
+    """What became of one chunk; ``num_in == batch.num_rows + len(refused)``."""
+
+    num_in: int
+    batch: pa.RecordBatch
+    refused: list[Refused] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A row whose texts wait for the tokenizer."""
+
+    row: int
+    example: Example
+    prompt: str
+    answer: str
+
+
+def encode_chunk(chunk: Chunk, tokenizer: ChatTokenizer, options: EncodeOptions) -> EncodedChunk:
+    """Normalise, render and tokenise the rows of a chunk.  Every row ends up in the batch or among the refused."""
+    ready, refused = [], []
+    for number, row in chunk.rows():
+        try:
+            if isinstance(row, RowError):
+                raise row
+            ready.append(_prepare(number, normalise(row, options.columns), tokenizer, options))
+        except RowError as error:
+            refused.append(Refused(chunk.source, number, str(error), None if isinstance(row, RowError) else row))
+    return EncodedChunk(chunk.num_rows, _columns(chunk.source, ready, tokenizer), refused)
+
+
+def _prepare(row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions) -> _Ready:
+    answer = example.ground_truth
+    if options.max_think_words:
+        answer = answers.shorten_thought(answer, options.max_think_words)
+    tokenizer.check_text(answer)
+    return _Ready(
+        row, example, tokenizer.render(prompt_style.apply_style(example.messages, options.prompt_style)), answer
+    )
+
+
+def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.RecordBatch:
+    ids = tokenizer.encode([*(item.prompt for item in ready), *(item.answer for item in ready)])
+    prompts, replies = ids[: len(ready)], ids[len(ready) :]
+    starts = [_starts(tokenizer, reply, item.answer) for reply, item in zip(replies, ready, strict=True)]
+    values = {
+        "prompt_id": [item.example.prompt_id for item in ready],
+        "prompt_token_ids": prompts,
+        "answer_text": [item.answer for item in ready],
+        "answer_token_ids": [[*reply, tokenizer.end_of_turn_id] for reply in replies],
+        "answer_token_starts": starts,
+        "ground_truth": [item.example.ground_truth for item in ready],
+        "tools": [answers.dumps(item.example.tools) for item in ready],
+        "calls": [answers.dumps(item.example.calls) for item in ready],
+        "source_file": [source] * len(ready),
+        "source_row": [item.row for item in ready],
+    }
+    return pa.RecordBatch.from_pydict(values, schema=PROMPT_SCHEMA)
+
+
+def _starts(tokenizer: ChatTokenizer, ids: list[int], text: str) -> list[int] | None:
+    starts = tokenizer.token_starts(ids, text)
+    return None if starts is None else [*starts, len(text.encode())]  # the end of turn starts where the text ends

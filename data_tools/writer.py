@@ -1,0 +1,202 @@
+"""The output folder: built beside its final place, renamed when it is whole.
+
+    OUTPUT.partial/      data-*.arrow (finished shards), quarantine.jsonl, progress.json
+    OUTPUT/              appears in one rename, after everything has reached the disk
+
+``progress.json`` is written after each finished shard: an interrupted conversion goes on from there, and the bytes are
+the same as those of one that was never interrupted.  Anything newer than ``progress.json`` says is thrown away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import pyarrow as pa
+
+from data_tools.encode import EncodedChunk, Refused
+from data_tools.errors import DataError
+from megatron_rest.data.prompt_files import MANIFEST_NAME, PROMPT_SCHEMA, QUARANTINE_NAME
+
+BATCH_ROWS = 1024  # rows of one record batch in the output, whatever the input's were
+_PROGRESS = "progress.json"
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a conversion has come; everything that a resumed one needs."""
+
+    fingerprint: str
+    num_chunks: int = 0
+    num_in: int = 0
+    num_out: int = 0
+    num_quarantined: int = 0
+    quarantine_bytes: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+class OutputFolder:
+    """Writes shards of record batches and the quarantine; a context manager that leaves no half-written output."""
+
+    def __init__(self, output: Path, *, fingerprint: str, metadata: dict[str, str], rows_per_shard: int) -> None:
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self._metadata = metadata
+        self._rows_per_shard = rows_per_shard
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = 0
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.partial)
+        self.progress = self._load_progress(fingerprint)
+        self._quarantine = open(self.partial / QUARANTINE_NAME, "ab")  # noqa: SIM115 - closed by __exit__
+        self._quarantine.truncate(self.progress.quarantine_bytes)
+        self._quarantine.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._quarantine.close()
+        self._lock.close()
+
+    def add(self, chunk: EncodedChunk) -> None:
+        """Take the next chunk, in order."""
+        progress = self.progress
+        for refused in chunk.refused:
+            self._quarantine.write(_quarantine_line(refused))
+            reason = _kind(refused.reason)
+            progress.reasons[reason] = progress.reasons.get(reason, 0) + 1
+        progress.num_chunks += 1
+        progress.num_in += chunk.num_in
+        progress.num_out += chunk.batch.num_rows
+        progress.num_quarantined += len(chunk.refused)
+        if chunk.batch.num_rows:
+            self._pending.append(chunk.batch)
+            self._pending_rows += chunk.batch.num_rows
+        if self._pending_rows >= self._rows_per_shard:
+            self.close_shard()
+
+    def close_shard(self) -> None:
+        """Write what is pending as one file and remember that it is there."""
+        if self._pending:
+            index = len(self.progress.shards)
+            name = f"data-{index:05d}.arrow"
+            table = pa.Table.from_batches(self._pending).combine_chunks()
+            self._pending, self._pending_rows = [], 0
+            self.progress.shards.append(self._write_shard(name, table))
+        self._quarantine.flush()
+        os.fsync(self._quarantine.fileno())
+        self.progress.quarantine_bytes = self._quarantine.tell()
+        write_atomically(self.partial / _PROGRESS, json.dumps(asdict(self.progress)).encode())
+
+    def finish(self, manifest: dict[str, Any], *, overwrite: bool) -> None:
+        """Write the manifest and put the folder in its place."""
+        write_atomically(
+            self.partial / MANIFEST_NAME, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+        )
+        (self.partial / _PROGRESS).unlink()
+        (self.partial / ".lock").unlink()
+        _sync_folder(self.partial)
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        if self.output.exists():
+            if not overwrite:
+                raise DataError(f"{self.output} exists: give --overwrite to replace it")
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.output.rename(replaced)
+        self.partial.rename(self.output)
+        _sync_folder(self.output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _write_shard(self, name: str, table: pa.Table) -> dict[str, Any]:
+        temporary = self.partial / (name + ".tmp")
+        with open(temporary, "wb") as file:
+            with pa.ipc.new_file(file, PROMPT_SCHEMA.with_metadata(self._metadata)) as writer:
+                writer.write_table(table, max_chunksize=BATCH_ROWS)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = {
+            "name": name,
+            "rows": table.num_rows,
+            "bytes": temporary.stat().st_size,
+            "sha256": sha256_file(temporary),
+        }
+        temporary.rename(self.partial / name)
+        return entry
+
+    def _load_progress(self, fingerprint: str) -> Progress:
+        """The progress of an earlier run with the same inputs and options; otherwise start afresh."""
+        progress = Progress(fingerprint=fingerprint)
+        try:
+            stored = Progress(**json.loads((self.partial / _PROGRESS).read_text()))
+            if stored.fingerprint == fingerprint and all(self._is_whole(entry) for entry in stored.shards):
+                progress = stored
+        except (OSError, ValueError, TypeError):
+            pass  # nothing to go on from
+        keep = {entry["name"] for entry in progress.shards} | {".lock", QUARANTINE_NAME, _PROGRESS}
+        for file in self.partial.iterdir():
+            if file.name not in keep:
+                file.unlink()
+        return progress
+
+    def _is_whole(self, entry: dict[str, Any]) -> bool:
+        path = self.partial / entry["name"]
+        return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 - held until the folder is closed
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise DataError(f"another conversion is writing {folder}: wait for it or choose another --output") from error
+    return file
+
+
+def _kind(reason: str) -> str:
+    """The part of a reason that many rows share."""
+    return reason.split(":")[0].split("(")[0].strip()[:80]
+
+
+def _quarantine_line(refused: Refused) -> bytes:
+    record = {"file": refused.source, "row": refused.row, "reason": refused.reason, "content": refused.content}
+    try:
+        text = json.dumps(record, default=str)
+    except (ValueError, RecursionError, TypeError):
+        text = json.dumps({**record, "content": repr(refused.content)[:10_000]})
+    return text.encode("ascii") + b"\n"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write, reach the disk, rename: readers see the old content or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

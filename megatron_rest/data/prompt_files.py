@@ -1,0 +1,98 @@
+"""What a folder of prepared prompts looks like: the contract between ``data_tools`` (writer) and ``prompts`` (reader).
+
+    OUTPUT/
+      manifest.json        counts, hashes, identities, options
+      data-00000.arrow     Arrow IPC file, schema below
+      quarantine.jsonl     rows that were refused, with the reason
+
+Needs pyarrow only, so that both sides can import it on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+QUARANTINE_NAME = "quarantine.jsonl"
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),  # content hash of the row, independent of the tokenizer
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # template and generation prompt included
+        pa.field("answer_text", pa.string(), nullable=False),  # reference answer to imitate
+        pa.field("answer_token_ids", pa.list_(pa.int32()), nullable=False),  # answer_text + end of turn
+        pa.field("answer_token_starts", pa.list_(pa.int32())),  # byte of answer_text where each token starts
+        pa.field("ground_truth", pa.string(), nullable=False),  # the reference as it came, for the reward
+        pa.field("tools", pa.string(), nullable=False),  # JSON list of {"name", "description", "parameters"}
+        pa.field("calls", pa.string(), nullable=False),  # JSON list of {"name", "parameters"}
+        pa.field("source_file", pa.string(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+    ]
+)
+
+
+def tokenizer_identity(folder: str | Path) -> str:
+    """Hash of what decides token ids in an HF tokenizer folder; saving the folder again does not change it."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no tokenizer.json: give a Hugging Face tokenizer folder (fast tokenizer)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    model = spec.get("model") or {}
+    merges = [pair.split(" ", 1) if isinstance(pair, str) else list(pair) for pair in model.get("merges") or []]
+    added = sorted(
+        (
+            token["id"],
+            token["content"],
+            token.get("normalized", False),
+            token.get("lstrip", False),
+            token.get("rstrip", False),
+        )
+        for token in spec.get("added_tokens") or []
+    )
+    parts = [model.get("type"), model.get("vocab"), merges, added, spec.get("normalizer"), spec.get("pre_tokenizer")]
+    return _digest(json.dumps(parts, sort_keys=True, ensure_ascii=True))
+
+
+def chat_template(folder: str | Path) -> str:
+    """The chat template of an HF tokenizer folder (``chat_template.jinja`` first, then ``tokenizer_config.json``)."""
+    folder = Path(folder)
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    template: Any = tokenizer_config(folder).get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str) or not template:
+        raise ValueError(f"{folder} has no chat template: add chat_template.jinja to the tokenizer folder")
+    return template
+
+
+def tokenizer_config(folder: str | Path) -> dict[str, Any]:
+    """``tokenizer_config.json`` of an HF tokenizer folder; empty where there is none."""
+    path = Path(folder) / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return config
+
+
+def template_identity(folder: str | Path) -> str:
+    """Hash of the chat template's text."""
+    return _digest(chat_template(folder))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,210 @@
+"""Prompts for training: what ``megatron-rest-data convert`` wrote, memory-mapped, in an order that can be resumed.
+
+The order is a pure function of (seed, epoch), so the only state of a run is its step number:
+
+    dataset = PromptDataset.open("data/train", tokenizer_path="tok").select(max_prompt_tokens=1024)
+    for step in range(first_step, last_step + 1):
+        rows = prompts_for_step(len(dataset), 16, seed=1, step=step)     # the same on every rank
+        mine = rows[dp_rank::dp_size]                                    # any split gives the same global batch
+
+Opening maps the files and reads batch headers; no row is touched before it is asked for, and no buffer is copied.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_rest.data.prompt_files import (
+    MANIFEST_NAME,
+    PROMPT_SCHEMA,
+    SCHEMA_VERSION,
+    template_identity,
+    tokenizer_identity,
+)
+from megatron_rest.types import PromptSample
+
+__all__ = ["PromptDataset", "prompts_for_step"]
+
+
+class PromptDataset:
+    """Prompts with reference answers, indexed ``0 .. len - 1``; arrays are read-only views of the mapped files."""
+
+    def __init__(
+        self, batches: list[pa.RecordBatch], *, rows: np.ndarray | None = None, num_left_out: int = 0, name: str = ""
+    ) -> None:
+        """Use :meth:`open`.  ``rows`` are the data set's rows to show, all by default."""
+        self._batches = batches
+        self._ends = list(accumulate(batch.num_rows for batch in batches))
+        self._rows = np.arange(self._ends[-1] if batches else 0) if rows is None else rows
+        self._name = name
+        self.num_left_out = num_left_out
+        """Prompts that :meth:`select` left out because they are too long."""
+
+    @classmethod
+    def open(cls, path: str | Path, *, tokenizer_path: str | None = None) -> PromptDataset:
+        """Map the folder ``path``; with ``tokenizer_path``, refuse it if another tokenizer or template made it."""
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        if tokenizer_path is not None:
+            _check_tokenizer(folder, manifest, tokenizer_path)
+        batches = [batch for entry in manifest["outputs"] for batch in _map_shard(folder, entry)]
+        return cls(batches, name=str(folder))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> PromptSample:
+        batch, row = self._locate(index)
+        return PromptSample(
+            prompt_id=batch.column("prompt_id")[row].as_py(),
+            token_ids=_int32(batch, "prompt_token_ids", row),
+            ground_truth=batch.column("ground_truth")[row].as_py(),
+            index=int(self._rows[index]),
+        )
+
+    def reference_token_ids(self, index: int) -> np.ndarray:
+        """int32 [A]: the reference answer, end of turn included."""
+        batch, row = self._locate(index)
+        return _int32(batch, "answer_token_ids", row)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Every column of one prompt as plain values, for people and reports."""
+        batch, row = self._locate(index)
+        return dict(batch.slice(row, 1).to_pylist()[0])
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """int64 [len]: tokens of each prompt."""
+        lengths = [np.diff(_offsets(batch.column("prompt_token_ids"))) for batch in self._batches]
+        return np.concatenate(lengths).astype(np.int64)[self._rows] if lengths else np.zeros(0, dtype=np.int64)
+
+    def select(self, *, max_prompt_tokens: int, max_prompts: int = 0) -> PromptDataset:
+        """Prompts of at most ``max_prompt_tokens``, the first ``max_prompts`` of them (0 = all).  Nothing is cut."""
+        if max_prompt_tokens < 1 or max_prompts < 0:
+            raise ValueError(f"max_prompt_tokens={max_prompt_tokens} must be >= 1 and max_prompts={max_prompts} >= 0")
+        lengths = self.prompt_lengths
+        fitting = self._rows[lengths <= max_prompt_tokens]
+        if len(self) and not len(fitting):
+            raise ValueError(
+                f"{self._name}: all {len(self)} prompts are longer than max_prompt_tokens={max_prompt_tokens} "
+                f"(the shortest has {int(lengths.min())}): raise data.max_prompt_tokens or prepare shorter prompts"
+            )
+        left_out = self.num_left_out + len(self) - len(fitting)
+        rows = fitting[:max_prompts] if max_prompts else fitting
+        return PromptDataset(self._batches, rows=rows, num_left_out=left_out, name=self._name)
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        if not 0 <= index < len(self._rows):
+            raise IndexError(f"prompt {index} of {len(self._rows)} in {self._name}")
+        row = int(self._rows[index])
+        number = bisect_right(self._ends, row)
+        return self._batches[number], row - (self._ends[number - 1] if number else 0)
+
+
+def prompts_for_step(num_prompts: int, prompts_per_step: int, *, seed: int, step: int) -> list[int]:
+    """Prompts of step ``step`` (from 1).  Consecutive steps walk through one permutation per epoch and lose none.
+
+    A step that crosses the border of an epoch may hold a prompt twice (the last of one epoch, the first of the next).
+    """
+    if num_prompts < 1 or prompts_per_step < 1 or step < 1:
+        raise ValueError(
+            f"num_prompts={num_prompts}, prompts_per_step={prompts_per_step} and step={step} must all be at least 1"
+        )
+    start = (step - 1) * prompts_per_step
+    order: list[int] = []
+    while len(order) < prompts_per_step:
+        epoch, offset = divmod(start + len(order), num_prompts)
+        order += _permutation(num_prompts, seed, epoch)[offset : offset + prompts_per_step - len(order)].tolist()
+    return order
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
+    """Prompts sorted by a hash: unlike numpy's generators it is the same in every version."""
+    start = np.uint64(_mix_int(_mix_int(seed) ^ epoch))
+    keys = _mix(np.arange(num_prompts, dtype=np.uint64) ^ start)
+    permutation = np.argsort(keys, kind="stable")
+    permutation.flags.writeable = False
+    return permutation
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's output function: a bijection of 64-bit words that scatters neighbours."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _mix_int(value: int) -> int:
+    return int(_mix(np.array([value & (2**64 - 1)], dtype=np.uint64))[0])
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {MANIFEST_NAME}: prepare it with `megatron-rest-data convert --output {folder} ...`"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, outputs = manifest["schema_version"], manifest["outputs"]
+        names = [(entry["name"], entry["rows"], entry["bytes"]) for entry in outputs]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): convert the data again") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: convert the data again"
+        )
+    for name, _, _ in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{path}: {name!r} is not a plain file name")
+    return dict(manifest)
+
+
+def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str) -> None:
+    stored = manifest.get("tokenizer", {})
+    for what, key, actual in (
+        ("tokenizer", "identity", tokenizer_identity(tokenizer_path)),
+        ("chat template", "chat_template_identity", template_identity(tokenizer_path)),
+    ):
+        if stored.get(key) != actual:
+            raise ValueError(
+                f"{folder} was prepared with another {what} ({str(stored.get(key))[:12]}) than {tokenizer_path} "
+                f"({actual[:12]}): "
+                f"its token ids mean something else; convert the data again with --tokenizer {tokenizer_path}"
+            )
+
+
+def _map_shard(folder: Path, entry: dict[str, Any]) -> list[pa.RecordBatch]:
+    path = folder / entry["name"]
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        raise ValueError(
+            f"{path} is missing or does not have the {entry['bytes']} bytes of the manifest: copy it again"
+        )
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not reader.schema.equals(PROMPT_SCHEMA, check_metadata=False):
+        raise ValueError(f"{path} does not have the schema of prepared prompts: convert the data again")
+    if sum(batch.num_rows for batch in batches) != entry["rows"]:
+        raise ValueError(f"{path} does not hold the {entry['rows']} rows of the manifest: copy it again")
+    return batches
+
+
+def _offsets(column: pa.ListArray) -> np.ndarray:
+    return np.asarray(column.offsets.to_numpy(zero_copy_only=True))
+
+
+def _int32(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
+    return np.asarray(batch.column(name)[row].values.to_numpy(zero_copy_only=True))
