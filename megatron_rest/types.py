@@ -12,7 +12,7 @@ Host-side sequences are numpy arrays (they are built, split and shipped between 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
 
 import numpy as np
@@ -191,6 +191,11 @@ class MicroBatch:
     @property
     def num_sequences(self) -> int:
         return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same microbatch on ``device``."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()})
 
     def with_scores(self, *, old_log_probs: Tensor, token_weights: Tensor | None) -> MicroBatch:
         """The same microbatch after the scoring pass."""

@@ -1,0 +1,275 @@
+"""Configuration in, Megatron objects out.  The one place that reads Megatron's global state and the process environment.
+
+Refused here, because Megatron-Core computes silently wrong numbers with them on gloo (and nothing is gained by them in RL):
+dropout, interleaved PP=2 without overlapped point-to-point messages, deallocated pipeline outputs with overlapped messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig, validate
+from megatron_rest.mcore import cpu
+from megatron_rest.model_map import ModelShape, padded_vocab_size
+
+__all__ = ["ParallelContext", "build_chunks", "build_optimizer", "initialize", "transformer_config", "wrap"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelContext:
+    """Groups and ranks of this process.  ``pg_collection`` is Megatron's own type under Megatron's own name."""
+
+    pg_collection: Any
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.tp
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.pp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.dp
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+
+def initialize(config: RestConfig) -> ParallelContext:
+    """Start torch.distributed if need be (torchrun's environment) and Megatron's groups; seed; check the layout.
+
+    Raises :class:`ConfigError` if the world size does not fit the layout.
+    """
+    is_cpu = cpu.enable()
+    if not is_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo" if is_cpu else "nccl", timeout=timedelta(minutes=config.trainer.timeout_minutes)
+        )
+    validate(config, world_size=dist.get_world_size())
+    _refuse(config)
+    _quiet()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    p = config.parallel
+    parallel_state.initialize_model_parallel(
+        p.tensor_parallel,
+        p.pipeline_parallel,
+        p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+        context_parallel_size=p.context_parallel,
+        expert_model_parallel_size=p.expert_parallel,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    cpu.seed_model_parallel(config.trainer.seed, tp_rank=groups.tp.rank())
+    return ParallelContext(
+        pg_collection=groups,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        device=torch.device("cpu") if is_cpu else torch.device("cuda", torch.cuda.current_device()),
+    )
+
+
+def _refuse(config: RestConfig) -> None:
+    p = config.parallel
+    if p.context_parallel > 1 or p.expert_parallel > 1:
+        raise ConfigError(
+            "parallel.context_parallel and parallel.expert_parallel must be 1: the trainer packs whole sequences of dense models"
+        )
+    if p.sequence_parallel and p.tensor_parallel == 1:
+        raise ConfigError("parallel.sequence_parallel needs parallel.tensor_parallel > 1")
+
+
+def _quiet() -> None:
+    """Megatron warns once a rank about every missing accelerator; ``megatron-rest doctor`` says it once, readably."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
+def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
+    """Megatron's ``TransformerConfig`` for a HF model shape and our layout."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    p = config.parallel
+    dtype = getattr(torch, config.model.dtype)
+    if shape.num_experts:
+        raise ConfigError("model.path: mixture-of-experts models are not supported by the trainer yet")
+    is_cpu = not torch.cuda.is_available()
+    interleaved = p.virtual_pipeline > 1
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
+        # RL compares log-probs of the same network in different passes: dropout would make every ratio noise.
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=p.tensor_parallel,
+        pipeline_model_parallel_size=p.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline if interleaved else None,
+        sequence_parallel=p.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=True,  # Megatron divides by the global token count: no split changes the gradient
+        variable_seq_lengths=True,  # packed microbatches differ in length
+        moe_token_dispatcher_type="alltoall",  # Megatron ties variable_seq_lengths to this name, dense models too
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=not is_cpu,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        # Interleaved PP=2 without overlap matches messages in the wrong order; with overlap, deallocating outputs frees
+        # storage that gloo is still sending.  Both are silent.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=not interleaved,
+    )
+
+
+def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext, megatron_config: Any) -> list[Any]:
+    """This rank's ``GPTModel`` chunks, unwrapped, with random weights and our output in place of the cross-entropy."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megatron_rest.mcore.output import attach
+    from megatron_rest.mcore.specs import block_spec
+
+    chunks = []
+    for i in range(config.parallel.virtual_pipeline):
+        stage = i if config.parallel.virtual_pipeline > 1 else None
+        model = GPTModel(
+            megatron_config,
+            block_spec(megatron_config, qk_layernorm=shape.has_qk_norm, vp_stage=stage),
+            vocab_size=padded_vocab_size(shape.vocab_size, context.tp_size, shape.vocab_multiple),
+            max_sequence_length=config.model.max_sequence_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            **_rope_scaling(shape),
+            pg_collection=context.pg_collection,
+            vp_stage=stage,
+        )
+        attach(model, vocab_size=shape.vocab_size, temperature=config.rollout.temperature)
+        chunks.append(model.to(context.device))
+    return chunks
+
+
+def _rope_scaling(shape: ModelShape) -> dict[str, Any]:
+    """Llama-3's frequency scaling is the one that ``GPTModel`` knows; with other constants it would be silently wrong."""
+    if not shape.rope_scaling:
+        return {}
+    scaling = dict(shape.rope_scaling)
+    factor = float(scaling.pop("factor", 8.0))
+    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if scaling.get("rope_type") != "llama3" or rest != llama3:
+        raise ConfigError(f"model.path: rotary scaling {dict(shape.rope_scaling)} is not what Megatron's Llama-3 scaling computes")
+    return {"rope_scaling": True, "rope_scaling_factor": factor}
+
+
+def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: ParallelContext) -> list[Any]:
+    """Megatron's DistributedDataParallel around every chunk; replicas start from the weights of DP rank 0."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    wrapped = [
+        DistributedDataParallel(megatron_config, settings, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(
+    chunks: list[Any], megatron_config: Any, config: RestConfig, *, optimizer: OptimizerConfig, num_updates: int
+) -> tuple[Any, Any]:
+    """Megatron's Adam and learning-rate schedule for ``num_updates`` optimiser steps; also hooks them into the schedules."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    adam = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            min_lr=0.0,
+            weight_decay=optimizer.weight_decay,
+            clip_grad=optimizer.clip_grad,
+            adam_beta1=optimizer.adam_beta1,
+            adam_beta2=optimizer.adam_beta2,
+            bf16=megatron_config.bf16,
+            params_dtype=megatron_config.params_dtype,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        chunks,
+    )
+    scheduler = OptimizerParamScheduler(
+        adam,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.lr if optimizer.decay == "constant" else 0.1 * optimizer.lr,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=max(num_updates, optimizer.warmup_steps + 1),
+        lr_decay_style=optimizer.decay,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=num_updates,
+        wd_incr_style="constant",
+    )
+    megatron_config.finalize_model_grads_func = finalize_model_grads
+    megatron_config.grad_scale_func = adam.scale_loss
+    return adam, scheduler

@@ -1,0 +1,79 @@
+"""HF safetensors -> Megatron shards: each rank reads the tensors it needs and keeps its slice.
+
+Names, fusions and shard dimensions come from ``model_map``; the way back (shards -> full HF tensors) is the weight
+synchronisation's source, so that an exported folder holds exactly what an engine would have received.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_rest.config import ConfigError
+from megatron_rest.model_map import ModelShape, parameter_map, to_megatron
+
+__all__ = ["load_hf_weights", "read_shape"]
+
+
+def read_shape(folder: str | Path) -> ModelShape:
+    """Model shape of an HF folder.  Raises :class:`ConfigError` if there is no readable ``config.json``."""
+    path = Path(folder) / "config.json"
+    try:
+        return ModelShape.from_hf_config(json.loads(path.read_text()))
+    except OSError as error:
+        raise ConfigError(f"model.path: cannot read {path} ({error.strerror}); give a Hugging Face model folder") from error
+    except (KeyError, ValueError) as error:  # JSONDecodeError is a ValueError
+        raise ConfigError(f"model.path: {path} is not a usable model configuration: {error}") from error
+
+
+class _Safetensors(Mapping[str, Tensor]):
+    """All tensors of a folder's ``*.safetensors`` files by name, read lazily."""
+
+    def __init__(self, folder: Path) -> None:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"model.path: no *.safetensors in {folder}; weights are read from safetensors only")
+        self._handles = [safe_open(f, framework="pt") for f in files]
+        self._where = {name: h for h in self._handles for name in h.keys()}  # noqa: SIM118  not a mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
+@torch.no_grad()
+def load_hf_weights(
+    shards: Mapping[str, Tensor], folder: str | Path, shape: ModelShape, *, tp_rank: int, tp_size: int
+) -> None:
+    """Fill ``shards`` (Megatron name with global layer number -> this rank's parameter) from an HF folder.
+
+    Every shard must be in the map and every map entry that this rank holds must be in the folder; else ``ConfigError``.
+    """
+    source = _Safetensors(Path(folder))
+    filled = set()
+    for spec in parameter_map(shape):
+        for name in (spec.megatron_name, *spec.alternatives, *spec.tied_copies):
+            if name not in shards:
+                continue
+            missing = [n for n in spec.hf_names if n not in source]
+            if missing:
+                raise ConfigError(f"model.path: {folder} lacks {missing[0]}, which Megatron's {name} is made of")
+            shard = to_megatron(spec, source, tp_rank=tp_rank, tp_size=tp_size, shape=shape)
+            if shard.shape != shards[name].shape:
+                raise ConfigError(f"{name}: the folder gives {tuple(shard.shape)}, the model has {tuple(shards[name].shape)}")
+            shards[name].copy_(shard)
+            filled.add(name)
+    left = sorted(set(shards) - filled)
+    if left:
+        raise ConfigError(f"no map from Hugging Face names to {left[0]} ({len(left)} parameters); is the model type supported?")

@@ -1,0 +1,167 @@
+"""The policy as the trainer sees it: score sequences, take an optimiser step, show its shards.
+
+Everything runs through Megatron's own pipeline schedule, DistributedDataParallel and optimizer.  All methods are collective:
+every rank of the model calls them with its own data-parallel share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rest.mcore.build import ParallelContext
+from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
+from megatron_rest.types import LossInputs, LossOutput, MicroBatch, TrainBatch
+
+__all__ = ["MegatronPolicy", "Scores", "UpdateReport"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Scoring pass of one microbatch, label-aligned."""
+
+    log_probs: Tensor  # float32 [T], nats
+    entropy: Tensor  # float32 [T], nats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateReport:
+    """What one optimiser step did."""
+
+    loss: float  # loss_sum / num_tokens over the global batch
+    grad_norm: float
+    lr: float
+    is_skipped: bool  # the optimiser refused the step (overflow)
+    metrics: Mapping[str, tuple[float, float]]  # (sum, count) over the global batch
+
+
+class MegatronPolicy:
+    """Model chunks of this rank with their optimiser.
+
+    Args:
+        chunks: DDP-wrapped model chunks (one, or one per virtual pipeline stage).
+        optimizer: Megatron optimiser; None for a policy that only scores.
+        scheduler: Megatron ``OptimizerParamScheduler``; None with no optimiser.
+        context: process groups and ranks.
+    """
+
+    def __init__(self, *, chunks: Sequence[Any], optimizer: Any, scheduler: Any, context: ParallelContext) -> None:
+        self.chunks = list(chunks)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.context = context
+
+    @property
+    def modules(self) -> list[Any]:
+        """Unwrapped ``GPTModel`` chunks."""
+        return [getattr(chunk, "module", chunk) for chunk in self.chunks]
+
+    def score(self, microbatches: Sequence[MicroBatch]) -> list[Scores]:
+        """Log-probs and entropy of every label, without gradients; the same list on every pipeline and tensor rank.
+
+        Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage, one
+        broadcast of ``[2, sum T]`` float32 over PP.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            outputs = self._schedule(score_step, microbatches, forward_only=True)
+        lengths = [len(m.token_ids) for m in microbatches]
+        flat = torch.empty(2, sum(lengths), dtype=torch.float32, device=self.context.device)
+        if self.context.is_last_stage:
+            torch.cat(outputs, dim=1, out=flat)
+        if self.context.pp_size > 1:
+            dist.broadcast(flat, src=self.context.last_stage_rank, group=self.context.pp_group)
+        return [Scores(log_probs=part[0], entropy=part[1]) for part in flat.split(lengths, dim=1)]
+
+    def update(self, batch: TrainBatch, loss: PolicyLoss) -> UpdateReport:
+        """One optimiser step over the global batch of which ``batch`` is this replica's share."""
+        if self.optimizer is None:
+            raise RuntimeError("this policy was built without an optimiser")
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        step = partial(forward_step, loss=partial(_with_loss_metric, loss), totals=batch.totals)
+        results = self._schedule(step, batch.microbatches, forward_only=False)
+        is_applied, grad_norm, _ = self.optimizer.step()
+        lr = self.optimizer.param_groups[0]["lr"]
+        if is_applied:
+            self.scheduler.step(increment=1)
+        metrics = self._reduce_metrics(results)
+        loss_sum, count = metrics.pop("loss")
+        return UpdateReport(
+            loss=loss_sum / max(count, 1.0),
+            grad_norm=float(grad_norm or 0.0),
+            lr=float(lr),
+            is_skipped=not is_applied,
+            metrics=metrics,
+        )
+
+    def named_shards(self) -> dict[str, Tensor]:
+        """This rank's parameter shards by Megatron name, with GLOBAL layer numbers; live tensors, not copies."""
+        shards: dict[str, Tensor] = {}
+        for module in self.modules:
+            offset = _layer_offset(module)
+            for name, parameter in module.named_parameters():
+                shards[_global_name(name, offset)] = parameter.data
+        return shards
+
+    def _schedule(self, step: Callable[..., Any], microbatches: Sequence[MicroBatch], *, forward_only: bool) -> list[Any]:
+        on_device = [m.to(self.context.device) for m in microbatches]
+        iterators: list[Iterator[MicroBatch]] = [iter(on_device) for _ in self.chunks]
+        interleaved = len(self.chunks) > 1
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if interleaved else iterators[0],
+            model=self.chunks if interleaved else self.chunks[0],
+            num_microbatches=len(microbatches),
+            # Shapes travel with the tensors (variable_seq_lengths): these two are upper bounds that nothing depends on.
+            seq_length=max(len(m.token_ids) for m in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _reduce_metrics(self, results: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[float, float]]:
+        """Sum (sum, count) pairs over microbatches and DP on the last stage, then tell the other stages."""
+        context = self.context
+        payload: list[Any] = [None]
+        if context.is_last_stage:
+            sums: dict[str, Tensor] = {}
+            for result in results:
+                for name, (total, count) in result.items():
+                    pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()
+                    sums[name] = sums[name] + pair if name in sums else pair
+            names = sorted(sums)
+            table = torch.stack([sums[n] for n in names]).to(context.device)
+            dist.all_reduce(table, group=context.dp_group)
+            payload = [{n: (float(a), float(b)) for n, (a, b) in zip(names, table.tolist(), strict=True)}]
+        if context.pp_size > 1:
+            dist.broadcast_object_list(payload, src=context.last_stage_rank, group=context.pp_group)
+        return dict(payload[0])
+
+
+def _with_loss_metric(loss: PolicyLoss, inputs: LossInputs) -> LossOutput:
+    out = loss(inputs)
+    return replace(out, metrics={**out.metrics, "loss": (out.loss_sum.detach(), out.num_tokens.detach())})
+
+
+def _layer_offset(module: Any) -> int:
+    """Global number of the first layer of this chunk (Megatron numbers layers from 1, globally)."""
+    layers = module.decoder.layers
+    return layers[0].layer_number - 1 if len(layers) else 0
+
+
+def _global_name(name: str, offset: int) -> str:
+    prefix = "decoder.layers."
+    if not name.startswith(prefix):
+        return name
+    local, _, rest = name[len(prefix) :].partition(".")
+    return f"{prefix}{int(local) + offset}.{rest}"

@@ -1,0 +1,52 @@
+"""Layer specs of decoder-only models: Transformer Engine where it is installed with a GPU, local modules otherwise.
+
+Both name their parameters alike in checkpoints; what differs is where the norms live, which ``model_map`` knows.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rest.mcore.attention import PackedCoreAttention
+
+__all__ = ["block_spec", "has_transformer_engine"]
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron can use Transformer Engine here: installed, importable and with a CUDA device."""
+    return torch.cuda.is_available() and getattr(gpt_layer_specs, "HAVE_TE", False)
+
+
+def block_spec(config: TransformerConfig, *, qk_layernorm: bool, vp_stage: int | None = None) -> Any:
+    """Spec of the transformer block of one pipeline chunk."""
+    if has_transformer_engine():
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+    layer = copy.deepcopy(
+        gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
+    )
+    submodules = layer.submodules
+    submodules.input_layernorm = RMSNorm
+    submodules.pre_mlp_layernorm = RMSNorm
+    submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    if qk_layernorm:
+        submodules.self_attention.submodules.q_layernorm = RMSNorm
+        submodules.self_attention.submodules.k_layernorm = RMSNorm
+    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the mark that makes Megatron reduce its gradient over sequence-parallel ranks.
+
+    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism; without the mark the norm gradients are silently wrong.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

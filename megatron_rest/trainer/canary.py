@@ -1,0 +1,77 @@
+"""After every weight transfer: does the engine compute what the trainer computes?
+
+Checksums prove that bytes arrived; only log-probs prove that they arrived in the right place (a transposed fusion or a stale
+tied head passes every checksum).  The engine of rank 0 samples a few greedy tokens after a fixed prompt, every engine scores
+that sequence, and the trainer scores it through its own pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rest.data.batching import make_microbatch
+from megatron_rest.mcore.policy import MegatronPolicy
+from megatron_rest.rollout import RolloutEngine
+from megatron_rest.types import PromptSample, TokenRegion, TrainSample
+
+__all__ = ["Canary", "CanaryError"]
+
+
+class CanaryError(RuntimeError):
+    """Engine and trainer disagree on the log-probs of the same tokens under what should be the same weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Canary:
+    """A prompt whose continuation both engines must agree on.
+
+    Args:
+        prompt: any prompt of the data set.
+        num_tokens: greedy tokens sampled after it.
+        tolerance: largest allowed |log-prob difference|, nats.
+    """
+
+    prompt: PromptSample
+    num_tokens: int
+    tolerance: float
+
+    def check(self, engine: RolloutEngine, policy: MegatronPolicy, *, alignment: int = 1) -> float:
+        """Largest |engine - trainer| log-prob over all ranks' engines; raises :class:`CanaryError` above the tolerance.
+
+        Collective over all ranks: one broadcast of token ids, a scoring pass, one MAX all-reduce.
+        """
+        tokens = torch.zeros(self.num_tokens, dtype=torch.int64)
+        if dist.get_rank() == 0:
+            sampled, _ = engine.greedy(self.prompt.token_ids, self.num_tokens)
+            tokens[:] = torch.from_numpy(np.asarray(sampled, np.int64))
+        dist.broadcast(tokens, src=0)
+        sequence = np.concatenate([self.prompt.token_ids, tokens.numpy()]).astype(np.int32)
+        trained = self._trainer_log_probs(policy, sequence, alignment)
+        engine_log_probs = torch.from_numpy(np.asarray(engine.prompt_log_probs(sequence), np.float32))
+        gap = (engine_log_probs[-self.num_tokens :] - trained[-self.num_tokens :]).abs().max().reshape(1)
+        gap = torch.nan_to_num(gap, nan=torch.inf)
+        dist.all_reduce(gap, op=dist.ReduceOp.MAX)
+        worst = float(gap)
+        if not worst <= self.tolerance:
+            raise CanaryError(
+                f"after the weight transfer the engine's log-probs differ from the trainer's by {worst:.3g} nats on the "
+                f"canary prompt (allowed: weight_sync.canary_tolerance = {self.tolerance:g})"
+            )
+        return worst
+
+    def _trainer_log_probs(self, policy: MegatronPolicy, sequence: np.ndarray, alignment: int) -> torch.Tensor:
+        n = len(sequence)
+        sample = TrainSample(
+            token_ids=sequence,
+            loss_mask=np.arange(n) >= n - self.num_tokens,
+            region_ids=np.full(n, int(TokenRegion.CONTEXT), np.int8),
+            rollout_log_probs=np.zeros(n, np.float32),
+            advantage=0.0,
+            sequence_id=0,
+        )
+        [scores] = policy.score([make_microbatch([sample], alignment=alignment)])
+        return scores.log_probs.cpu()[: n - 1]

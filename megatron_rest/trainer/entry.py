@@ -1,0 +1,44 @@
+"""Command line shared by the worker entries: configuration, exit status, one clear line for what the user can mend."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from megatron_rest.config import ConfigError, RestConfig, load
+
+__all__ = ["worker_main"]
+
+_INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def worker_main(run: Callable[[RestConfig], None], description: str | None, argv: list[str] | None) -> int:
+    """Load the configuration and call ``run``; errors of the user are one line from rank 0, others a traceback."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file with the sections of megatron_rest.config.RestConfig")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
+    args = parser.parse_args(argv)
+    try:
+        run(load(args.config, args.overrides))
+        return 0
+    except (ConfigError, FileNotFoundError, PermissionError) as error:
+        _say(f"error: {error}")
+        status = 2
+    except KeyboardInterrupt:
+        _say("interrupted; the last complete checkpoint is kept")
+        status = _INTERRUPTED
+    except Exception:  # noqa: BLE001  the end of the process: everything that is left is reported and ends the run
+        print(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        status = 1
+    # Peers may wait in a collective and engines may own threads: leave without their destructors.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""Rollouts of every rank, on every rank, in prompt order.
+
+Rank r rolls out prompts r, r + world, r + 2 world, ...  Token ids and log-probs travel as flat tensors: nothing that a policy
+sampled is ever pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+
+__all__ = ["all_gather_groups", "share_of"]
+
+_STOP_REASONS = tuple(StopReason)
+
+
+def share_of(prompts: Sequence[PromptSample], *, rank: int, world_size: int) -> list[PromptSample]:
+    """The prompts that ``rank`` rolls out."""
+    return list(prompts[rank::world_size])
+
+
+def all_gather_groups(
+    mine: Sequence[RolloutGroup], prompts: Sequence[PromptSample], *, group: dist.ProcessGroup | None = None
+) -> list[RolloutGroup]:
+    """All groups in the order of ``prompts``; ``mine`` are the groups of :func:`share_of` this rank, in its order.
+
+    Collectives: three all-gathers (sizes, integers, log-probs) over ``group`` (None = all ranks).
+    """
+    world_size = dist.get_world_size(group)
+    rollouts = [r for g in mine for r in g.rollouts]
+    header = [[len(g.rollouts) for g in mine], [x for r in rollouts for x in _header(r)]]
+    integers = np.concatenate(
+        [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
+        + [r.loss_mask.astype(np.int64) for r in rollouts]
+    )  # fmt: skip
+    floats = np.concatenate([np.zeros(0, np.float32), *(r.log_probs for r in rollouts)]).astype(np.float32)
+    all_integers = _all_gather(torch.from_numpy(integers), group)
+    all_floats = _all_gather(torch.from_numpy(floats), group)
+    groups: list[RolloutGroup | None] = [None] * len(prompts)
+    for rank in range(world_size):
+        theirs = list(range(rank, len(prompts), world_size))
+        unpacked = _unpack(all_integers[rank].numpy(), all_floats[rank].numpy(), [prompts[i] for i in theirs])
+        for index, rollout_group in zip(theirs, unpacked, strict=True):
+            groups[index] = rollout_group
+    return [g for g in groups if g is not None]
+
+
+def _header(rollout: Rollout) -> tuple[int, int, int]:
+    return len(rollout.token_ids), _STOP_REASONS.index(rollout.stop_reason), rollout.policy_version
+
+
+def _unpack(integers: np.ndarray, floats: np.ndarray, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
+    sizes = integers[: len(prompts)]
+    total = int(sizes.sum())
+    headers = integers[len(prompts) : len(prompts) + 3 * total].reshape(total, 3)
+    bounds = np.cumsum([0, *headers[:, 0]])
+    tokens = integers[len(prompts) + 3 * total :]
+    masks = tokens[bounds[-1] :]
+    rollouts = iter(range(total))
+    groups = []
+    for prompt, size in zip(prompts, sizes, strict=True):
+        members = []
+        for _ in range(int(size)):
+            i = next(rollouts)
+            at = slice(bounds[i], bounds[i + 1])
+            members.append(
+                Rollout(
+                    prompt_id=prompt.prompt_id,
+                    token_ids=tokens[at].astype(np.int32),
+                    log_probs=floats[at].copy(),
+                    loss_mask=masks[at].astype(bool),
+                    stop_reason=_STOP_REASONS[int(headers[i, 1])],
+                    policy_version=int(headers[i, 2]),
+                )
+            )
+        groups.append(RolloutGroup(prompt=prompt, rollouts=tuple(members)))
+    return groups
+
+
+def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """All-gather of 1-D tensors of different lengths."""
+    world_size = dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
+    longest = max(int(s) for s in sizes)
+    padded = torch.zeros(longest, dtype=mine.dtype)
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded, group=group)
+    return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]

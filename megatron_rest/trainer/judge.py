@@ -1,0 +1,101 @@
+"""Rollouts -> regions, rewards, advantages: everything that looks at what was sampled.
+
+Regions are computed on the bytes of the sampled tokens; the response text exists for the reward only and is never
+tokenised again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_rest.algorithms import group_relative_advantages
+from megatron_rest.config import AdvantageConfig, RewardConfig
+from megatron_rest.regions import label_regions
+from megatron_rest.rewards import tool_call_reward
+from megatron_rest.types import RewardOutput, Rollout, RolloutGroup, StopReason, TokenRegion, TrainSample
+
+__all__ = ["Judge", "Verdict"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """All rollouts of a step, judged; lists are in rollout order."""
+
+    samples: tuple[TrainSample, ...]
+    rewards: tuple[RewardOutput, ...]
+    static_rewards: tuple[float, ...]  # total without the schedule: comparable between steps
+    num_zero_groups: int  # groups whose advantages are all zero: no gradient comes from them
+    num_truncated: int  # rollouts that hit the length limit
+
+
+class Judge:
+    """Turns the groups of a step into train samples.
+
+    Args:
+        token_bytes: bytes of every vocabulary id.
+        reward: reward with its schedule.
+        advantage: group-relative advantage.
+        starts_in_think: the chat template itself opens the think tag.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        *,
+        reward: RewardConfig,
+        advantage: AdvantageConfig,
+        starts_in_think: bool = False,
+    ) -> None:
+        self.token_bytes = token_bytes
+        self.reward = reward
+        self.static_reward = replace(reward, schedule=False)
+        self.advantage = advantage
+        self.starts_in_think = starts_in_think
+
+    def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
+        samples: list[TrainSample] = []
+        rewards: list[RewardOutput] = []
+        static: list[float] = []
+        zero_groups = 0
+        for group in groups:
+            judged = [self.judge(r, group.prompt.ground_truth, step=step) for r in group.rollouts]
+            advantages = group_relative_advantages(np.array([j[0].total for j in judged]), self.advantage)
+            zero_groups += int(not np.any(advantages))
+            for rollout, (reward, static_total), advantage in zip(group.rollouts, judged, advantages, strict=True):
+                samples.append(self.sample(group, rollout, advantage=float(advantage), sequence_id=len(samples)))
+                rewards.append(reward)
+                static.append(static_total)
+        truncated = sum(r.stop_reason is not StopReason.EOS for g in groups for r in g.rollouts)
+        return Verdict(
+            samples=tuple(samples),
+            rewards=tuple(rewards),
+            static_rewards=tuple(static),
+            num_zero_groups=zero_groups,
+            num_truncated=truncated,
+        )
+
+    def judge(self, rollout: Rollout, ground_truth: str, *, step: int) -> tuple[RewardOutput, float]:
+        """Reward of one rollout, and its total without the schedule."""
+        text = b"".join(self.token_bytes[i] for i in rollout.token_ids).decode("utf-8", errors="replace")
+        reward = tool_call_reward(text, ground_truth, step=step, config=self.reward)
+        if not self.reward.schedule:
+            return reward, reward.total
+        return reward, tool_call_reward(text, ground_truth, step=step, config=self.static_reward).total
+
+    def sample(self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int) -> TrainSample:
+        """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss."""
+        prompt = group.prompt.token_ids
+        regions = label_regions([self.token_bytes[i] for i in rollout.token_ids], starts_in_think=self.starts_in_think)
+        regions = np.where(rollout.loss_mask, regions, int(TokenRegion.CONTEXT))
+        nothing = np.zeros(len(prompt), np.float32)
+        return TrainSample(
+            token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
+            loss_mask=np.concatenate([nothing.astype(bool), rollout.loss_mask]),
+            region_ids=np.concatenate([nothing, regions]).astype(np.int8),
+            rollout_log_probs=np.concatenate([nothing, rollout.log_probs]).astype(np.float32),
+            advantage=advantage,
+            sequence_id=sequence_id,
+        )

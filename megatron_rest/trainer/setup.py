@@ -1,0 +1,121 @@
+"""Configuration in, trainer out: builds every part of a run and hands the parts to each other."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
+from megatron_rest.data.prompts import PromptDataset
+from megatron_rest.mcore import build
+from megatron_rest.mcore.hf import load_hf_weights, read_shape
+from megatron_rest.mcore.policy import MegatronPolicy
+from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.weight_sync.source import MegatronWeightSource
+
+__all__ = ["PolicyParts", "build_policy", "open_prompts", "peak_memory_bytes", "weight_source"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyParts:
+    """A policy with what is needed to describe it to others."""
+
+    policy: MegatronPolicy
+    shape: ModelShape
+    context: build.ParallelContext
+    alignment: int  # microbatch lengths are multiples of this
+    num_microbatches_multiple: int
+
+
+def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates: int) -> PolicyParts:
+    """Process groups, model with the weights of ``model.path``, DDP and optimiser.  Collective over all ranks."""
+    shape = read_shape(config.model.path)
+    _check_lengths(config, shape)
+    context = build.initialize(config)
+    megatron_config = build.transformer_config(shape, config)
+    chunks = build.build_chunks(shape, config, context, megatron_config)
+    # Weights go in before DDP and the optimiser look at them: replicas and master copies start right.
+    bare = MegatronPolicy(chunks=chunks, optimizer=None, scheduler=None, context=context)
+    load_hf_weights(bare.named_shards(), config.model.path, shape, tp_rank=context.tp_rank, tp_size=context.tp_size)
+    wrapped = build.wrap(chunks, megatron_config, config, context)
+    adam, scheduler = build.build_optimizer(
+        wrapped, megatron_config, config, optimizer=optimizer, num_updates=num_updates
+    )
+    return PolicyParts(
+        policy=MegatronPolicy(chunks=wrapped, optimizer=adam, scheduler=scheduler, context=context),
+        shape=shape,
+        context=context,
+        alignment=context.tp_size if config.parallel.sequence_parallel else 1,
+        num_microbatches_multiple=context.pp_size if config.parallel.virtual_pipeline > 1 else 1,
+    )
+
+
+def _check_lengths(config: RestConfig, shape: ModelShape) -> None:
+    if shape.max_position_embeddings and config.model.max_sequence_length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_sequence_length {config.model.max_sequence_length} exceeds what {config.model.path} was made for "
+            f"({shape.max_position_embeddings} positions)"
+        )
+
+
+def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype | None = None) -> MegatronWeightSource:
+    """Full HF tensors out of this policy's shards."""
+    context = parts.context
+    return MegatronWeightSource(
+        parts.policy.named_shards,
+        parameter_map(parts.shape),
+        parts.shape,
+        tp_group=context.tp_group if context.tp_size > 1 else None,
+        pp_group=context.pp_group if context.pp_size > 1 else None,
+        bucket_bytes=bucket_bytes,
+        dtype=dtype,
+    )
+
+
+def open_prompts(config: RestConfig) -> PromptDataset:
+    """The prompts to train on, those that are too long left out (and counted)."""
+    if not config.data.train:
+        raise ConfigError("data.train is empty: name a folder written by megatron-rest-data convert")
+    dataset = PromptDataset.open(config.data.train, tokenizer_path=config.model.path)
+    usable = dataset.select(max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts)
+    if len(usable) == 0:
+        raise ConfigError(
+            f"{config.data.train}: none of {len(dataset)} prompts has at most data.max_prompt_tokens="
+            f"{config.data.max_prompt_tokens} tokens"
+        )
+    return usable
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def eos_token_id(model_path: str | Path) -> int:
+    """End-of-turn token of the tokenizer in an HF folder."""
+    tokenizer = load_tokenizer(model_path)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"model.path: the tokenizer of {model_path} names no eos_token, so no answer would ever end")
+    return int(tokenizer.eos_token_id)
+
+
+def load_tokenizer(model_path: str | Path) -> Any:
+    """Tokenizer of an HF folder; only local files, no remote code."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self._start

@@ -1,0 +1,194 @@
+"""RL training with ResT: :meth:`RestTrainer.step` is the data flow of ``docs/architecture.md`` in code.
+
+Every method is collective: all ranks run the same steps on the same prompts, each with its own share of rollouts and of the
+pipeline.  The trainer knows no algorithm; it carries tensors from the part that makes them to the part that uses them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rest.algorithms import rest_policy_loss
+from megatron_rest.config import RestConfig
+from megatron_rest.data.batching import make_train_batch
+from megatron_rest.data.prompts import PromptDataset, prompts_for_step
+from megatron_rest.mcore import checkpoint
+from megatron_rest.mcore.policy import Scores, UpdateReport
+from megatron_rest.rollout import RolloutEngine
+from megatron_rest.trainer.canary import Canary
+from megatron_rest.trainer.exchange import all_gather_groups, share_of
+from megatron_rest.trainer.judge import Judge, Verdict
+from megatron_rest.trainer.metrics import PhaseTimer
+from megatron_rest.trainer.setup import PolicyParts
+from megatron_rest.trainer.step_metrics import reward_metrics, token_metrics, update_metrics
+from megatron_rest.types import MicroBatch, PromptSample, RolloutGroup, StepReport, TrainBatch, TrainSample
+from megatron_rest.weight_sync import WeightSync
+from megatron_rest.weighting import RestWeighting
+
+__all__ = ["RestTrainer"]
+
+
+class RestTrainer:
+    """One RL run.
+
+    Args:
+        config: the whole configuration.
+        parts: Megatron policy and its layout.
+        prompts: what to train on.
+        engine: this rank's rollout engine, holding the same weights as the policy.
+        sync: moves the policy's weights into the engine.
+        judge: regions, rewards, advantages.
+        weighting: token weights.
+    """
+
+    def __init__(
+        self,
+        config: RestConfig,
+        *,
+        parts: PolicyParts,
+        prompts: PromptDataset,
+        engine: RolloutEngine,
+        sync: WeightSync,
+        judge: Judge,
+        weighting: RestWeighting,
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.policy = parts.policy
+        self.context = parts.context
+        self.prompts = prompts
+        self.engine = engine
+        self.sync = sync
+        self.judge = judge
+        self.weighting = weighting
+        self.canary = Canary(
+            prompt=prompts[0],
+            num_tokens=config.weight_sync.canary_tokens,
+            tolerance=config.weight_sync.canary_tolerance,
+        )
+        self.loss = partial(rest_policy_loss, config=config.loss)
+
+    def progress(self, step: int) -> float:
+        """Curriculum progress in [0, 1]; steps count from 1."""
+        return (step - 1) / max(self.config.trainer.steps - 1, 1)
+
+    def step(self, step: int) -> StepReport:
+        """Prompts -> rollouts -> rewards -> scores -> weights -> update -> weights into the engine."""
+        with PhaseTimer() as timer:
+            with timer.phase("rollout"):
+                prompts = self.prompts_of(step)
+                groups = self.roll_out(prompts, step)
+            with timer.phase("reward"):
+                verdict = self.judge(groups, step=step)
+                batches = [self.batch(samples) for samples in self.minibatches(verdict)]
+            with timer.phase("score"):
+                scores = [self.policy.score(batch.microbatches) for batch in batches]
+            with timer.phase("weights"):
+                batches = [self.weigh(b, s, progress=self.progress(step)) for b, s in zip(batches, scores, strict=True)]
+                metrics = reward_metrics(verdict, num_groups=len(groups))
+                metrics |= self.token_metrics(batches, scores)
+            with timer.phase("update"):
+                reports: list[UpdateReport] = [self.policy.update(batch, self.loss) for batch in batches]
+                metrics |= update_metrics(reports)
+            with timer.phase("sync"):
+                metrics |= self.sync_weights(version=step)
+        metrics["progress"] = self.progress(step)
+        return StepReport(step=step, policy_version=self.engine.policy_version, metrics=metrics, seconds=timer.seconds)
+
+    def prompts_of(self, step: int) -> list[PromptSample]:
+        """Prompts of a step: a pure function of seed and step."""
+        indices = prompts_for_step(
+            len(self.prompts), self.config.data.prompts_per_step, seed=self.config.trainer.seed, step=step
+        )
+        return [self.prompts[i] for i in indices]
+
+    def roll_out(self, prompts: Sequence[PromptSample], step: int) -> list[RolloutGroup]:
+        """This rank's engine samples its share; all groups come back, in prompt order."""
+        rollout = self.config.rollout
+        mine = self.engine.generate(
+            share_of(prompts, rank=self.context.rank, world_size=self.context.world_size),
+            rollouts_per_prompt=rollout.rollouts_per_prompt,
+            seed=step_seed(self.config.trainer.seed, step),
+            max_response_tokens=rollout.max_response_tokens,
+        )
+        return all_gather_groups(mine, prompts)
+
+    def minibatches(self, verdict: Verdict) -> list[list[TrainSample]]:
+        """Samples of each optimiser step; whole groups stay together as far as the split allows."""
+        size = len(verdict.samples) // self.config.optimizer.updates_per_step
+        return [list(verdict.samples[i : i + size]) for i in range(0, len(verdict.samples), size)]
+
+    def batch(self, samples: Sequence[TrainSample]) -> TrainBatch:
+        """This replica's packed microbatches."""
+        return make_train_batch(
+            samples,
+            max_tokens=self.config.trainer.max_tokens_per_microbatch,
+            dp_rank=self.context.dp_rank,
+            dp_size=self.context.dp_size,
+            alignment=self.parts.alignment,
+            num_microbatches_multiple=self.parts.num_microbatches_multiple,
+        )
+
+    def weigh(self, batch: TrainBatch, scores: Sequence[Scores], *, progress: float) -> TrainBatch:
+        """Old log-probs and token weights into every microbatch."""
+        weighed = []
+        for microbatch, score in zip(batch.microbatches, scores, strict=True):
+            entropy = score.entropy.cpu()
+            weights = self.weighting.packed(
+                microbatch.region_ids,
+                sequence_ids=microbatch.sequence_ids,
+                loss_mask=microbatch.loss_mask,
+                entropy=entropy,
+                progress=progress,
+            )
+            weighed.append(microbatch.with_scores(old_log_probs=score.log_probs.cpu(), token_weights=weights))
+        return TrainBatch(microbatches=tuple(weighed), totals=batch.totals)
+
+    def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:
+        """Entropy, weight mass and mismatch over all updates of the step."""
+        microbatches: list[MicroBatch] = [m for b in batches for m in b.microbatches]
+        return token_metrics(microbatches, [s for part in scores for s in part], dp_group=self.context.dp_group)
+
+    def sync_weights(self, *, version: int) -> dict[str, float]:
+        """Push the policy's weights into every engine and let the canary sing."""
+        report = self.sync.push(version)
+        worst = self.canary.check(self.engine, self.policy, alignment=self.parts.alignment)
+        return {
+            "sync/seconds": report.seconds,
+            "sync/bytes": float(report.num_bytes),
+            "sync/canary_max_abs": worst,
+        }
+
+    def save(self, step: int) -> Path:
+        """A complete Megatron checkpoint of this step."""
+        folder = Path(self.config.trainer.run_dir) / "checkpoints"
+        extra: dict[str, Any] = {"weighting": self.weighting.state_dict()}
+        return checkpoint.save(
+            folder, self.policy, step=step, extra=extra, keep_last=self.config.checkpoint.keep_last
+        )
+
+    def resume(self, path: str | Path) -> int:
+        """Load a checkpoint, put its weights into the engine; returns the last finished step."""
+        step, extra = checkpoint.load(path, self.policy)
+        self.weighting.load_state_dict(extra["weighting"])
+        self.sync_weights(version=step)
+        dist.barrier()
+        return step
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Sampling seed of a step: different for every (seed, step), the same in every run."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def set_threads() -> None:
+    """One thread per rank: ranks share the cores, and a fixed thread count keeps reductions in one order."""
+    torch.set_num_threads(1)
