@@ -476,7 +476,8 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {where + '.' if where else ''}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            hint = f"did you mean {where + '.' if where else ''}{near[0]}?" if near else _elsewhere(path)
+            hint = hint or f"known keys: {', '.join(known)}"
             raise ConfigError(f"unknown configuration key {path}: {hint}")
         kwargs[key] = _convert(hints[key], value, path)
     return cls(**kwargs)
@@ -491,33 +492,64 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def load(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> RestConfig:
-    """Read a YAML file (optional) and apply ``section.key=value`` overrides (values are YAML scalars)."""
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+def load(
+    path: str | Path | None = None, overrides: typing.Sequence[str] = (), *, base: RestConfig | None = None
+) -> RestConfig:
+    """``base`` (a recipe; default: the defaults), over it a YAML file (optional), over it ``section.key=value``."""
+    values: dict[str, Any] = to_dict(base) if base is not None else {}
+    for section, given in (_read(path) if path is not None else {}).items():
+        if isinstance(given, dict) and isinstance(values.get(section), dict):
+            values[section].update(given)
+        elif given is not None or section not in values:  # "section:" with nothing under it changes nothing
+            values[section] = given
     for item in overrides:
         key, sep, text = item.partition("=")
-        if not sep:
-            raise ConfigError(f"override {item!r} is not of the form section.key=value")
-        *sections, leaf = key.split(".")
-        node = values
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {item!r}: {section} is not a section")
-        node[leaf] = yaml.safe_load(text)
+        section, dot, leaf = key.partition(".")
+        if not sep or not dot:
+            raise ConfigError(f"override {item!r} is not of the form section.key=value{_elsewhere(key, ', ')}")
+        if not isinstance(values.setdefault(section, {}) or {}, dict):
+            raise ConfigError(f"override {item!r}: {section} is not a section")
+        values[section] = {**(values[section] or {}), leaf: _override_value(section, leaf, text)}
     return from_dict(RestConfig, values)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, got {type(values).__name__}")
+    return values or {}
+
+
+def _override_value(section: str, leaf: str, text: str) -> Any:
+    """Text fields take the text as it is: YAML would read 2026-11-23 as a date and 007 as a number."""
+    holder = get_type_hints(RestConfig).get(section)
+    if holder is not None and get_type_hints(holder).get(leaf) is str:
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {section}.{leaf}={text}: the value is not valid YAML") from error
+
+
+def _elsewhere(key: str, lead: str = "") -> str:
+    """Hint for a field named without its section, or under the wrong one."""
+    name = key.rpartition(".")[2]
+    places = [
+        f"{section.name}.{name}"
+        for section in dataclasses.fields(RestConfig)
+        if name in {f.name for f in dataclasses.fields(get_type_hints(RestConfig)[section.name])}
+    ]
+    return f"{lead}did you mean {' or '.join(places)}?" if places else ""
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value or {}, where=path)
+        return from_dict(typing.cast(type, hint), {} if value is None else value, where=path)
     if get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
@@ -527,11 +559,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return hint(str(value))
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{path} is not a number (nan)")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
     return value
