@@ -20,9 +20,9 @@ def group_relative_advantages(
 ) -> Any:
     """Advantage of each rollout within its group; every token of the rollout gets this one number.
 
-    ``grpo`` (paper Eq. 15): ``(R - mean) / (std + epsilon)`` with the unbiased standard deviation (n - 1), as the published
-    code has it.  ``dr_grpo`` (arXiv 2503.20783): ``R - mean``.  A group of equal rewards gives exactly 0.  A group of one
-    has no siblings: mean 0 and std 1, so the advantage is the reward itself (published code).
+    ``grpo`` (paper Eq. 15): ``(R - mean) / (std + epsilon)`` with the unbiased standard deviation (n - 1), as the
+    published code has it.  ``dr_grpo`` (arXiv 2503.20783): ``R - mean``.  A group of equal rewards gives exactly 0.  A
+    group of one has no siblings: mean 0 and std 1, so the advantage is the reward itself (published code).
 
     Args:
         rewards: ``[G]`` one group, or ``[P, G]`` one group a row; torch, numpy or nested lists.

@@ -1,8 +1,8 @@
 """Truncated importance sampling between the engine that sampled and the engine that trains.
 
-The rollout engine's log-probs differ from the trainer's by kernels and precision, so the data is slightly off-policy.  Each
-token loss is multiplied by ``min(pi_train_old / pi_rollout, cap)``, a constant: per token, or per sequence as the product over
-its tokens (unbiased up to the cap, but its variance grows with the length).
+The rollout engine's log-probs differ from the trainer's by kernels and precision, so the data is slightly off-policy.
+Each token loss is multiplied by ``min(pi_train_old / pi_rollout, cap)``, a constant: per token, or per sequence as the
+product over its tokens (unbiased up to the cap, but its variance grows with the length).
 """
 
 from __future__ import annotations

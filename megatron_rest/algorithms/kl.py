@@ -1,9 +1,10 @@
-"""Per-token estimates of KL(policy || reference) from tokens sampled by the policy (J. Schulman, "Approximating KL divergence").
+"""Per-token estimates of KL(policy || reference) from tokens sampled by the policy (J. Schulman, "Approximating KL
+divergence").
 
-    d = log pi - log pi_ref
-    k1 = d                  unbiased value; its gradient has mean 0, so as a loss term it only adds noise
-    k2 = d^2 / 2            biased value; its gradient is the on-policy gradient of the KL
-    k3 = exp(-d) - 1 + d    unbiased, non-negative value; its gradient is that of KL(reference || policy)
+d = log pi - log pi_ref
+k1 = d                  unbiased value; its gradient has mean 0, so as a loss term it only adds noise
+k2 = d^2 / 2            biased value; its gradient is the on-policy gradient of the KL
+k3 = exp(-d) - 1 + d    unbiased, non-negative value; its gradient is that of KL(reference || policy)
 """
 
 from __future__ import annotations

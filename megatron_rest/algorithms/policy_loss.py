@@ -3,15 +3,16 @@
     l_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),   r = exp(log_prob - old_log_prob)        (Eq. 19; a.4)
     loss = sum over all microbatches and ranks of c_t l_t, divided once by the global token count
 
-``c_t`` is where the aggregations differ.  With N sequences, M tokens, weights w of sum W (all of the whole optimiser step):
+``c_t`` is where the aggregations differ.  With N sequences, M tokens, weights w of sum W (all of the whole optimiser
+step):
 
     sequence_mean   c_t = w_t / T_i * M / N     paper: mean over sequences of the mean over their tokens
     token_mean      c_t = w_t * M / W           one weighted mean over all tokens
     reference_code  weighted mean of *this* microbatch, times its share of sequences; depends on the split, parity only
 
-The denominators are known before the first forward pass (:class:`BatchTotals`), so loss and gradient are the same for every
-split into microbatches, data- and context-parallel ranks.  KL and entropy terms use the same aggregation without weights.
-Masked positions are selected away, never multiplied: they may hold NaN.
+The denominators are known before the first forward pass (:class:`BatchTotals`), so loss and gradient are the same for
+every split into microbatches, data- and context-parallel ranks.  KL and entropy terms use the same aggregation without
+weights. Masked positions are selected away, never multiplied: they may hold NaN.
 """
 
 from __future__ import annotations
@@ -35,20 +36,23 @@ _REFERENCE_EPSILON = 1e-8
 def rest_policy_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     """Loss of one microbatch as Megatron wants it: a sum, a token count, and metrics as (sum, count).
 
-    Gradient flows into ``inputs.log_probs`` and (entropy bonus only) ``inputs.entropy``; all else is constant, weights and
-    importance ratios included.  An empty microbatch gives 0 with a graph, so its backward still joins every collective.
+    Gradient flows into ``inputs.log_probs`` and (entropy bonus only) ``inputs.entropy``; all else is constant, weights
+    and importance ratios included.  An empty microbatch gives 0 with a graph, so its backward still joins every
+    collective.
 
     Args:
         inputs: float32 ``[T]`` tensors; ``totals`` of the whole optimiser step.
         config: clipping, aggregation and optional terms.
 
     Returns:
-        ``loss_sum`` (scalar; divide the sum over everything by ``totals.num_tokens``), ``num_tokens`` (int64 scalar) and
-        detached, unweighted metrics.  ``clip_fraction`` counts tokens where the clipped side is the larger loss, of which
-        ``clip_fraction_high`` / ``_low`` are those above / below the range; ``dual_clip_fraction`` those bounded by ``-c A``.
+        ``loss_sum`` (scalar; divide the sum over everything by ``totals.num_tokens``), ``num_tokens`` (int64 scalar)
+        and detached, unweighted metrics.  ``clip_fraction`` counts tokens where the clipped side is the larger loss,
+        of which ``clip_fraction_high`` / ``_low`` are those above / below the range; ``dual_clip_fraction`` those
+        bounded by ``-c A``.
 
     Raises:
-        ValueError: a shape that is not ``[T]``, a mask that is not bool, or an input that the configuration needs and lacks.
+        ValueError: a shape that is not ``[T]``, a mask that is not bool, or an input that the configuration needs and
+            lacks.
     """
     _check(inputs, config)
     mask = inputs.loss_mask
@@ -151,7 +155,9 @@ def _check(inputs: LossInputs, config: LossConfig) -> None:
     if len(shape) != 1:
         raise ValueError(f"log_probs has shape {tuple(shape)}, expected [T]: pack the sequences of a microbatch")
     if inputs.loss_mask.dtype != torch.bool:
-        raise ValueError(f"loss_mask is {inputs.loss_mask.dtype}, expected torch.bool: it selects, it is not multiplied")
+        raise ValueError(
+            f"loss_mask is {inputs.loss_mask.dtype}, expected torch.bool: it selects, it is not multiplied"
+        )
     for name in (
         "old_log_probs", "advantages", "loss_mask", "sequence_lengths", "entropy", "token_weights",
         "rollout_log_probs", "ref_log_probs", "sequence_ids",

@@ -4,8 +4,8 @@
     [1, 2, 1, 1]
 
 Labels are computed on the bytes of the *sampled* tokens.  Nothing is decoded and tokenised again, so a non-canonical
-split, half a UTF-8 character or a tokenizer that cleans up spaces cannot shift a label.  Dialects (which tags, which JSON
-keys) are data: one small file each under ``dialects/``.
+split, half a UTF-8 character or a tokenizer that cleans up spaces cannot shift a label.  Dialects (which tags, which
+JSON keys) are data: one small file each under ``dialects/``.
 """
 
 from megatron_rest.regions.dialect import Dialect, Section

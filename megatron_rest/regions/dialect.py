@@ -31,10 +31,14 @@ class Dialect:
     sections: tuple[Section, ...]
     outside: TokenRegion  # text outside every section
     end_markers: tuple[bytes, ...]  # end of turn; what follows starts a new turn
-    glue: TokenRegion = TokenRegion.FORMAT  # white space outside sections, JSON outside names and arguments, end markers
+    glue: TokenRegion = (
+        TokenRegion.FORMAT
+    )  # white space outside sections, JSON outside names and arguments, end markers
     name_key: bytes = b"name"
     args_keys: tuple[bytes, ...] = (b"arguments", b"parameters")
-    bare_calls: bool = False  # a turn (or what follows a section) that starts with "{" or "[" is a tool call without tags
+    bare_calls: bool = (
+        False  # a turn (or what follows a section) that starts with "{" or "[" is a tool call without tags
+    )
 
     def __post_init__(self) -> None:
         tags = [tag for section in self.sections for tag in (section.open, section.close) if tag is not None]

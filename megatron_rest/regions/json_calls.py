@@ -1,8 +1,8 @@
 """Names and arguments of the JSON tool calls in a stretch of bytes, whatever its state.
 
 Not a parser: a scan of strings and brackets that keeps the depth, so it works on truncated and on broken JSON and never
-raises.  A *call object* is an object with nothing but arrays around it.  In it, at its own depth, the value of the name key
-is a name and the value of an arguments key is arguments, in any order; the same keys deeper down are data.
+raises.  A *call object* is an object with nothing but arrays around it.  In it, at its own depth, the value of the
+name key is a name and the value of an arguments key is arguments, in any order; the same keys deeper down are data.
 
 Two rules keep one broken call from swallowing the next: a string ends at a raw newline (JSON forbids one inside), and a
 ``{`` where a call object must have a key starts a new call.
@@ -18,16 +18,16 @@ from megatron_rest.types import TokenRegion
 __all__ = ["call_spans"]
 
 _STRING = rb'"(?:[^"\\\n]++|\\[^\n])*+("?)'  # group: the closing quote, empty if there is none
-_IN_CALL = re.compile(rb"\s*+(" + _STRING + rb"|[{}\[\]:,]|[^\s{}\[\]:,\"]++)")  # the last: a number, true, null or junk
+_IN_CALL = re.compile(
+    rb"\s*+(" + _STRING + rb"|[{}\[\]:,]|[^\s{}\[\]:,\"]++)"
+)  # the last: a number, true, null or junk
 _BRACKETS = re.compile(_STRING + rb"|[{}\[\]]")
 _QUOTE, _COLON, _COMMA, _OPEN, _CLOSE = b'":,{}'
 
 Span = tuple[int, int, TokenRegion]
 
 
-def call_spans(
-    text: bytes, start: int, end: int, *, name_key: bytes, args_keys: Sequence[bytes]
-) -> Iterator[Span]:
+def call_spans(text: bytes, start: int, end: int, *, name_key: bytes, args_keys: Sequence[bytes]) -> Iterator[Span]:
     """``(start, end, region)`` of every call's name (between its quotes) and arguments (brackets or quotes included).
 
     Of a key that a call repeats, the last one counts for the name, as in ``json.loads``.
@@ -40,7 +40,7 @@ def call_spans(
 def _call(
     text: bytes, position: int, end: int, name_key: bytes, args_keys: Sequence[bytes]
 ) -> Generator[Span, None, int]:
-    """Scan one call object from behind its ``{``; returns where it stops: behind its ``}``, at a new call, or at the end."""
+    """Scan a call object from behind its ``{``; returns where it stops: behind its ``}``, at a new call, at the end."""
     name: Span | None = None
     key, is_value = b"", False
     while token := _IN_CALL.match(text, position, end):
@@ -71,7 +71,7 @@ def _call(
 
 
 def _matching(text: bytes, start: int, end: int) -> int:
-    """Where the bracket at ``start`` is closed (exclusive), or ``end``.  The two kinds of bracket are not told apart."""
+    """Where the bracket at ``start`` is closed (exclusive), or ``end``.  The kinds of bracket are not told apart."""
     depth = 0
     for token in _BRACKETS.finditer(text, start, end):
         first = text[token.start()]

@@ -3,10 +3,10 @@
     bytes of the sampled tokens, joined --scan, left to right--> (start, end, region) spans --paint--> one code a byte
       --maximum over the bytes of a token--> one region a token
 
-The scan decides on bytes only, so the labels do not depend on how the same bytes were split into tokens: a token carries
-the highest-priority region among its bytes, NAME > ARGS > FORMAT > THINK > RESPONSE > CONTEXT (the published code takes the
-larger *weight*, which is the same order at its gammas).  An unclosed section runs to the end of the turn, so truncated and
-malformed answers are covered too: a run-away thought must feel its penalty.
+The scan decides on bytes only, so the labels do not depend on how the same bytes were split into tokens: a token
+carries the highest-priority region among its bytes, NAME > ARGS > FORMAT > THINK > RESPONSE > CONTEXT (the published
+code takes the larger *weight*, which is the same order at its gammas).  An unclosed section runs to the end of the
+turn, so truncated and malformed answers are covered too: a run-away thought must feel its penalty.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _scan(text: bytes, starts_in_think: bool, dialect: Dialect) -> Iterator[Span
 
 
 def _scan_turn(text: bytes, start: int, end: int, opened: Section | None, dialect: Dialect) -> Iterator[Span]:
-    """Left to right: inside a section only its own closing tag counts, so a tag mentioned in a thought opens nothing."""
+    """Inside a section only its own closing tag counts, so a tag mentioned in a thought opens nothing."""
     sections = {section.open: section for section in dialect.sections}
     tags = tag_pattern(dialect)
     position = start

@@ -1,8 +1,8 @@
 """Token id -> bytes for byte-level BPE tokenizers (Qwen, Llama 3, GPT-2, DeepSeek), without importing any of them.
 
 A byte-level vocabulary spells every byte as one printable character (GPT-2's table); an added token (``<think>``,
-``<|im_end|>``) is spelled as itself.  Undoing the spelling token by token gives the exact bytes that were sampled, which
-``decode`` does not: it replaces half characters and may clean up spaces.
+``<|im_end|>``) is spelled as itself.  Undoing the spelling token by token gives the exact bytes that were sampled,
+which ``decode`` does not: it replaces half characters and may clean up spaces.
 """
 
 from __future__ import annotations

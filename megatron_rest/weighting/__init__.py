@@ -3,8 +3,8 @@
     weighting = RestWeighting.from_config(config.weighting)
     token_weights = weighting(region_ids, progress=(step - 1) / (steps - 1))     # mean 1 over the valid tokens
 
-The weights are numbers; nothing here sees a model, a loss or a process group.  Sources that measure (entropy, score norms)
-are fed with sums that the caller has already reduced over its ranks.
+The weights are numbers; nothing here sees a model, a loss or a process group.  Sources that measure (entropy, score
+norms) are fed with sums that the caller has already reduced over its ranks.
 """
 
 from megatron_rest.weighting.curriculum import region_gammas

@@ -1,8 +1,8 @@
 """The curriculum of region constants: structure first, reasoning later (section 4.3 of the paper; a.7 of its notation).
 
-    name(nu) = gamma_name                                        constant
-    format(nu) = max(min_weight, gamma_format - alpha_format nu)   decays
-    args(nu) = min(max_args, gamma_args + alpha_args nu)           grows, as think and response do under max_think
+name(nu) = gamma_name                                        constant
+format(nu) = max(min_weight, gamma_format - alpha_format nu)   decays
+args(nu) = min(max_args, gamma_args + alpha_args nu)           grows, as think and response do under max_think
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NUM_REGIONS = len(TokenRegion)
 def region_gammas(config: WeightingConfig, progress: float) -> np.ndarray:
     """Raw weight of every region at ``progress``: float64 ``[6]`` indexed by :class:`TokenRegion`, CONTEXT 0.
 
-    A region whose gamma is 0 stays 0 (the ablation that stops a region's gradient), unless it grows by its slope; all other
-    values lie in ``[min_weight, max_weight]``.
+    A region whose gamma is 0 stays 0 (the ablation that stops a region's gradient), unless it grows by its slope; all
+    other values lie in ``[min_weight, max_weight]``.
 
     Raises:
         ValueError: progress outside [0, 1].

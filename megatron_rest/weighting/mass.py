@@ -16,8 +16,8 @@ def region_weight_mass(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """``{"weight_mass/think": (weight in the region, total weight), ...}`` of ``[T]`` tokens, float64 scalars.
 
-    Pairs are (sum, count) like every other metric: add both over microbatches and ranks, divide once.  The shares of all
-    regions but CONTEXT add up to 1.  Compare with the region's share of tokens to see what the weights do.
+    Pairs are (sum, count) like every other metric: add both over microbatches and ranks, divide once.  The shares of
+    all regions but CONTEXT add up to 1.  Compare with the region's share of tokens to see what the weights do.
     """
     weights = torch.as_tensor(token_weights).detach().double()
     regions = torch.as_tensor(region_ids)

@@ -1,7 +1,8 @@
 """Mean of a per-token quantity in each region, followed over the run: the state of the measuring weight sources.
 
-Measuring and averaging are apart on purpose: :func:`region_sums` is what one rank sees, the caller adds the sums over its
-ranks (one all-reduce of 12 numbers), and :class:`RegionMeans` is a plain moving average of the result, equal on all ranks.
+Measuring and averaging are apart on purpose: :func:`region_sums` is what one rank sees, the caller adds the sums over
+its ranks (one all-reduce of 12 numbers), and :class:`RegionMeans` is a plain moving average of the result, equal on
+all ranks.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def region_sums(values: Tensor, region_ids: Tensor, loss_mask: Tensor | None = N
         loss_mask: bool ``[T]``; None = every token that is not CONTEXT.
 
     Returns:
-        ``(sums, counts)``, float64 ``[6]`` each on the device of ``values``, detached: add them over ranks and microbatches.
-        CONTEXT is always (0, 0).
+        ``(sums, counts)``, float64 ``[6]`` each on the device of ``values``, detached: add them over ranks and
+        microbatches. CONTEXT is always (0, 0).
     """
     if values.shape != region_ids.shape or (loss_mask is not None and loss_mask.shape != values.shape):
         raise ValueError(f"values {tuple(values.shape)}, region_ids and loss_mask must have the same shape [T]")
@@ -45,7 +46,8 @@ def region_sums(values: Tensor, region_ids: Tensor, loss_mask: Tensor | None = N
 class RegionMeans:
     """Exponential moving average of region means; a region not seen yet has none (NaN).
 
-    ``frozen_after_first`` keeps the first measurement of each region for the whole run (the ``entropy_offline`` source).
+    ``frozen_after_first`` keeps the first measurement of each region for the whole run (the ``entropy_offline``
+    source).
     """
 
     def __init__(self, *, decay: float = 0.9, frozen_after_first: bool = False) -> None:
@@ -66,9 +68,9 @@ class RegionMeans:
         Raises:
             ValueError: wrong length, or a mean that is not finite (a NaN here would reach every weight of the run).
         """
-        sums, counts = _host(sums, "sums"), _host(counts, "counts")
-        for region in np.flatnonzero(counts > 0):
-            new = sums[region] / counts[region]
+        total, count = _host(sums, "sums"), _host(counts, "counts")
+        for region in np.flatnonzero(count > 0):
+            new = total[region] / count[region]
             if not np.isfinite(new):
                 raise ValueError(f"mean of region {TokenRegion(region).name} is {new}: check the scoring pass for NaN")
             old = self._mean[region]

@@ -3,8 +3,9 @@
     what_t = raw[region of t]        w_t = what_t / mean over the valid tokens of t's sequence (what)
 
 The raw weights come from a source: the paper's constants under their curriculum, region entropies (Eq. 9), or Theorem 2
-with measured score norms.  Because a region's weight is the same for all its tokens, a sequence's mean needs only its token
-*counts* per region: they are integers, so the result is bit-identical alone, batched, packed in any order and on any device.
+with measured score norms.  Because a region's weight is the same for all its tokens, a sequence's mean needs only its
+token *counts* per region: they are integers, so the result is bit-identical alone, batched, packed in any order and on
+any device.
 
 Trade taken: for entropies the scale is fixed by the think region (it keeps its configured gamma), so that clipping to
 ``[min_weight, max_weight]`` means the same in all sources.
@@ -13,6 +14,7 @@ Trade taken: for entropies the scale is fixed by the think region (it keeps its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,20 +62,21 @@ class RestWeighting:
         return cls(WeightingConfig(source=WeightSource.UNIFORM))
 
     @classmethod
-    def paper(cls, *, alpha_format: float = 0.21, **gammas: float) -> RestWeighting:
+    def paper(cls, *, alpha_format: float = 0.21, **overrides: Any) -> RestWeighting:
         """Region constants with the paper's curriculum: format decays, arguments and reasoning grow.
 
         The paper publishes no constants; these are the published code's, with ``alpha_format`` from the slope in its
-        comment (0.002 a step over 105 steps).  ``gammas`` overrides any number of :class:`WeightingConfig`.
+        comment (0.002 a step over 105 steps).  ``overrides`` replaces any field of :class:`WeightingConfig`.
         """
-        return cls(WeightingConfig(source=WeightSource.CONSTANT, alpha_format=alpha_format, **gammas))
+        constants = WeightingConfig(source=WeightSource.CONSTANT, alpha_format=alpha_format)
+        return cls(replace(constants, **overrides))
 
     @classmethod
     def reference_code(cls, *, total_steps: int = 105) -> RestWeighting:
         """The published code's weights on correct spans; use with ``dialect=TOOLRL_TAGS_ONLY`` and progress step/total.
 
-        Glue and response text get 0, the mean is over positive tokens, gammas move by 0.002 a step.  Its off-by-one spans
-        and lost calls are not reproduced here (benchmarks/reference_code.py does).
+        Glue and response text get 0, the mean is over positive tokens, gammas move by 0.002 a step.  Its off-by-one
+        spans and lost calls are not reproduced here (benchmarks/reference_code.py does).
         """
         slope = 0.002 * total_steps
         config = WeightingConfig(
@@ -134,8 +137,8 @@ class RestWeighting:
         Args:
             region_ids: int ``[L]``, :class:`TokenRegion`.
             progress: 0 at the first step, 1 at the last.
-            entropy: float ``[L]``, nats.  Entropy sources then use *this sequence's* region means instead of the running
-                ones (for use without a trainer); other sources ignore it.
+            entropy: float ``[L]``, nats.  Entropy sources then use *this sequence's* region means instead of the
+                running ones (for use without a trainer); other sources ignore it.
             loss_mask: bool ``[L]``; None = every token that is not CONTEXT.
             beta: float ``[L]`` score norms; ``variance_optimal`` then weights token by token instead of by region.
 
@@ -164,8 +167,9 @@ class RestWeighting:
     ) -> Array:
         """Weights of packed sequences, float32 ``[T]``; each sequence as if it were called alone.
 
-        ``sequence_ids`` int ``[T]`` says which sequence a token belongs to (any ids, any order; negative = padding).  Whole
-        sequences only: a sequence cut over microbatches or context-parallel ranks must be weighted before the cut.
+        ``sequence_ids`` int ``[T]`` says which sequence a token belongs to (any ids, any order; negative = padding).
+        Whole sequences only: a sequence cut over microbatches or context-parallel ranks must be weighted before the
+        cut.
         """
         ids, sequences = torch.as_tensor(region_ids), torch.as_tensor(sequence_ids)
         if ids.shape != sequences.shape:
@@ -188,7 +192,7 @@ class RestWeighting:
             inverse = entropy_weights(measured[known], rule=self.config.entropy_rule, floor=self.config.entropy_floor)
             growth = self._curriculum_steps(progress)[known]
         else:  # Theorem 2 has no curriculum: weights that grow would no longer be its minimum
-            inverse, growth = 1.0 / np.maximum(measured[known], _MIN_BETA), 0.0
+            inverse, growth = 1.0 / np.maximum(measured[known], _MIN_BETA), np.zeros(len(known))
         scale = start[reference] / inverse[list(known).index(reference)]
         base = np.clip(scale * inverse, self.config.min_weight, self.config.max_weight)
         raw[known] = np.maximum(base + growth, self.config.min_weight)
@@ -208,7 +212,9 @@ class RestWeighting:
     ) -> Tensor:
         """float32 ``[T]``: raw weights over their mean in each sequence (``sequence`` int64 ``[T]``, 0..S-1)."""
         if region_ids.ndim != 1:
-            raise ValueError(f"region_ids has shape {tuple(region_ids.shape)}, expected [L]: one sequence, or use packed()")
+            raise ValueError(
+                f"region_ids has shape {tuple(region_ids.shape)}, expected [L]: one sequence, or use packed()"
+            )
         valid = region_ids != TokenRegion.CONTEXT
         if loss_mask is not None:
             if loss_mask.shape != region_ids.shape:
@@ -231,7 +237,7 @@ class RestWeighting:
         return (raw * scale[sequence]).float()
 
     def _per_token(self, beta: Tensor, sequence: Tensor, valid: Tensor, num_sequences: int) -> Tensor:
-        """Theorem 2 token by token: a token of its sequence's mean score norm gets gamma_think, clipped like all weights."""
+        """Theorem 2 token by token: a token of its sequence's mean score norm gets gamma_think, clipped like the rest."""
         if beta.shape != valid.shape:
             raise ValueError(f"beta has shape {tuple(beta.shape)}, expected {tuple(valid.shape)}")
         known = torch.where(valid, beta.detach().double(), 0.0)

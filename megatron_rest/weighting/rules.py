@@ -14,7 +14,7 @@ _MIN_BETA = 1e-30
 
 
 def score_norm_bound(entropy: np.ndarray | float) -> np.ndarray:
-    """``1 - exp(-H)``, the bound of ``E ||e_a - p||^2 = 1 - sum p^2`` (Lemma 2); equal iff p is uniform on its support."""
+    """``1 - exp(-H)`` >= ``E ||e_a - p||^2 = 1 - sum p^2`` (Lemma 2), with equality iff p is uniform on its support."""
     return -np.expm1(-np.asarray(entropy, dtype=np.float64))
 
 

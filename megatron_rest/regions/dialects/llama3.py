@@ -1,7 +1,7 @@
 """Llama 3 JSON calls: the whole turn is ``{"name": ..., "parameters": {...}}``, several joined by ``;``, no tags.
 
-``<|python_tag|>`` may come first.  A turn that does not start with JSON is text for the user.  Think tags are accepted for
-models that were taught to reason in them.
+``<|python_tag|>`` may come first.  A turn that does not start with JSON is text for the user.  Think tags are accepted
+for models that were taught to reason in them.
 """
 
 from megatron_rest.regions.dialect import Dialect, Section

@@ -1,7 +1,8 @@
-"""ToolRL's tags: a thought, then a block with one ``{"name": ..., "parameters": {...}}`` a line and/or a response block.
+"""ToolRL's tags: a thought, then a block with one ``{"name": ..., "parameters": {...}}`` a line and/or a response
+block.
 
-The format of the rlla_4k data and of the paper's prompts (arXiv 2504.13958, arXiv 2509.21826).  Text outside every block is
-no part of the format, so it counts as FORMAT like the newlines there.
+The format of the rlla_4k data and of the paper's prompts (arXiv 2504.13958, arXiv 2509.21826).  Text outside every
+block is no part of the format, so it counts as FORMAT like the newlines there.
 """
 
 from dataclasses import replace
@@ -24,6 +25,4 @@ TOOLRL = Dialect(
 )
 
 # Where the published code gives weight exactly 0 (JSON glue, newlines, end of turn): CONTEXT instead of FORMAT.
-TOOLRL_TAGS_ONLY = replace(
-    TOOLRL, name="toolrl_tags_only", outside=TokenRegion.CONTEXT, glue=TokenRegion.CONTEXT
-)
+TOOLRL_TAGS_ONLY = replace(TOOLRL, name="toolrl_tags_only", outside=TokenRegion.CONTEXT, glue=TokenRegion.CONTEXT)
