@@ -17,14 +17,14 @@ Prepare tool-use data for training: whatever you have in, a folder that memory-m
   megatron-rest-data inspect OUT                                               see rows as a person wants to see them
 
 Inputs: Arrow IPC (stream and file), Feather v2, Parquet, JSON lines, JSON lists, Hugging Face save_to_disk folders,
-folders of shards, globs in quotes; gzip, bzip2, zstd and lz4 around JSON.  The form is told by content, not by the name's
-ending.  docs/data.md has the schema and an example of every layout.
+folders of shards, globs in quotes; gzip, bzip2, zstd and lz4 around JSON.  The form is told by content, not by the
+name's ending.  docs/data.md has the schema and an example of every layout.
 """
 _CONVERT = """\
 Convert rows into a folder of memory-mappable Arrow files (manifest.json, data-*.arrow, quarantine.jsonl).
 
 Rows that cannot be used go to quarantine.jsonl with the reason; rows in = rows out + rows quarantined, always.  An
-interrupted conversion goes on where it stopped when the same command is given again.  The same input gives the same bytes.
+interrupted conversion goes on where it stopped when the same command is given again.  Same input, same bytes.
 
   megatron-rest-data convert --input data_tools/samples/test.parquet --output OUT --tokenizer TOK
   megatron-rest-data convert --input 'shards/*.jsonl.gz' --output OUT --tokenizer TOK \\
@@ -62,7 +62,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=("original", "compact"),
         default="original",
         help="compact: for toy models on a CPU; drops the instruction blocks that are the same in every ToolRL row "
-        "(Steps, Output Format, Important Notes) and shortens the headings; tools and dialogue stay (default: original)",
+        "(Steps, Output Format, Important Notes) and shortens the headings; tools and dialogue stay (default original)",
     )
     p.add_argument(
         "--max-think-words",
@@ -99,9 +99,9 @@ def _add_train_tokenizer(commands: argparse._SubParsersAction[argparse.ArgumentP
     p = commands.add_parser(
         "train-tokenizer",
         help="train a small byte-level BPE tokenizer on the rows",
-        description="Train a byte-level BPE tokenizer on the texts of the rows and save it as a Hugging Face folder with "
-        "a ChatML template.  The tags (<think>, <tool_call>, ...) are single tokens that decoding keeps.  For toy models: a "
-        "real model brings its own tokenizer.",
+        description="Train a byte-level BPE tokenizer on the texts of the rows and save it as a Hugging Face folder "
+        "with a ChatML template.  The tags (<think>, <tool_call>, ...) are single tokens that decoding keeps.  For toy "
+        "models: a real model brings its own tokenizer.",
     )
     p.add_argument("files", nargs="+", metavar="FILE", help="files, folders or quoted globs")
     p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, at least 267")

@@ -10,10 +10,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +121,22 @@ def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator
             yield encode_chunk(chunk, tokenizer, options.encode)
         return
     context = multiprocessing.get_context("spawn")  # threads of pyarrow and tokenizers do not survive a fork
-    with context.Pool(processes, _start_worker, (options.tokenizer, options.encode)) as pool:
-        waiting: deque[Any] = deque()
-        for source in (head, remaining):
-            for chunk in source:
-                waiting.append(pool.apply_async(_work, (chunk,)))
+    arguments = (options.tokenizer, options.encode)
+    waiting: deque[Future[EncodedChunk]] = deque()
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
+        try:
+            for chunk in chain(head, remaining):
+                waiting.append(pool.submit(_work, chunk))
                 if len(waiting) > processes + 1:
-                    yield waiting.popleft().get()
-        while waiting:
-            yield waiting.popleft().get()
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died (out of memory?): give the command again, with fewer --processes"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _encode: Callable[[Chunk], EncodedChunk] | None = None
@@ -134,10 +144,19 @@ _encode: Callable[[Chunk], EncodedChunk] | None = None
 
 def _start_worker(tokenizer_folder: Path, options: EncodeOptions) -> None:
     global _encode
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     pa.set_cpu_count(1)
     tokenizer = ChatTokenizer(tokenizer_folder)
     _encode = lambda chunk: encode_chunk(chunk, tokenizer, options)  # noqa: E731
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(chunk: Chunk) -> EncodedChunk:

@@ -14,8 +14,6 @@ from data_tools.layouts import Columns, Example, normalise
 from data_tools.readers import Chunk
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
 
-TOOLS_IN = ("system", "template")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodeOptions:
@@ -54,6 +52,7 @@ class _Ready:
 
     row: int
     example: Example
+    messages: list[dict[str, str]]
     prompt: str
     answer: str
 
@@ -76,9 +75,8 @@ def _prepare(row: int, example: Example, tokenizer: ChatTokenizer, options: Enco
     if options.max_think_words:
         answer = answers.shorten_thought(answer, options.max_think_words)
     tokenizer.check_text(answer)
-    return _Ready(
-        row, example, tokenizer.render(prompt_style.apply_style(example.messages, options.prompt_style)), answer
-    )
+    messages = prompt_style.apply_style(example.messages, options.prompt_style)
+    return _Ready(row, example, messages, tokenizer.render(messages), answer)
 
 
 def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.RecordBatch:
@@ -88,6 +86,7 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
     values = {
         "prompt_id": [item.example.prompt_id for item in ready],
         "prompt_token_ids": prompts,
+        "messages": [answers.dumps(item.messages) for item in ready],
         "answer_text": [item.answer for item in ready],
         "answer_token_ids": [[*reply, tokenizer.end_of_turn_id] for reply in replies],
         "answer_token_starts": starts,

@@ -1,8 +1,8 @@
 """System messages: ToolRL's constant text, tool lists written in its form, and the compact style.
 
-``original`` keeps every message as it came.  ``compact`` is for toy models on a CPU: it drops the constant blocks "Steps
-for Each Turn", "Output Format" and "Important Notes" (about 400 tokens that say the same in every row) and shortens the two
-constant headings; role sentence, tools and dialogue are untouched.
+``original`` keeps every message as it came.  ``compact`` is for toy models on a CPU: it drops the constant blocks
+"Steps for Each Turn", "Output Format" and "Important Notes" (about 400 tokens that say the same in every row) and
+shortens the two constant headings; role sentence, tools and dialogue are untouched.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ INSTRUCTIONS = """**Steps for Each Turn**
 1. You must always include the `<think>` field to outline your reasoning. Provide at least one of `<tool_call>` or \
 `<response>`. Decide whether to use `<tool_call>` (possibly multiple times), `<response>`, or both.
 2. You can invoke multiple tool calls simultaneously in the `<tool_call>` fields. Each tool call should be a JSON \
-object with a "name" field and an "parameters" field containing a dictionary of parameters. If no parameters are needed, \
-leave the "parameters" field an empty dictionary.
+object with a "name" field and an "parameters" field containing a dictionary of parameters. If no parameters are \
+needed, leave the "parameters" field an empty dictionary.
 3. Refer to the previous dialogue records in the history, including the user's queries, previous `<tool_call>`, \
 `<response>`, and any tool feedback noted as `<obs>` (if exists)."""
 

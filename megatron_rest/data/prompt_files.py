@@ -25,6 +25,7 @@ PROMPT_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),  # content hash of the row, independent of the tokenizer
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # template and generation prompt included
+        pa.field("messages", pa.string(), nullable=False),  # JSON list of {"role", "content"}: the prompt as text
         pa.field("answer_text", pa.string(), nullable=False),  # reference answer to imitate
         pa.field("answer_token_ids", pa.list_(pa.int32()), nullable=False),  # answer_text + end of turn
         pa.field("answer_token_starts", pa.list_(pa.int32())),  # byte of answer_text where each token starts
@@ -92,6 +93,48 @@ def tokenizer_config(folder: str | Path) -> dict[str, Any]:
 def template_identity(folder: str | Path) -> str:
     """Hash of the chat template's text."""
     return _digest(chat_template(folder))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of prepared prompts, checked for what a reader relies on."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {MANIFEST_NAME}: prepare it with `megatron-rest-data convert --output {folder} ...`"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, outputs = manifest["schema_version"], manifest["outputs"]
+        names = [(entry["name"], entry["rows"], entry["bytes"]) for entry in outputs]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): convert the data again") from error
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: convert the data again"
+        )
+    for name, _, _ in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{path}: {name!r} is not a plain file name")
+    return dict(manifest)
+
+
+def map_shard(folder: Path, entry: dict[str, Any]) -> list[pa.RecordBatch]:
+    """Map one shard of the manifest; the batches' buffers are the mapped file."""
+    path = folder / entry["name"]
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        raise ValueError(
+            f"{path} is missing or does not have the {entry['bytes']} bytes of the manifest: copy it again"
+        )
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not reader.schema.equals(PROMPT_SCHEMA, check_metadata=False):
+        raise ValueError(f"{path} does not have the schema of prepared prompts: convert the data again")
+    if sum(batch.num_rows for batch in batches) != entry["rows"]:
+        raise ValueError(f"{path} does not hold the {entry['rows']} rows of the manifest: copy it again")
+    return batches
 
 
 def _digest(text: str) -> str:

@@ -12,7 +12,6 @@ Opening maps the files and reads batch headers; no row is touched before it is a
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
@@ -22,13 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_rest.data.prompt_files import (
-    MANIFEST_NAME,
-    PROMPT_SCHEMA,
-    SCHEMA_VERSION,
-    template_identity,
-    tokenizer_identity,
-)
+from megatron_rest.data.prompt_files import map_shard, read_manifest, template_identity, tokenizer_identity
 from megatron_rest.types import PromptSample
 
 __all__ = ["PromptDataset", "prompts_for_step"]
@@ -52,10 +45,10 @@ class PromptDataset:
     def open(cls, path: str | Path, *, tokenizer_path: str | None = None) -> PromptDataset:
         """Map the folder ``path``; with ``tokenizer_path``, refuse it if another tokenizer or template made it."""
         folder = Path(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         if tokenizer_path is not None:
             _check_tokenizer(folder, manifest, tokenizer_path)
-        batches = [batch for entry in manifest["outputs"] for batch in _map_shard(folder, entry)]
+        batches = [batch for entry in manifest["outputs"] for batch in map_shard(folder, entry)]
         return cls(batches, name=str(folder))
 
     def __len__(self) -> int:
@@ -148,28 +141,6 @@ def _mix_int(value: int) -> int:
     return int(_mix(np.array([value & (2**64 - 1)], dtype=np.uint64))[0])
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {MANIFEST_NAME}: prepare it with `megatron-rest-data convert --output {folder} ...`"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, outputs = manifest["schema_version"], manifest["outputs"]
-        names = [(entry["name"], entry["rows"], entry["bytes"]) for entry in outputs]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): convert the data again") from error
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: convert the data again"
-        )
-    for name, _, _ in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{path}: {name!r} is not a plain file name")
-    return dict(manifest)
-
-
 def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str) -> None:
     stored = manifest.get("tokenizer", {})
     for what, key, actual in (
@@ -182,24 +153,6 @@ def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str
                 f"({actual[:12]}): "
                 f"its token ids mean something else; convert the data again with --tokenizer {tokenizer_path}"
             )
-
-
-def _map_shard(folder: Path, entry: dict[str, Any]) -> list[pa.RecordBatch]:
-    path = folder / entry["name"]
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
-        raise ValueError(
-            f"{path} is missing or does not have the {entry['bytes']} bytes of the manifest: copy it again"
-        )
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not reader.schema.equals(PROMPT_SCHEMA, check_metadata=False):
-        raise ValueError(f"{path} does not have the schema of prepared prompts: convert the data again")
-    if sum(batch.num_rows for batch in batches) != entry["rows"]:
-        raise ValueError(f"{path} does not hold the {entry['rows']} rows of the manifest: copy it again")
-    return batches
 
 
 def _offsets(column: pa.ListArray) -> np.ndarray:
