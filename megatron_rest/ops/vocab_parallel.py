@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_rest.ops.row_blocks import (
     GradientRule,
@@ -113,17 +112,17 @@ class _VocabParallel(torch.autograd.Function):
         ctx.shard, ctx.inverse_temperature, ctx.consume = shard, inverse_temperature, consume
         ctx.is_consumed = False
         ctx.set_materialize_grads(False)
-        collision = None if stats.collision is None else stats.collision.view(labels.shape)
+        collision = None if stats.collision is None else stats.collision.view(labels.shape).clone()
         if collision is not None:
             ctx.mark_non_differentiable(collision)
-        # The entropy is saved above: hand out a copy, so that an in-place change of it cannot reach the gradient.
-        return stats.log_probs.view(labels.shape), stats.entropy.clone().view(labels.shape), collision
+        # Copies, not views: callers may change results in place, and the saved entropy must not change with them.
+        return stats.log_probs.view(labels.shape).clone(), stats.entropy.view(labels.shape).clone(), collision
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_order("vocab_parallel_log_probs_and_entropy")
         if ctx.is_consumed:
             raise RuntimeError(
                 "second backward pass through vocab_parallel_log_probs_and_entropy(..., consume=True): the logits "
@@ -147,6 +146,16 @@ class _VocabParallel(torch.autograd.Function):
         for (matrix, at), (out, _at) in zip(_matrices(logits), _matrices(grad_logits), strict=True):
             write_gradient(matrix, flat_labels[at], ctx.shard, ctx.inverse_temperature, rule[at], out, scratch)
         return grad_logits, None, None, None, None, None
+
+
+def refuse_second_order(operator: str) -> None:
+    """Raise inside a backward pass that was asked for ``create_graph=True``.
+
+    Autograd's own once_differentiable stays silent when the upstream gradient is a constant, and a term of the loss
+    would be dropped.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{operator} has no second derivative: its gradient cannot be taken with create_graph=True")
 
 
 def _matrices(logits: Tensor) -> Iterator[tuple[Tensor, slice]]:
