@@ -1,8 +1,8 @@
-"""Two runs side by side: what each reached, how far apart they are, and how far apart chance alone puts two runs.
+"""Two runs side by side: what each reached, how far apart they are, and what that does not show.
 
 The standard errors come from the spread of single steps.  They say how well a mean over a few noisy steps is known, not
-how another seed would have gone: steps of one run share their start, their data order and each other's updates.  One seed
-a side is therefore never called evidence here, however large the difference looks.
+how another seed would have gone: steps of one run share their start, their data order and each other's updates.  One
+seed a side is therefore never called evidence here, however large the difference looks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_rest.analysis.report import COMPARED_DIR
 from megatron_rest.analysis.series import WINDOW, MetricsFileError, RunMetrics, Window, load_runs
 from megatron_rest.analysis.summary import LEARNING_METRICS, format_value, table_lines
 
@@ -23,7 +24,7 @@ __all__ = ["Difference", "compare_lines", "difference", "main"]
 
 ONE_SEED = (
     "One seed a side is not evidence.",
-    "+- is one standard error from the spread of the steps inside these two runs; the spread between seeds is not in it.",
+    "+- is one standard error from the spread of steps inside these two runs; the spread between seeds is not in it.",
     "Repeat both with at least 3 seeds before you claim a difference.",
 )
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run_a", type=Path, help="run_dir of run A (holds metrics.jsonl), for example the GRPO baseline"
     )
     parser.add_argument("run_b", type=Path, help="run_dir of run B, for example ResT")
-    parser.add_argument("--output", type=Path, help="folder for the PNG overlays (default: RUN_B/compare)")
+    parser.add_argument("--output", type=Path, help="folder for the PNG overlays (default: RUN_A/plots_compared)")
     args = parser.parse_args(argv)
     try:
         a, b = load_runs([args.run_a, args.run_b])
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_rest.analysis.plots import plot_runs
 
     print()
-    for path in plot_runs([a, b], args.output or args.run_b / "compare"):
+    for path in plot_runs([a, b], args.output or args.run_a / COMPARED_DIR):
         print(path)
     return 0
 

@@ -222,7 +222,7 @@ def _line_panels(
             axis.set_title(axis.get_title(loc="left"), pad=20)
         if from_zero:
             axis.set_ylim(bottom=0)
-    _run_legend(figure, axes[0], runs)
+    _run_legend(figure, axes, runs)
     return figure
 
 
@@ -258,7 +258,7 @@ def _by_region(
         _finish(axis, REGION_TITLES[region], unit, runs, broken)
         axis.set_ylim(bottom=0)
     figure.suptitle(title, x=0.01, ha="left")
-    _run_legend(figure, axes[0], runs)
+    _run_legend(figure, axes, runs)
     return figure
 
 
@@ -288,9 +288,10 @@ def _line(axis: Axes, steps: np.ndarray, values: np.ndarray, colour: str, style:
 def _mark_windows(axis: Axes, run: RunMetrics, name: str, colour: str, *, place: float | None) -> None:
     """Horizontal bars at the means of the first and the last steps; their numbers over the panel, from ``place`` on."""
     first, last = run.first(name), run.last(name)
+    beyond = max(0.4, 0.008 * (run.steps[-1] - run.steps[0]))  # so that bars can be seen in a run of hundreds of steps
     for window, covered in ((first, run.steps[:WINDOW]), (last, run.steps[-WINDOW:])):
         if np.isfinite(window.mean):
-            axis.hlines(window.mean, covered[0] - 0.4, covered[-1] + 0.4, color=colour, linewidth=4, alpha=0.5)
+            axis.hlines(window.mean, covered[0] - beyond, covered[-1] + beyond, color=colour, linewidth=4, alpha=0.5)
     if place is not None and first.num_steps and last.num_steps:
         text = f"{first.mean:.3g} \N{RIGHTWARDS ARROW} {last.mean:.3g}"
         axis.text(place, 1.02, text, transform=axis.transAxes, color=colour, fontsize=9, fontweight="bold")
@@ -311,14 +312,16 @@ def _step_axis(axis: Axes, runs: Sequence[RunMetrics]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_xlabel("RL step")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
     axis.set_xlim(min(run.steps[0] for run in runs) - 0.6, max(run.steps[-1] for run in runs) + 0.6)
 
 
-def _run_legend(figure: Figure, axis: Axes, runs: Sequence[RunMetrics]) -> None:
+def _run_legend(figure: Figure, axes: Sequence[Axes], runs: Sequence[RunMetrics]) -> None:
     if len(runs) > 1:
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=min(len(labels), 4))
+        handles: dict[str, Any] = {}
+        for axis in axes:  # a run may lack the metric of the first panel
+            handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside upper right", ncols=min(len(handles), 4) or 1)
 
 
 def _log_or_zero(axis: Axes) -> None:

@@ -10,20 +10,21 @@ from pathlib import Path
 from megatron_rest.analysis.series import MetricsFileError, load_runs
 from megatron_rest.analysis.summary import summary_lines
 
-__all__ = ["main", "write_report"]
+__all__ = ["COMPARED_DIR", "PLOTS_DIR", "main", "write_report"]
 
 PLOTS_DIR = "plots"
+COMPARED_DIR = "plots_compared"  # several runs on the same axes: never over the plots of one
 
 
 def write_report(run_dirs: Sequence[str | Path], output_dir: str | Path | None = None) -> tuple[list[str], list[Path]]:
-    """Plots into ``output_dir`` (default ``plots`` in the first run's folder); returns the text and the files.
+    """Plots into ``output_dir`` (default: in the first run's folder); returns the text and the files.
 
     Raises :class:`MetricsFileError` before anything is written if one of the runs cannot be read.
     """
     runs = load_runs(run_dirs)
     from megatron_rest.analysis.plots import plot_runs
 
-    files = plot_runs(runs, output_dir or runs[0].run_dir / PLOTS_DIR)
+    files = plot_runs(runs, output_dir or runs[0].run_dir / (PLOTS_DIR if len(runs) == 1 else COMPARED_DIR))
     lines: list[str] = []
     for run in runs:
         lines += [*summary_lines(run), ""]
