@@ -237,7 +237,7 @@ class RestWeighting:
         return (raw * scale[sequence]).float()
 
     def _per_token(self, beta: Tensor, sequence: Tensor, valid: Tensor, num_sequences: int) -> Tensor:
-        """Theorem 2 token by token: a token of its sequence's mean score norm gets gamma_think, clipped like the rest."""
+        """Theorem 2 token by token: a token of its sequence's mean score norm gets gamma_think, clipped like all."""
         if beta.shape != valid.shape:
             raise ValueError(f"beta has shape {tuple(beta.shape)}, expected {tuple(valid.shape)}")
         known = torch.where(valid, beta.detach().double(), 0.0)

@@ -1,4 +1,4 @@
-"""Hermes and Qwen3: one ``<tool_call>`` block a call, ``{"name": ..., "arguments": {...}}``; other text is the answer."""
+"""Hermes, Qwen3: a ``<tool_call>`` block per call, ``{"name": ..., "arguments": {...}}``; other text is the answer."""
 
 from megatron_rest.regions.dialect import Dialect, Section
 from megatron_rest.types import TokenRegion
