@@ -83,12 +83,16 @@ class Console:
         self._stream.flush()
 
     def progress(
-        self, description: str, *, total: int | None = None, unit: str = "it"
+        self, description: str, *, total: int | None = None, unit: str = "it", plain_interval: float | None = None
     ) -> AbstractContextManager[Progress]:
-        """A long stage of ``total`` items: ``with console.progress("rollouts", total=512) as p: ... p.update()``."""
+        """A long stage of ``total`` items: ``with console.progress("rollouts", total=512) as p: ... p.update()``.
+
+        ``plain_interval``: seconds between its lines where there is no terminal; longer if the stage prints lines itself.
+        """
         if self._is_terminal and self._enabled:
             return tqdm(total=total, desc=description, unit=unit, file=self._stream, dynamic_ncols=True, leave=True)
-        return _plain_progress(self.line, description, total, unit, self._plain_interval)
+        interval = self._plain_interval if plain_interval is None else plain_interval
+        return _plain_progress(self.line, description, total, unit, interval)
 
     def track(self, items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
         """Iterate over ``items`` with progress."""

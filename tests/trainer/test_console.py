@@ -111,14 +111,20 @@ def test_plain_progress_is_whole_lines_with_time_left(monkeypatch: pytest.Monkey
     now = [0.0]
     monkeypatch.setattr("megatron_rest.trainer.console.time.monotonic", lambda: now[0])
     stream = io.StringIO()
-    with Console(stream, plain_interval=5).progress("rollouts", total=100, unit="sequences") as progress:
+    console = Console(stream, plain_interval=5)
+    with console.progress("rollouts", total=100, unit="sequences") as progress:
         for _ in range(100):
             now[0] += 1.0
+            progress.update()
+    with console.progress("steps", total=10, plain_interval=60) as progress:
+        for _ in range(10):
+            now[0] += 20.0
             progress.update()
     text = stream.getvalue()
     assert "\r" not in text and "\x1b" not in text and text.endswith("\n")
     lines = text.splitlines()
-    assert len(lines) == 20 + 1  # one every 5 seconds and the last word
+    lines, slow = lines[:21], lines[21:]  # one every 5 seconds and the last word; one every 60 seconds
+    assert [line.split()[1] for line in slow] == ["3/10", "6/10", "9/10", "10/10"]
     assert lines[3] == "rollouts: 20/100 (20 %) sequences, 1/s, 20 s, 1 min 20 s left"
     assert lines[-1] == "rollouts: 100/100 (100 %) sequences, 1/s, 1 min 40 s, done"
 
