@@ -87,7 +87,7 @@ class Console:
     ) -> AbstractContextManager[Progress]:
         """A long stage of ``total`` items: ``with console.progress("rollouts", total=512) as p: ... p.update()``.
 
-        ``plain_interval``: seconds between its lines where there is no terminal; longer if the stage prints lines itself.
+        ``plain_interval``: seconds between its lines where there is no terminal; longer if the stage prints lines too.
         """
         if self._is_terminal and self._enabled:
             return tqdm(total=total, desc=description, unit=unit, file=self._stream, dynamic_ncols=True, leave=True)
