@@ -1,0 +1,114 @@
+"""Where jobs run: ``local`` (this machine) and ``slurm`` (container or bare).  Chosen by ``run.executor=NAME``.
+
+Everything a cluster user must fill in is a parameter or environment variable read here, once:
+``SLURM_ACCOUNT``, ``SLURM_PARTITION``, ``REST_IMAGE`` (empty = no container), ``REST_MOUNTS`` (comma separated),
+``REST_SSH`` (user@host to submit from a laptop) with ``REST_SSH_DIR``.
+"""
+
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+from launch.compat import ensure_nemo_run_importable
+from launch.recipe import stop
+
+ensure_nemo_run_importable()
+import nemo_run as run  # noqa: E402
+
+__all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_environment", "local", "slurm"]
+
+GPUS_PER_NODE = 8
+ROOT = Path(__file__).resolve().parent.parent
+
+CPU_ENV = {
+    "OMP_NUM_THREADS": "1",  # one rank a core; torchrun warns if it has to choose
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost vLLM a factor 20 beside other ranks
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every engine of a machine to the same cores
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in the rank's process
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # the first log-prob request would compile C++ otherwise, and need a compiler
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "LOGLEVEL": "WARNING",
+}
+
+CLUSTER_ENV = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps TP communication by the order of launches
+    "NCCL_NVLS_ENABLE": "0",  # NVLink SHARP buffers cost 1-2 GB a GPU, which colocated rollouts need
+    "NCCL_CUMEM_ENABLE": "0",  # vLLM's sleep mode hands memory back only without cuMem allocations by NCCL
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # freed blocks return at once instead of after the next collective
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # packed microbatches differ in size every step
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE", re.IGNORECASE)
+_ALLOWED_SECRETLIKE = {"TOKENIZERS_PARALLELISM"}
+
+
+@run.cli.factory
+def local() -> run.Config[run.LocalExecutor]:
+    """Ranks on this machine's CPU; how many is the recipe's business."""
+    size = shutil.get_terminal_size((120, 40))
+    env = CPU_ENV | {"COLUMNS": str(size.columns), "LINES": str(size.lines)}
+    return run.Config(run.LocalExecutor, env_vars=env)
+
+
+@run.cli.factory
+def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecutor]:
+    """Slurm; ``nodes=0`` leaves the number to the recipe."""
+    # A plain run.Config: @run.autoconvert would turn os.environ.get and everything else in here into Configs too.
+    return run.Config(
+        run.SlurmExecutor,
+        account=os.environ.get("SLURM_ACCOUNT", "YOUR_ACCOUNT"),
+        partition=os.environ.get("SLURM_PARTITION", "batch"),
+        nodes=nodes,
+        ntasks_per_node=GPUS_PER_NODE,  # one task a GPU: signals reach the ranks directly, no torchrun between
+        gpus_per_node=GPUS_PER_NODE,
+        mem="0",  # all of a node's memory
+        exclusive=True,
+        time=time,
+        signal="TERM@300",  # 5 minutes before the limit, to every rank: save and stop
+        job_name_prefix="rest-",
+        container_image=os.environ.get("REST_IMAGE") or None,
+        container_mounts=[mount for mount in os.environ.get("REST_MOUNTS", "").split(",") if mount],
+        srun_args=["--kill-on-bad-exit=1", "--wait=60"],  # a dead rank ends the step instead of a 30-minute collective
+        env_vars=dict(CLUSTER_ENV),
+        tunnel=_tunnel(),
+        packager=_code(),
+    )
+
+
+def _tunnel() -> "run.Config[run.LocalTunnel] | run.Config[run.SSHTunnel]":
+    target = os.environ.get("REST_SSH", "")
+    if not target:
+        # A LocalTunnel copies nothing, so sbatch must find the script where NeMo-Run writes it: NEMORUN_HOME has to
+        # lie on shared storage and job_dir has to stay empty.
+        return run.Config(run.LocalTunnel, job_dir="")
+    user, _, host = target.rpartition("@")
+    return run.Config(run.SSHTunnel, host=host, user=user, job_dir=os.environ.get("REST_SSH_DIR", "megatron_rest_runs"))
+
+
+def _code() -> run.Config[run.PatternPackager]:
+    """Ships the three packages as they lie here, committed or not."""
+    patterns = [str(ROOT / name) for name in ("megatron_rest", "launch", "data_tools")]
+    return run.Config(run.PatternPackager, include_pattern=patterns, relative_path=[str(ROOT)] * len(patterns))
+
+
+def check_environment(executor: run.SlurmExecutor) -> None:
+    """Make ``env_vars`` safe: NeMo-Run writes ``export KEY=value`` into the script without quoting."""
+    for key, value in executor.env_vars.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            stop(f"environment variable {key!r} is not a valid name")
+        if _SECRET.search(key) and key not in _ALLOWED_SECRETLIKE:
+            stop(
+                f"run.executor.env_vars holds {key}, which looks like a secret and would be written into the sbatch "
+                f"script: export {key} in the shell you submit from (Slurm passes it on) and leave it out here"
+            )
+        executor.env_vars[key] = shlex.quote(value)
+    executor.container_env = sorted(executor.env_vars) if executor.container_image else None

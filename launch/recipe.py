@@ -1,0 +1,87 @@
+"""From a recipe and the command line to tasks of a NeMo-Run experiment.
+
+A recipe is a :class:`~megatron_rest.config.RestConfig` written in Python with a reason beside each number.  What the
+command line adds (``config=FILE.yaml``, ``section.key=value``) is laid over it, the whole is validated before anything
+starts, written to ``<run_dir>/run.yaml``, and handed to the stages by that path alone: no number travels in arguments.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
+
+__all__ = ["GIVEN", "Given", "Stage", "as_yaml", "resolve", "stop", "write_atomically"]
+
+
+@dataclass
+class Given:
+    """What the command line says about the configuration tree; filled in by ``launch.cli.run_recipe``."""
+
+    file: str = ""
+    overrides: list[str] = field(default_factory=list)
+
+    def take(self, arguments: Sequence[str]) -> None:
+        """Sort ``config=FILE`` from ``section.key=value``."""
+        self.file = ""
+        self.overrides = []
+        for argument in arguments:
+            if argument.startswith("config="):
+                self.file = argument.partition("=")[2]
+            else:
+                self.overrides.append(argument)
+
+
+GIVEN = Given()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of an experiment: ``python -m module arguments``, on ``ranks`` ranks under torchrun if ranks > 0."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    ranks: int = 0
+    produces: Path | None = None
+    """Folder this stage fills; a stage whose folder carries its stamp is not run again."""
+
+
+def resolve(base: RestConfig, *, world_size: int, baseline: str = "") -> RestConfig:
+    """The configuration that will run, checked; a mistake ends the program with one line and status 2."""
+    try:
+        config = load(GIVEN.file or None, [*_baseline(baseline), *GIVEN.overrides], base=base)
+        validate(config, world_size=world_size)
+    except ConfigError as error:
+        stop(str(error))
+    return config
+
+
+def _baseline(name: str) -> list[str]:
+    """The reference algorithms differ from the recipe by these values alone, so seeds and data stay the same."""
+    known = {"": [], "rest": [], "grpo": ["weighting.source=uniform"]}
+    if name not in known:
+        stop(f"baseline={name} is unknown: known are {', '.join(filter(None, known))}")
+    return known[name]
+
+
+def as_yaml(config: RestConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole file or none: a rank that starts early never reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def stop(message: str, status: int = 2) -> None:
+    """End with one line on stderr.  SystemExit passes NeMo-Run's ``except Exception``, a ConfigError would not."""
+    print(f"nemo-run: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)

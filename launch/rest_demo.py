@@ -1,0 +1,169 @@
+"""ResT on one machine's CPU: real Megatron-Core (TP 2 x PP 2), real vLLM, real tool-use data.  What `make demo` runs.
+
+    nemo-run launch/rest_demo.py [--dryrun] [--yes] [baseline=grpo] [section.key=value ...]
+
+Stages: tokenizer, prompts, answers, model, warm-start (kept in ``base`` and reused), then train and report.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from launch.cli import run_recipe
+from launch.compat import ensure_nemo_run_importable
+from launch.executors import ROOT
+from launch.local import run_stages, show_stages
+from launch.recipe import Stage, as_yaml, resolve, stop, write_atomically
+from megatron_rest.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RestConfig,
+    RolloutConfig,
+    TrainerConfig,
+    WarmStartConfig,
+)
+
+ensure_nemo_run_importable()
+import nemo_run as run  # noqa: E402
+
+SAMPLES = ROOT / "data_tools" / "samples"
+RANKS = 4  # TP 2 x PP 2: the smallest layout with both kinds of model parallelism
+VOCABULARY = 4096  # within 10 % of Qwen's bytes per token on this data, trained in a second
+
+
+def recipe(base: Path, run_dir: Path) -> RestConfig:
+    """The demo's numbers; 4.2 M parameters at hidden 256, 4 layers."""
+    return RestConfig(
+        model=ModelConfig(
+            path=str(base / "warm-start" / "hf"),
+            max_sequence_length=1024,  # prompts are 785 tokens on average before the compact style
+            dtype="float32",  # bfloat16 is slower than float32 on most CPUs
+        ),
+        parallel=ParallelConfig(tensor_parallel=2, pipeline_parallel=2),
+        data=DataConfig(
+            train=str(base / "prompts"),
+            prompts_per_step=8,
+            max_prompt_tokens=768,
+        ),
+        rollout=RolloutConfig(
+            rollouts_per_prompt=8,  # groups large enough to hold a valid answer while few are
+            max_response_tokens=160,  # answers with thoughts cut to 10 words take 80
+            kv_cache_bytes=64 << 20,  # one engine a rank
+            max_concurrent=64,
+        ),
+        optimizer=OptimizerConfig(
+            lr=1e-4,  # random-initialised toy: a pretrained model's 1e-6 would not move it in 30 steps
+            adam_beta2=0.95,
+        ),
+        checkpoint=CheckpointConfig(save_every=10),
+        trainer=TrainerConfig(run_dir=str(run_dir), steps=30, seed=1, max_tokens_per_microbatch=4096),
+        warm_start=WarmStartConfig(answers=str(base / "answers"), epochs=8, batch_size=4, lr=1e-3),
+    )
+
+
+def warm_start_config(config: RestConfig, base: Path) -> RestConfig:
+    """The supervised stage starts from random weights and leaves ``hf`` in its own folder.
+
+    Only what shapes the warm start is kept from the run's configuration, so that another learning rate or baseline of
+    the RL run does not train it again.
+    """
+    default = recipe(base, base)
+    return dataclasses.replace(
+        default,
+        model=dataclasses.replace(config.model, path=str(base / "model")),
+        parallel=config.parallel,
+        warm_start=config.warm_start,
+        trainer=dataclasses.replace(default.trainer, run_dir=str(base / "warm-start"), seed=config.trainer.seed),
+    )
+
+
+def plan(base: Path, config: RestConfig) -> list[Stage]:
+    """Everything from the sample files to the plots."""
+    run_dir = Path(config.trainer.run_dir)
+    tokenizer = base / "tokenizer"
+    data = "data_tools"
+    convert = ("--tokenizer", str(tokenizer), "--prompt-style", "compact", "--processes", "1", "--overwrite")
+    answers = str(SAMPLES / "rlla_sft.json")
+    return [
+        Stage(
+            name="tokenizer",
+            module=data,
+            arguments=("train-tokenizer", answers, "--vocab-size", str(VOCABULARY), "--output", str(tokenizer)),
+            produces=tokenizer,
+        ),
+        Stage(
+            name="prompts",
+            module=data,
+            arguments=(
+                "convert",
+                "--input",
+                str(SAMPLES / "test.parquet"),
+                "--output",
+                str(base / "prompts"),
+                *convert,
+            ),
+            produces=base / "prompts",
+        ),
+        Stage(
+            name="answers",
+            module=data,
+            # short thoughts: a toy model that learns to ramble never closes its tags
+            arguments=(
+                *("convert", "--input", answers, "--output", str(base / "answers")),
+                *("--max-think-words", "10", *convert),
+            ),
+            produces=base / "answers",
+        ),
+        Stage(
+            name="model",
+            module="megatron_rest.trainer.init_model",
+            arguments=("--tokenizer", str(tokenizer), "--output", str(base / "model")),
+            produces=base / "model",
+        ),
+        Stage(
+            name="warm-start",
+            module="megatron_rest.trainer.warm_start",
+            arguments=("--config", str(base / "warm-start.yaml")),
+            ranks=RANKS,
+            produces=base / "warm-start",
+        ),
+        Stage(
+            name="train",
+            module="megatron_rest.trainer",
+            arguments=("--config", str(run_dir / "run.yaml")),
+            ranks=RANKS,
+        ),
+        Stage(name="report", module="megatron_rest.cli", arguments=("report", str(run_dir))),
+    ]
+
+
+@run.cli.entrypoint(type="experiment", name="rest_demo")
+def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base"):
+    """ResT at toy size on this machine's CPU.
+
+    Args:
+        ctx: filled in by NeMo-Run.
+        baseline: grpo = uniform token weights, same seeds; empty = ResT.
+        base: folder for tokenizer, data and warm-started model, shared by runs.
+    """
+    folder = Path(base).absolute()
+    run_dir = Path(f"runs/demo-{baseline or 'rest'}").absolute()
+    if not isinstance(ctx.executor, run.LocalExecutor):
+        stop("the demo runs on this machine only: leave out run.executor=")
+    config = resolve(recipe(folder, run_dir), world_size=RANKS, baseline=baseline)
+    run_dir = Path(config.trainer.run_dir).absolute()
+    warm_start = warm_start_config(config, folder)
+    stages = plan(folder, config)
+    if ctx.dryrun:
+        show_stages(stages, run_dir / "logs")
+        print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
+        return
+    write_atomically(folder / "warm-start.yaml", as_yaml(warm_start))
+    write_atomically(run_dir / "run.yaml", as_yaml(config))
+    run_stages("rest_demo", stages, ctx.executor, run_dir / "logs")
+
+
+if __name__ == "__main__":
+    run_recipe(rest_demo, executor="local")
