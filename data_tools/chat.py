@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import DataError, RowError
+from data_tools.line_cache import LineEncoder, cuts_are_exact
 from megatron_rest.data import prompt_files
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
@@ -43,6 +44,11 @@ class ChatTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = _compile(self.template_text)
+        self._lines = LineEncoder(self._tokenizer, exact=cuts_are_exact(self._spec))
+
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
+        return dict(json.loads(self._tokenizer.to_str()))
 
     @cached_property
     def end_of_turn(self) -> str:
@@ -87,19 +93,15 @@ class ChatTokenizer:
             if token in text:
                 raise RowError(f"the text contains the control token {token}: it would start or end a turn")
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, nothing added."""
-        encode = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
-        return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 token ids, nothing added."""
+        return self._lines.encode(texts)
 
-    def token_starts(self, ids: Sequence[int], text: str) -> list[int] | None:
-        """Byte of ``text`` where each token starts; None if the tokenizer is not byte-exact on it."""
-        if not len(ids):
-            return []
-        ends = np.cumsum(self._token_bytes[np.asarray(ids)])
-        if ends[-1] != len(text.encode()):
-            return None
-        return [0, *ends[:-1].tolist()]
+    def token_starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
+        """int32 [len(ids) + 1]: byte of ``text`` where each token starts, then its end; None if not byte-exact."""
+        starts = np.zeros(len(ids) + 1, dtype=np.int32)
+        np.cumsum(self._token_bytes[ids], out=starts[1:])
+        return starts if starts[-1] == len(text.encode()) else None
 
     @cached_property
     def _token_bytes(self) -> np.ndarray:
@@ -107,8 +109,7 @@ class ChatTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         added = {i: t.content for i, t in self._tokenizer.get_added_tokens_decoder().items()}
         sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
-        if decoder.get("type") != "ByteLevel":
+        if (self._spec.get("decoder") or {}).get("type") != "ByteLevel":
             return sizes - 1
         for token, index in vocabulary.items():
             sizes[index] = len(added[index].encode()) if index in added else len(token)

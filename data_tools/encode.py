@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from data_tools import answers, prompt_style
@@ -82,23 +84,30 @@ def _prepare(row: int, example: Example, tokenizer: ChatTokenizer, options: Enco
 def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.RecordBatch:
     ids = tokenizer.encode([*(item.prompt for item in ready), *(item.answer for item in ready)])
     prompts, replies = ids[: len(ready)], ids[len(ready) :]
-    starts = [_starts(tokenizer, reply, item.answer) for reply, item in zip(replies, ready, strict=True)]
-    values = {
+    # the end of turn starts where the text ends
+    starts = [tokenizer.token_starts(reply, item.answer) for reply, item in zip(replies, ready, strict=True)]
+    end_of_turn = np.array([tokenizer.end_of_turn_id], dtype=np.int32)
+    columns = {
         "prompt_id": [item.example.prompt_id for item in ready],
-        "prompt_token_ids": prompts,
+        "prompt_token_ids": _lists(prompts),
         "messages": [answers.dumps(item.messages) for item in ready],
         "answer_text": [item.answer for item in ready],
-        "answer_token_ids": [[*reply, tokenizer.end_of_turn_id] for reply in replies],
-        "answer_token_starts": starts,
+        "answer_token_ids": _lists([np.concatenate([reply, end_of_turn]) for reply in replies]),
+        "answer_token_starts": _lists(starts),
         "ground_truth": [item.example.ground_truth for item in ready],
         "tools": [answers.dumps(item.example.tools) for item in ready],
         "calls": [answers.dumps(item.example.calls) for item in ready],
         "source_file": [source] * len(ready),
         "source_row": [item.row for item in ready],
     }
-    return pa.RecordBatch.from_pydict(values, schema=PROMPT_SCHEMA)
+    arrays = [pa.array(columns[field.name], field.type) for field in PROMPT_SCHEMA]
+    return pa.RecordBatch.from_arrays(arrays, schema=PROMPT_SCHEMA)
 
 
-def _starts(tokenizer: ChatTokenizer, ids: list[int], text: str) -> list[int] | None:
-    starts = tokenizer.token_starts(ids, text)
-    return None if starts is None else [*starts, len(text.encode())]  # the end of turn starts where the text ends
+def _lists(rows: Sequence[np.ndarray | None]) -> pa.Array:
+    """list<int32> without a Python object per number; None is null."""
+    lengths = [0 if row is None else len(row) for row in rows]
+    offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(lengths, dtype=np.int32)])
+    values = np.concatenate([np.zeros(0, dtype=np.int32), *(row for row in rows if row is not None)])
+    mask = pa.array([row is None for row in rows], pa.bool_()) if any(row is None for row in rows) else None
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=mask)
