@@ -1,0 +1,380 @@
+"""vLLM as a rollout engine inside the trainer's own process (or beside it), without side effects on the trainer.
+
+An in-process vLLM reseeds torch, numpy and random when it is made, draws from torch's global generator at every
+sampling call, rewrites ``LOCAL_WORLD_SIZE``, and destroys torch's default process group when it goes, Megatron's
+groups with it.  All four are undone here.  On several ranks make the engines together: vLLM adds process groups of
+its own, which is a collective.
+
+Log-probs are those of the distribution sampled from (temperature, top-p and top-k applied), of the sampled token only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_rest.config import RolloutConfig
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError, rollout_seed
+from megatron_rest.rollout.process import prepare_process
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+
+__all__ = ["VllmEngine"]
+
+_CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 gives prompts below 128 tokens no prefix cache at all
+_WORKER_EXTENSION = "megatron_rest.weight_sync.vllm_plugin.WorkerExtension"
+_TRANSPORTS_IN_PROCESS = ("local",)
+
+_live_engines = 0
+
+
+class VllmEngine:
+    """One vLLM engine; implements :class:`megatron_rest.rollout.engine.RolloutEngine`.
+
+    Args:
+        model_path: HF folder with ``config.json`` and, unless ``random_weights``, safetensors.  No tokenizer is needed.
+        config: sampling and memory settings.
+        seed: seed of vLLM's own state; sampling is seeded per rollout.
+        max_model_len: longest prompt + response in tokens.
+        stop_token_ids: a sampled one ends the rollout and is its last token.
+        transport: weight-transfer backend of the engine.  ``local`` puts the engine into this process; any other one
+        into
+            a process of its own (and needs the caller's module to be importable: ``if __name__ == "__main__"``).
+        random_weights: start without weights.  The engine then holds ``NO_WEIGHTS`` and refuses to sample until a
+            transfer has succeeded.
+
+    Raises FileNotFoundError for a folder without configuration or weights, ValueError for a length that the model
+    does not take.  Collectives: on several ranks construction creates process groups, so all ranks construct together.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        max_model_len: int,
+        stop_token_ids: Sequence[int] = (),
+        transport: str = "local",
+        random_weights: bool = False,
+    ) -> None:
+        self._config = config
+        self._max_model_len = max_model_len
+        self._stop_token_ids = [int(i) for i in stop_token_ids]
+        model = _read_folder(Path(model_path), max_model_len, random_weights)
+        self._vocab_size = int(model["vocab_size"])
+        in_process = transport in _TRANSPORTS_IN_PROCESS
+        if in_process and config.tensor_parallel > 1:
+            raise ValueError(
+                f"rollout.tensor_parallel is {config.tensor_parallel}, but an engine with transport {transport!r} "
+                "lives in one process: set it to 1 or use a transport to engine processes"
+            )
+        self._llm: Any = None
+        self._owns_default_group = in_process and not dist.is_initialized()
+        with _trainer_state_preserved():
+            # Read by vLLM when the engine is made, so it can follow the transport.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+            self._llm = _make_llm(model_path, model, config, seed, max_model_len, transport, random_weights)
+        _count_engines(+1)
+        self.policy_version = NO_WEIGHTS if random_weights else 0
+        """Version of the weights held; set by the weight transfer, NO_WEIGHTS while there are none."""
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that receive weights."""
+        return self._config.tensor_parallel
+
+    def generate(
+        self, prompts: Sequence[PromptSample], *, rollouts_per_prompt: int, seed: int, max_response_tokens: int
+    ) -> list[RolloutGroup]:
+        """Sample ``rollouts_per_prompt`` siblings of every prompt; see :class:`RolloutEngine`.
+
+        The result depends on weights, configuration, ``seed`` and the prompts alone, not on the batch they came in
+        (up to the last bit of the arithmetic).  A response is at most ``max_response_tokens`` long and ends earlier
+        where the context is full.  Raises ValueError naming a prompt that leaves no room for a response.
+        """
+        from vllm import SamplingParams
+
+        occurrences: Counter[str] = Counter()
+        requests, params = [], []
+        for prompt in prompts:
+            room = min(max_response_tokens, self._room(prompt.token_ids, f"prompt {prompt.prompt_id}"))
+            for sibling in range(rollouts_per_prompt):
+                requests.append({"prompt_token_ids": prompt.token_ids.tolist()})
+                params.append(
+                    SamplingParams(
+                        temperature=self._config.temperature,
+                        top_p=self._config.top_p,
+                        top_k=self._config.top_k,
+                        max_tokens=room,
+                        seed=rollout_seed(seed, prompt.prompt_id, sibling, occurrences[prompt.prompt_id]),
+                        stop_token_ids=self._stop_token_ids,
+                        ignore_eos=True,  # only the ids that were passed in end a rollout
+                        logprobs=0,
+                        detokenize=False,
+                    )
+                )
+            occurrences[prompt.prompt_id] += 1
+        outputs = iter(self._run(requests, params))
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                rollouts=tuple(
+                    self._rollout(prompt, next(outputs).outputs[0], max_response_tokens)
+                    for _ in range(rollouts_per_prompt)
+                ),
+            )
+            for prompt in prompts
+        ]
+
+    def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``n`` most likely next tokens, stop tokens not heeded, and their log-probs at temperature 1."""
+        from vllm import SamplingParams
+
+        ids = np.asarray(token_ids, dtype=np.int32)
+        room = self._room(ids, "the greedy prompt")
+        if n > room:
+            raise ValueError(f"{len(ids)} + {n} tokens do not fit a context of {self._max_model_len}")
+        params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=0, detokenize=False)
+        output = self._run([{"prompt_token_ids": ids.tolist()}], [params])[0].outputs[0]
+        return np.asarray(output.token_ids, dtype=np.int32), _sampled_log_probs(output)
+
+    def prompt_log_probs(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [L]: log-prob of ``token_ids[t]`` given what precedes it, at temperature 1; element 0 is 0.
+
+        The prefix cache is not read.  L must leave room for one more token.
+        """
+        from vllm import SamplingParams
+
+        ids = np.asarray(token_ids, dtype=np.int32)
+        self._room(ids, "the prompt")
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True, detokenize=False)
+        entries = self._run([{"prompt_token_ids": ids.tolist()}], [params])[0].prompt_logprobs
+        scored = [entry[int(token)].logprob for token, entry in zip(ids[1:], entries[1:], strict=True)]
+        return np.asarray([0.0, *scored], dtype=np.float32)
+
+    # What a weight transfer calls (megatron_rest.weight_sync.sync.SyncTarget) -------------------------------------
+
+    def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Connect the workers' transfer engine; backend-specific arguments."""
+        self._open().init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """From here until a verified transfer ends the engine holds no usable weights."""
+        self.policy_version = NO_WEIGHTS
+        self._open().start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Let every worker receive and load one pass of weights."""
+        self._open().update_weights({"update_info": update_info})
+
+    def finish_weight_update(self) -> None:
+        """Let every worker process what it loaded.  The prefix cache is NOT reset by this."""
+        self._open().finish_weight_update()
+
+    def received_weights(self) -> list[dict[str, Any]]:
+        """What each worker received in the last pass: ``{"digests": {name: (int, int)}, "missing": [parameter]}``."""
+        return list(self._open().collective_rpc("received_weights"))
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget keys and values of old weights; False when vLLM could not, because requests are running."""
+        return bool(self._open().reset_prefix_cache())
+
+    def close(self) -> None:
+        """End the engine and free its memory.  The trainer's process groups stay.  Idempotent."""
+        if self._llm is None:
+            return
+        self.policy_version = NO_WEIGHTS
+        llm, self._llm = self._llm, None
+        _count_engines(-1)
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if self._owns_default_group and _live_engines == 0 and dist.is_initialized():
+            dist.destroy_process_group()  # vLLM made it for itself; nobody else has
+
+    def _open(self) -> Any:
+        if self._llm is None:
+            raise EngineStateError("the engine is closed")
+        return self._llm
+
+    def _room(self, token_ids: np.ndarray, what: str) -> int:
+        """Tokens that fit behind a prompt; raises when there is none or an id is not in the vocabulary."""
+        room = self._max_model_len - len(token_ids)
+        if len(token_ids) == 0 or room < 1:
+            raise ValueError(
+                f"{what} has {len(token_ids)} tokens, the context takes 1 to {self._max_model_len - 1} and a response: "
+                "filter long prompts (data.max_prompt_tokens) or raise model.max_sequence_length"
+            )
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= self._vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{what} holds token id {wrong}, the vocabulary is 0..{self._vocab_size - 1}")
+        return room
+
+    def _run(self, requests: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        llm = self._open()
+        if self.policy_version == NO_WEIGHTS:
+            raise EngineStateError("the engine holds no valid weights: transfer the policy's weights before sampling")
+        if not requests:
+            return []
+        with _rng_preserved():
+            return llm.generate(requests, params, use_tqdm=False)
+
+    def _rollout(self, prompt: PromptSample, output: Any, max_response_tokens: int) -> Rollout:
+        token_ids = np.asarray(output.token_ids, dtype=np.int32)
+        match output.finish_reason:
+            case "stop":
+                reason = StopReason.EOS
+            case "length":
+                reason = StopReason.LENGTH if len(token_ids) == max_response_tokens else StopReason.CONTEXT
+            case "abort" if len(token_ids):
+                reason = StopReason.ABORTED
+            case other:
+                raise RuntimeError(f"vLLM ended a rollout of prompt {prompt.prompt_id} with finish_reason {other!r}")
+        return Rollout(
+            prompt_id=prompt.prompt_id,
+            token_ids=token_ids,
+            log_probs=_sampled_log_probs(output),
+            loss_mask=np.ones(len(token_ids), dtype=bool),
+            stop_reason=reason,
+            policy_version=self.policy_version,
+        )
+
+
+def _make_llm(
+    model_path: str | Path,
+    model: dict[str, Any],
+    config: RolloutConfig,
+    seed: int,
+    max_model_len: int,
+    transport: str,
+    random_weights: bool,
+) -> Any:
+    # Torch is loaded by now; whether that was too late for OpenMP is for the worker entry to refuse, not for a library.
+    prepare_process(cpu=not torch.cuda.is_available(), allow_late=True)
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    _keep_default_group()
+    arguments: dict[str, Any] = {
+        "model": str(model_path),
+        "dtype": config.dtype,  # always explicit: "auto" turns a float32 checkpoint into bfloat16
+        "seed": seed,
+        "max_model_len": max_model_len,
+        "max_num_seqs": config.max_concurrent,
+        "tensor_parallel_size": config.tensor_parallel,
+        "load_format": "dummy" if random_weights else "safetensors",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # sampling defaults in the model's folder must not leak in
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "weight_transfer_config": {"backend": transport},
+        "worker_extension_cls": _WORKER_EXTENSION,
+    }
+    if current_platform.is_cpu():
+        _check_cpu_head_size(model)
+        # Without a stated size vLLM takes, and touches, 92 % of the machine's memory as KV cache.
+        arguments |= {
+            "kv_cache_memory_bytes": config.kv_cache_bytes,
+            "block_size": _CPU_BLOCK_SIZE,
+            "enforce_eager": True,
+        }
+    else:
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+    return LLM(**arguments)
+
+
+def _read_folder(path: Path, max_model_len: int, random_weights: bool) -> dict[str, Any]:
+    """``config.json`` of the model in ``path``; raises when it cannot be served."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is not an HF model folder: it has no config.json")
+    model: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if not random_weights and not any(path.glob("*.safetensors")):
+        raise FileNotFoundError(f"{path} holds no *.safetensors: pass random_weights=True to start without weights")
+    longest = int(model.get("max_position_embeddings") or max_model_len)
+    if max_model_len > longest:
+        raise ValueError(f"max_model_len {max_model_len} exceeds the {longest} positions of the model in {path}")
+    return model
+
+
+def _check_cpu_head_size(model: dict[str, Any]) -> None:
+    """vLLM itself says so only at the first request, with a C++ error."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size = int(model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"])
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ValueError(f"head_dim {size} is not one of {known}, which vLLM's CPU attention takes: change the model")
+
+
+def _sampled_log_probs(output: Any) -> np.ndarray:
+    values = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    return np.asarray(values, dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _rng_preserved() -> Iterator[None]:
+    """The trainer's random state (random, numpy, torch) is what it was, whatever happens inside."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _trainer_state_preserved() -> Iterator[None]:
+    """Random state and environment as before; vLLM's own variables stay, it reads some of them later."""
+    before = dict(os.environ)
+    with _rng_preserved():
+        try:
+            yield
+        finally:
+            for name in {*before, *os.environ}:
+                if name.startswith("VLLM_") or os.environ.get(name) == before.get(name):
+                    continue
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    del os.environ[name]
+
+
+def _count_engines(change: int) -> None:
+    global _live_engines
+    _live_engines += change
+
+
+def _keep_default_group() -> None:
+    """Let an engine's shutdown take down vLLM's groups only, and those only when the last engine goes.
+
+    vLLM ends an in-process engine, also from its finalizer at exit, with ``destroy_process_group()`` of the DEFAULT
+    group.
+    """
+    import vllm.v1.engine.core as core
+    from vllm.distributed import parallel_state
+
+    def cleanup(shutdown_ray: bool = False) -> None:
+        if _live_engines > 0:
+            return
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            if parallel_state._WORLD:
+                parallel_state._WORLD.destroy()
+        parallel_state._WORLD = parallel_state._NODE_COUNT = None
+
+    core.cleanup_dist_env_and_memory = cleanup
