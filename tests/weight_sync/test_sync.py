@@ -1,4 +1,4 @@
-"""Transfers into a real vLLM: afterwards it computes what transformers computes with the same weights; faults are noticed."""
+"""Transfers into a real vLLM: it then computes what transformers computes with the same weights; faults are noticed."""
 
 from __future__ import annotations
 
@@ -196,8 +196,7 @@ def test_parameter_that_nothing_was_sent_for_is_noticed(bench: Bench, monkeypatc
     monkeypatch.setattr(
         type(source), "__iter__", lambda self: ((name, tensor) for name, tensor in whole(self) if name in names)
     )
-    with pytest.raises(WeightSyncError, match=r"layers.0.mlp.down_proj.weight \(engine parameter that nothing was
-    sent"):
+    with pytest.raises(WeightSyncError, match=r"layers.0.mlp.down_proj.weight \(engine parameter that nothing"):
         bench.push()
     monkeypatch.undo()
     bench.push()
