@@ -68,6 +68,11 @@ class ChatTokenizer:
         return self._tokenizer.get_vocab(with_added_tokens=True)[self.end_of_turn]
 
     @cached_property
+    def vocab_size(self) -> int:
+        """Largest id + 1."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """Special tokens: in the text of a message they would change the structure of the conversation."""
         added = self._tokenizer.get_added_tokens_decoder().values()

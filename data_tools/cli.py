@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_tools import commands
 from data_tools.errors import DataError
 
 _DESCRIPTION = """\
@@ -37,14 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-rest-data", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_convert(commands)
-    _add_train_tokenizer(commands)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_convert(subparsers)
+    _add_inspect(subparsers)
+    _add_validate(subparsers)
+    _add_stats(subparsers)
+    _add_split(subparsers)
+    _add_decontaminate(subparsers)
+    _add_train_tokenizer(subparsers)
     return parser
 
 
-def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    p = commands.add_parser(
+def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
         "convert",
         help="rows of any form to token ids that training memory-maps",
         description=_CONVERT,
@@ -80,7 +86,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument(
         "--rows-per-shard", type=int, default=1 << 16, metavar="N", help="rows of one output file (default 65536)"
     )
-    p.set_defaults(run=_convert)
+    p.set_defaults(run=commands.convert)
 
 
 def _add_input_options(p: argparse.ArgumentParser) -> None:
@@ -95,8 +101,8 @@ def _add_input_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--map", default=None, metavar="FILE", help="the same as a YAML file of NAME: COLUMN lines")
 
 
-def _add_train_tokenizer(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    p = commands.add_parser(
+def _add_train_tokenizer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
         "train-tokenizer",
         help="train a small byte-level BPE tokenizer on the rows",
         description="Train a byte-level BPE tokenizer on the texts of the rows and save it as a Hugging Face folder "
@@ -107,44 +113,81 @@ def _add_train_tokenizer(commands: argparse._SubParsersAction[argparse.ArgumentP
     p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, at least 267")
     p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     _add_input_options(p)
-    p.set_defaults(run=_train_tokenizer)
+    p.set_defaults(run=commands.train_tokenizer)
 
 
-def _convert(args: argparse.Namespace) -> int:
-    from data_tools.convert import ConvertOptions, convert, describe
-    from data_tools.encode import EncodeOptions
-    from data_tools.layouts import load_columns
-
-    manifest = convert(
-        ConvertOptions(
-            inputs=args.input,
-            output=args.output,
-            tokenizer=args.tokenizer,
-            encode=EncodeOptions(
-                prompt_style=args.prompt_style,
-                max_think_words=args.max_think_words,
-                columns=load_columns(args.map, args.column),
-            ),
-            split=args.split,
-            licence=args.licence,
-            strict=args.strict,
-            overwrite=args.overwrite,
-            processes=args.processes,
-            rows_per_shard=args.rows_per_shard,
-        )
+def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
+        "inspect",
+        help="show rows: messages, tools, answer coloured by regions",
+        description="Show rows of a prepared folder, or of any input before it is converted.",
     )
-    print(describe(manifest, args.output))
-    return 0
+    p.add_argument("path", metavar="PATH", help="prepared folder, or an input of any form")
+    p.add_argument("--row", type=int, default=0, metavar="N", help="first row to show (default 0)")
+    p.add_argument("--count", type=int, default=1, metavar="N", help="how many rows (default 1)")
+    p.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
+    _add_input_options(p)
+    p.set_defaults(run=commands.inspect)
 
 
-def _train_tokenizer(args: argparse.Namespace) -> int:
-    from data_tools.layouts import load_columns
-    from data_tools.train_tokenizer import texts_of, train_tokenizer
+def _add_validate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
+        "validate",
+        help="check a prepared folder in full, or try raw rows without writing",
+        description="Prepared folder: hashes, counts, schema, token ids, JSON columns; with --tokenizer also identity "
+        "and decoding.  Raw input: which rows could not be used, and why.  Exit status 1 if anything is wrong.",
+    )
+    p.add_argument("path", nargs="+", metavar="PATH", help="one prepared folder, or inputs of any form")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="HF tokenizer folder to compare with")
+    _add_input_options(p)
+    p.set_defaults(run=commands.validate)
 
-    texts = texts_of(args.files, columns=load_columns(args.map, args.column), split=args.split)
-    size = train_tokenizer(texts, vocab_size=args.vocab_size, output=args.output)
-    print(f"{args.output}: {size} tokens")
-    return 0
+
+def _add_stats(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
+        "stats",
+        help="token lengths, calls per row, duplicates, over-long prompts",
+        description="Numbers of a prepared folder.  Prompts above --max-prompt-tokens are listed; nothing is ever cut.",
+    )
+    p.add_argument("path", metavar="DIR", help="prepared folder")
+    p.add_argument("--max-prompt-tokens", type=int, default=0, metavar="N", help="list longer prompts")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, all over-long prompts included")
+    p.add_argument("--png", type=Path, metavar="FILE", help="write histograms")
+    p.set_defaults(run=commands.stats)
+
+
+def _add_split(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
+        "split",
+        help="divide a prepared folder, equal prompts on one side",
+        description="Divide by a hash of the prompt and the seed: stable when rows are added, and the same prompt "
+        "never lands on both sides.  megatron-rest-data split OUT --output PARTS --parts train=0.98 test=0.02",
+    )
+    p.add_argument("path", metavar="DIR", help="prepared folder")
+    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the parts")
+    p.add_argument("--parts", nargs="+", required=True, metavar="NAME=FRACTION", help="fractions that add up to 1")
+    p.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, another division (default 1)")
+    p.add_argument("--overwrite", action="store_true", help="replace existing parts")
+    p.set_defaults(run=commands.split)
+
+
+def _add_decontaminate(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    p = subparsers.add_parser(
+        "decontaminate",
+        help="remove rows that are (nearly) in a benchmark",
+        description="Remove rows whose dialogue holds at least --min-overlap of the word n-grams of a benchmark item.  "
+        "Removed rows are listed in quarantine.jsonl with the item.  Benchmarks: files of any form that convert reads, "
+        "and BFCL's JSON lines with `question`.",
+    )
+    p.add_argument("path", metavar="DIR", help="prepared folder")
+    p.add_argument("--against", nargs="+", required=True, metavar="PATH", help="benchmark files")
+    p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    p.add_argument("--ngram", type=int, default=8, metavar="N", help="words of an n-gram (default 8)")
+    p.add_argument(
+        "--min-overlap", type=float, default=0.5, metavar="F", help="share of an item's n-grams (default 0.5)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    p.set_defaults(run=commands.decontaminate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

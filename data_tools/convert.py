@@ -66,7 +66,7 @@ class ConvertOptions:
             raise DataError(f"--rows-per-shard is {self.rows_per_shard}, expected at least 1")
 
 
-def convert(options: ConvertOptions) -> dict[str, Any]:
+def convert_rows(options: ConvertOptions) -> dict[str, Any]:
     """Run a conversion (or go on with an interrupted one) and return its manifest."""
     if options.output.exists() and not options.overwrite:
         raise DataError(f"{options.output} exists: give --overwrite to replace it, or another --output")

@@ -46,7 +46,7 @@ def texts_of(paths: Sequence[str], *, columns: Columns | None = None, split: str
             yield example.ground_truth
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: str | Path) -> int:
+def train_and_save(texts: Iterable[str], *, vocab_size: int, output: str | Path) -> int:
     """Train and save; returns the number of tokens (fewer than asked where the text has no more to merge)."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(

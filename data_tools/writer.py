@@ -46,7 +46,15 @@ class Progress:
 class OutputFolder:
     """Writes shards of record batches and the quarantine; a context manager that leaves no half-written output."""
 
-    def __init__(self, output: Path, *, fingerprint: str, metadata: dict[str, str], rows_per_shard: int) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        fingerprint: str,
+        metadata: dict[str, str],
+        rows_per_shard: int,
+        resume: bool = True,
+    ) -> None:
         self.output = output
         self.partial = output.with_name(output.name + ".partial")
         self._metadata = metadata
@@ -55,7 +63,7 @@ class OutputFolder:
         self._pending_rows = 0
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.partial)
-        self.progress = self._load_progress(fingerprint)
+        self.progress = self._load_progress(fingerprint, resume)
         self._quarantine = open(self.partial / QUARANTINE_NAME, "ab")  # noqa: SIM115 - closed by __exit__
         self._quarantine.truncate(self.progress.quarantine_bytes)
         self._quarantine.seek(0, os.SEEK_END)
@@ -133,12 +141,12 @@ class OutputFolder:
         temporary.rename(self.partial / name)
         return entry
 
-    def _load_progress(self, fingerprint: str) -> Progress:
+    def _load_progress(self, fingerprint: str, resume: bool) -> Progress:
         """The progress of an earlier run with the same inputs and options; otherwise start afresh."""
         progress = Progress(fingerprint=fingerprint)
         try:
             stored = Progress(**json.loads((self.partial / _PROGRESS).read_text()))
-            if stored.fingerprint == fingerprint and all(self._is_whole(entry) for entry in stored.shards):
+            if resume and stored.fingerprint == fingerprint and all(self._is_whole(entry) for entry in stored.shards):
                 progress = stored
         except (OSError, ValueError, TypeError):
             pass  # nothing to go on from
