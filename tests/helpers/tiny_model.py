@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SPECIAL_TOKENS", "VOCAB_SIZE", "build_tiny_model", "build_tokenizer", "perturb"]
+__all__ = ["EOS_ID", "SPECIAL_TOKENS", "VOCAB_SIZE", "build_tiny_model", "build_tokenizer", "perturb", "read_config"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
