@@ -189,10 +189,15 @@ def _check_arguments(logits: Tensor, labels: Tensor, temperature: float) -> None
         raise ValueError(f"vocab_parallel_logits must be floating point, got {logits.dtype}")
     if logits.shape[-1] == 0:
         raise ValueError("vocab_parallel_logits has no columns: every rank must hold V/TP >= 1 of them")
+    check_labels_and_temperature(labels, temperature, logits.device)
+
+
+def check_labels_and_temperature(labels: Tensor, temperature: float, device: torch.device) -> None:
+    """The part of the contract that the operators on logits and on hidden states share."""
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels must be int64 or int32 vocabulary ids, got {labels.dtype}")
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device}, vocab_parallel_logits on {logits.device}: move one of them")
+    if labels.device != device:
+        raise ValueError(f"labels are on {labels.device}, the model's output on {device}: move one of them")
     if not temperature > 0:
         raise ValueError(
             f"temperature must be positive, got {temperature}: greedy decoding has no log-probs to train on"
