@@ -27,8 +27,8 @@ from megatron_rest.ops.vocab_parallel import refuse_second_order
 
 __all__ = ["ClippedTokenLoss", "PolicyStep", "TokenLoss", "policy_step"]
 
-# (log_probs [r], entropy [r], rows) -> loss of each row [r]; ``rows``, a slice or int64 [r], indexes the flattened tokens.
-# It must treat rows independently and be differentiable in its first two arguments.
+# (log_probs [r], entropy [r], rows) -> loss of each row [r].  ``rows``, a slice or int64 [r], are places among the
+# flattened tokens.  It must treat rows independently and be differentiable in its first two arguments.
 TokenLoss = Callable[[Tensor, Tensor, Tensor | slice], Tensor]
 
 

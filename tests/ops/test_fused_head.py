@@ -23,6 +23,8 @@ from tests.ops.collectives import count_collectives
 
 _ABS_TOLERANCE = 1e-5  # log-probs and entropy, nats, against float64 of the same operands, bf16 operands included
 _GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.5e-3}
+# Ranks round their partial d_hidden to bf16 and add in bf16, as Megatron does: half the traffic, two more roundings.
+_REDUCED_BF16_TOLERANCE = 5e-3
 _CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5}
 
 
@@ -167,10 +169,11 @@ def _spread(case: _Case, values: Tensor) -> Tensor:
 
 def _check_gradients(case: _Case, ranks: list[dict[str, Any]], grad_hidden: Tensor, grad_weight: Tensor) -> None:
     limit = _GRADIENT_TOLERANCE[case.dtype]
+    is_reduced = case.dtype == torch.bfloat16 and len(ranks) > 1
     weight = torch.cat([rank["grad_weight"] for rank in ranks])
     whole = torch.cat([rank["grad_hidden"] for rank in ranks])
     for hidden in [whole] if case.sequence_parallel else [rank["grad_hidden"] for rank in ranks]:
-        _check_gradient(hidden, grad_hidden, limit)
+        _check_gradient(hidden, grad_hidden, _REDUCED_BF16_TOLERANCE if is_reduced else limit)
     _check_gradient(weight, grad_weight, limit)
     if case.vocab_size is not None:
         assert torch.count_nonzero(weight[case.vocab_size :]) == 0
