@@ -66,7 +66,7 @@ def _nemo_run(arguments: list[str]) -> None:
 
 
 def run_recipe(recipe: Callable[..., Any], executor: str) -> None:
-    """What a launch file's ``__main__`` calls; ``executor`` names the factory used unless ``run.executor=`` is given."""
+    """What a launch file's ``__main__`` calls; ``executor`` names the factory if ``run.executor=`` does not."""
     import nemo_run as run
 
     from launch.recipe import GIVEN

@@ -27,7 +27,11 @@ CPU_ENV = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost vLLM a factor 20 beside other ranks
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every engine of a machine to the same cores
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in the rank's process
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    # A page of warnings at every start says that this is a CPU without CUDA, Triton and tcmalloc: known.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-all",
+    "PYTHONWARNINGS": "ignore",
     "VLLM_NO_USAGE_STATS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # the first log-prob request would compile C++ otherwise, and need a compiler
     "HF_HUB_OFFLINE": "1",
