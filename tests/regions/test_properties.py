@@ -68,7 +68,7 @@ def expected_of_split(text: bytes, tokens: list[bytes], by_byte: np.ndarray, dia
     return labels
 
 
-@settings(max_examples=4000, deadline=None, derandomize=True)
+@settings(max_examples=2500, deadline=None, derandomize=True)
 @given(text=texts, points=st.lists(st.integers(0, 10_000), max_size=12), dialect=st.sampled_from(DIALECTS))
 def test_labels_do_not_depend_on_the_split(text: bytes, points: list[int], dialect: Dialect) -> None:
     tokens = cut(text, points)
@@ -76,7 +76,7 @@ def test_labels_do_not_depend_on_the_split(text: bytes, points: list[int], diale
     assert label_regions(tokens, dialect=dialect).tolist() == expected_of_split(text, tokens, by_byte, dialect)
 
 
-@settings(max_examples=3000, deadline=None, derandomize=True)
+@settings(max_examples=1500, deadline=None, derandomize=True)
 @given(text=texts, in_think=st.booleans(), dialect=st.sampled_from(DIALECTS))
 def test_labels_partition_the_tokens(text: bytes, in_think: bool, dialect: Dialect) -> None:
     ids = label_regions(single_bytes(text), starts_in_think=in_think, dialect=dialect)
