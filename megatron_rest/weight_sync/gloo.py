@@ -1,14 +1,29 @@
-"""What the two ends of the ``gloo`` transport share: one process group of their own and one way of cutting buckets."""
+"""Transport ``gloo``: packed buckets of bytes, broadcast to the workers of an engine in processes of its own.
+
+The sender and every worker form one process group beside torch's default one.  Names, dtypes and shapes travel once,
+with vLLM's own RPC; both ends cut the stream into the same buckets from them, so no bucket needs a header.  The next
+bucket is gathered and packed while the workers load the one before it.
+"""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["bucket_ranges", "join_group", "num_bytes"]
+if TYPE_CHECKING:
+    from megatron_rest.weight_sync.source import TensorMeta
+    from megatron_rest.weight_sync.sync import SyncTarget
+
+__all__ = ["GlooSender", "bucket_ranges", "join_group", "num_bytes"]
+
+_TIMEOUT_SECONDS = 600
+_SENDER = 0  # rank of the sender in the transfer's group; workers follow
 
 
 def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -38,3 +53,78 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_seco
     return stateless_init_torch_distributed_process_group(
         address, port, rank, world_size, "gloo", timeout=timedelta(seconds=timeout_seconds)
     )
+
+
+class GlooSender:
+    """The trainer's end; one rank of TP x PP holds it.
+
+    Args:
+        bucket_bytes: tensors are packed until a bucket reaches this size.
+        address: where the workers reach this process.
+        timeout_seconds: how long either end waits for the other.
+    """
+
+    def __init__(
+        self, *, bucket_bytes: int, address: str = "127.0.0.1", timeout_seconds: int = _TIMEOUT_SECONDS
+    ) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._address = address
+        self._timeout_seconds = timeout_seconds
+        self._group: Any = None
+
+    def connect(self, engine: SyncTarget) -> None:
+        """Rendezvous with the engine's workers; both ends join the group at the same time."""
+        port, world_size = _free_port(self._address), 1 + engine.num_workers
+        info = {
+            "master_address": self._address,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": world_size,
+            "bucket_bytes": self._bucket_bytes,
+            "timeout_seconds": self._timeout_seconds,
+        }
+        with ThreadPoolExecutor(1) as executor:
+            connected = executor.submit(engine.init_weight_transfer, info)
+            self._group = join_group(self._address, port, _SENDER, world_size, self._timeout_seconds)
+            connected.result()
+
+    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
+        """Broadcast the stream; the engine loads each bucket as it comes.  Raises what the engine raised.
+
+        Raises ValueError when the stream is not what ``metadata`` says: the receivers cut by the metadata.
+        """
+        info = {
+            "names": [m.name for m in metadata],
+            "dtype_names": [str(m.dtype).removeprefix("torch.") for m in metadata],
+            "shapes": [list(m.shape) for m in metadata],
+        }
+        executor = ThreadPoolExecutor(1)
+        try:
+            loaded = executor.submit(engine.update_weights, info)
+            self._broadcast(stream, metadata, loaded)
+            loaded.result()
+        finally:
+            executor.shutdown(wait=False)
+
+    def _broadcast(
+        self, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta], loaded: Future[None]
+    ) -> None:
+        sizes = [m.num_bytes for m in metadata]
+        for indices in bucket_ranges(sizes, self._bucket_bytes):
+            parts = [_bytes_of(next(stream), metadata[i]) for i in indices]
+            if loaded.done():
+                loaded.result()  # a worker that has failed already would never answer the broadcast
+            self._group.broadcast(torch.cat(parts).cpu(), _SENDER).wait()
+
+
+def _bytes_of(item: tuple[str, Tensor], expected: TensorMeta) -> Tensor:
+    name, tensor = item
+    if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
+        raise ValueError(f"the source yields {name} {tensor.dtype} {tuple(tensor.shape)}, but announced {expected}")
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])

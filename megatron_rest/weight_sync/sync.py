@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_rest.config import WeightSyncConfig
 from megatron_rest.weight_sync.digest import digest
-from megatron_rest.weight_sync.source import MegatronWeightSource
+from megatron_rest.weight_sync.gloo import GlooSender
+from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
 
-__all__ = ["SyncReport", "SyncTarget", "WeightSync", "WeightSyncError"]
+__all__ = ["TRANSPORTS", "SyncReport", "SyncTarget", "WeightSync", "WeightSyncError"]
 
 _OK, _DIFFERENT, _BROKEN = 0, 1, 2  # outcomes of an attempt, worst wins over all ranks
 _MAX_ATTEMPTS = 2  # one full resend
@@ -36,6 +37,9 @@ class SyncTarget(Protocol):
     """What an engine offers a transfer; vLLM's four weight-transfer calls and two checks."""
 
     policy_version: int
+
+    @property
+    def num_workers(self) -> int: ...
 
     def init_weight_transfer(self, init_info: dict[str, Any]) -> None: ...
 
@@ -64,26 +68,59 @@ class SyncReport:
     drifted: tuple[str, ...] = ()  # replicated parameters whose copies were not bit-equal between TP ranks
 
 
+class Transport(Protocol):
+    """How a stream of tensors reaches an engine's workers."""
+
+    def connect(self, engine: SyncTarget) -> None:
+        """Once, before the first transfer."""
+        ...
+
+    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
+        """Let the engine receive and load the whole stream, which is what ``metadata`` says."""
+        ...
+
+
+class LocalTransport:
+    """The engine lives in this process: it pulls the tensors from the stream, by reference."""
+
+    def connect(self, engine: SyncTarget) -> None:
+        engine.init_weight_transfer({})
+
+    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
+        engine.update_weights({"weights": stream})
+
+
+TRANSPORTS = ("local", "gloo")
+
+
 class WeightSync:
-    """Transfers a source's weights into the engine of this rank, in process (transport ``local``).
+    """Transfers a source's weights into engines.
+
+    Transport ``local``: every rank has an engine in its own process and makes one of these with it.  Transport
+    ``gloo``: one rank of TP x PP holds the engine's handle and sends; the others make theirs with ``engine=None`` and
+    only take part in the gathers.
 
     Collectives: those of one or two passes over ``source``, and two all-reduces of one integer on each of its groups.
+    Raises ValueError for an unknown transport.
     """
 
-    def __init__(self, engine: SyncTarget, source: MegatronWeightSource, config: WeightSyncConfig) -> None:
-        if config.transport != "local":
-            raise ValueError(f"weight_sync.transport {config.transport!r} is not known here; expected local")
+    def __init__(self, engine: SyncTarget | None, source: MegatronWeightSource, config: WeightSyncConfig) -> None:
+        if config.transport not in TRANSPORTS:
+            raise ValueError(f"weight_sync.transport {config.transport!r} is not known; expected one of {TRANSPORTS}")
         self._engine = engine
         self._source = source
         self._tamper: Callable[[str, Tensor], Tensor] | None = None  # fault injection: between digest and hand-over
-        engine.init_weight_transfer({})
+        is_local = config.transport == "local"
+        self._transport: Transport = LocalTransport() if is_local else GlooSender(bucket_bytes=config.bucket_bytes)
+        if engine is not None:
+            self._transport.connect(engine)
 
     def push(self, version: int) -> SyncReport:
-        """Give the engine the source's present weights and prove that it got them.
+        """Give the engines the source's present weights and prove that they got them.
 
-        Returns when the engine holds them and has forgotten keys and values of older ones.  Raises WeightSyncError on
-        every rank when a tensor differs after a resend (named on the rank that saw it), when the engine fails, or
-        when its prefix cache cannot be reset; the engine then refuses to sample.
+        Returns when they hold them and have forgotten keys and values of older ones.  Raises WeightSyncError on every
+        rank when a tensor differs after a resend (named on the rank that saw it), when an engine fails, or when a
+        prefix cache cannot be reset; the engine then refuses to sample.
         """
         started = time.perf_counter()
         for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -96,7 +133,8 @@ class WeightSync:
             if worst == _BROKEN or attempt == _MAX_ATTEMPTS:
                 raise WeightSyncError(_explain(version, attempt, wrong, error)) from error
         self._reset_prefix_cache(version)
-        self._engine.policy_version = version
+        if self._engine is not None:
+            self._engine.policy_version = version
         return SyncReport(
             version=version,
             seconds=time.perf_counter() - started,
@@ -114,22 +152,24 @@ class WeightSync:
         error: Exception | None = None
         received: list[dict[str, Any]] = []
         try:
-            self._engine.start_weight_update()
-            self._engine.update_weights({"weights": stream})
-            self._engine.finish_weight_update()
-            received = self._engine.received_weights()
+            if self._engine is not None:
+                self._engine.start_weight_update()
+                self._transport.send(self._engine, stream, self._source.metadata())
+                self._engine.finish_weight_update()
+                received = self._engine.received_weights()
         except Exception as e:  # noqa: BLE001  raised by push() after all ranks have agreed; alone it would strand them
             error = e
         for _ in stream:  # what the engine did not take: the gathers are collectives
             pass
         wrong = list(self._source.faults)
         for worker in received:
-            wrong += [name for name, value in sent.digests.items() if worker["digests"].get(name) != value]
+            got = {name: tuple(value) for name, value in worker["digests"].items()}  # an RPC makes lists of tuples
+            wrong += [name for name, value in sent.digests.items() if got.get(name) != value]
             wrong += [f"{name} (engine parameter that nothing was sent for)" for name in worker["missing"]]
         return list(dict.fromkeys(wrong)), error
 
     def _reset_prefix_cache(self, version: int) -> None:
-        done = self._engine.reset_prefix_cache()
+        done = self._engine is None or self._engine.reset_prefix_cache()
         if self._source.worst_of_ranks(_OK if done else _BROKEN) != _OK:
             where = "an engine of another rank" if done else "this engine"
             raise WeightSyncError(

@@ -58,23 +58,32 @@ class Bench:
         return transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
 
 
-def make_bench(folder: Path, *, dtype: str, random_weights: bool, **model: Any) -> Bench:
+def make_bench(
+    folder: Path,
+    *,
+    dtype: str,
+    random_weights: bool,
+    transport: str = "local",
+    tensor_parallel: int = 1,
+    **model: Any,
+) -> Bench:
     build_tiny_model(folder, with_tokenizer=False, **model)
     state = load_file(folder / "model.safetensors")
     if random_weights:
         (folder / "model.safetensors").unlink()
     engine = VllmEngine(
         folder,
-        RolloutConfig(kv_cache_bytes=16 << 20, dtype=dtype),
+        RolloutConfig(kv_cache_bytes=16 << 20, dtype=dtype, tensor_parallel=tensor_parallel),
         seed=0,
         max_model_len=256,
+        transport=transport,
         random_weights=random_weights,
     )
     bench = Bench(engine=engine, sync=None, folder=folder, state=state)  # type: ignore[arg-type]
     bench.train(seed=1)
     shape = ModelShape.from_hf_config(read_config(folder), vocab_multiple=64)
     source = MegatronWeightSource(lambda: bench.shards, parameter_map(shape), shape, bucket_bytes=1 << 16)
-    bench.sync = WeightSync(engine, source, WeightSyncConfig())
+    bench.sync = WeightSync(engine, source, WeightSyncConfig(transport=transport, bucket_bytes=1 << 17))
     return bench
 
 
@@ -243,5 +252,5 @@ def test_source_is_drained_when_the_engine_fails(bench: Bench, monkeypatch: pyte
 
 
 def test_unknown_transport_is_refused(bench: Bench) -> None:
-    with pytest.raises(ValueError, match="transport 'pigeon' is not known"):
+    with pytest.raises(ValueError, match="transport 'pigeon' is not known; expected one of"):
         WeightSync(bench.engine, bench.sync._source, WeightSyncConfig(transport="pigeon"))
