@@ -10,3 +10,8 @@
     checkpoint.py   Megatron distributed checkpoints
     hf.py           HF safetensors into Megatron shards
 """
+
+import warnings
+
+# Megatron says what is not installed once a module and rank; ``megatron-rest doctor`` says it once, with what each would give.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")

@@ -6,9 +6,7 @@ dropout, interleaved PP=2 without overlapped point-to-point messages, deallocate
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -75,7 +73,6 @@ def initialize(config: RestConfig) -> ParallelContext:
         )
     validate(config, world_size=dist.get_world_size())
     _refuse(config)
-    _quiet()
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -111,12 +108,6 @@ def _refuse(config: RestConfig) -> None:
         )
     if p.sequence_parallel and p.tensor_parallel == 1:
         raise ConfigError("parallel.sequence_parallel needs parallel.tensor_parallel > 1")
-
-
-def _quiet() -> None:
-    """Megatron warns once a rank about every missing accelerator; ``megatron-rest doctor`` says it once, readably."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
-    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def transformer_config(shape: ModelShape, config: RestConfig) -> Any:

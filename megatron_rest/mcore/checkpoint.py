@@ -6,6 +6,7 @@ suffix is whole.  Model and optimiser are Megatron's sharded state, so a checkpo
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -29,7 +30,11 @@ def save(folder: str | Path, policy: MegatronPolicy, *, step: int, extra: dict[s
     ``extra`` is plain data (numbers, strings, lists, dicts, tensors) and comes back from :func:`load` as it was.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # A synchronous save hands its results over inside this process.  Megatron's default is a manager process per rank,
+    # which a killed rank leaves behind.
+    filesystem_async._results_queue = queue.Queue()
     target = Path(folder) / f"step_{step:06d}"
     partial = target.with_suffix(".partial")
     if policy.context.rank == 0:

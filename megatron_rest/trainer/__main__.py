@@ -6,7 +6,7 @@ complete one.
 
 from __future__ import annotations
 
-from megatron_rest.rollout import prepare_process
+from megatron_rest.rollout.process import prepare_process
 
 prepare_process()  # environment that torch and vLLM read when they are imported
 

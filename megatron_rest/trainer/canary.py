@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.mcore.policy import MegatronPolicy
-from megatron_rest.rollout import RolloutEngine
+from megatron_rest.rollout.engine import RolloutEngine
 from megatron_rest.types import PromptSample, TokenRegion, TrainSample
 
 __all__ = ["Canary", "CanaryError"]

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
+
+import psutil
 
 from megatron_rest.config import ConfigError, RestConfig, load
 
 __all__ = ["worker_main"]
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
+_TERMINATED = 143  # and for SIGTERM, which torchrun sends when a peer has failed
 
 
 def worker_main(run: Callable[[RestConfig], None], description: str | None, argv: list[str] | None) -> int:
@@ -21,6 +27,7 @@ def worker_main(run: Callable[[RestConfig], None], description: str | None, argv
     parser.add_argument("--config", help="YAML file with the sections of megatron_rest.config.RestConfig")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: _leave(_TERMINATED))
     try:
         run(load(args.config, args.overrides))
         return 0
@@ -33,7 +40,14 @@ def worker_main(run: Callable[[RestConfig], None], description: str | None, argv
     except Exception:  # noqa: BLE001  the end of the process: everything that is left is reported and ends the run
         print(f"rank {os.environ.get('RANK', '0')} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         status = 1
-    # Peers may wait in a collective and engines may own threads: leave without their destructors.
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process and what it started.  Peers may wait in a collective: no destructor may join them."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -62,7 +62,11 @@ class Judge:
         zero_groups = 0
         for group in groups:
             judged = [self.judge(r, group.prompt.ground_truth, step=step) for r in group.rollouts]
-            advantages = group_relative_advantages(np.array([j[0].total for j in judged]), self.advantage)
+            advantages = group_relative_advantages(
+                np.array([reward.total for reward, _ in judged]),
+                estimator=self.advantage.estimator,
+                epsilon=self.advantage.epsilon,
+            )
             zero_groups += int(not np.any(advantages))
             for rollout, (reward, static_total), advantage in zip(group.rollouts, judged, advantages, strict=True):
                 samples.append(self.sample(group, rollout, advantage=float(advantage), sequence_id=len(samples)))

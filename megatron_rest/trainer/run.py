@@ -11,7 +11,7 @@ import yaml
 from megatron_rest.config import RestConfig, to_dict
 from megatron_rest.mcore import checkpoint
 from megatron_rest.regions import token_bytes_table
-from megatron_rest.rollout import VllmEngine
+from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.trainer.console import Console
 from megatron_rest.trainer.export import export_hf
 from megatron_rest.trainer.judge import Judge
@@ -22,13 +22,16 @@ from megatron_rest.trainer.setup import (
     load_tokenizer,
     open_prompts,
     peak_memory_bytes,
+    set_threads,
     weight_source,
 )
-from megatron_rest.trainer.trainer import RestTrainer, set_threads
-from megatron_rest.weight_sync import WeightSync
+from megatron_rest.trainer.trainer import RestTrainer
+from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import RestWeighting
 
 __all__ = ["build_trainer", "train"]
+
+_PROGRESS_SECONDS = 60.0  # between two progress lines in a log file: the step lines say enough in between
 
 
 def train(config: RestConfig) -> None:
@@ -42,7 +45,8 @@ def train(config: RestConfig) -> None:
     start = _resume(trainer, run_dir, console)
     if writer is not None:
         writer.resume(start)
-    with console.progress("ResT steps", total=config.trainer.steps - start, unit="step") as progress:
+    total = config.trainer.steps - start
+    with console.progress("ResT", total=total, unit="step", plain_interval=_PROGRESS_SECONDS) as progress:
         for step in range(start + 1, config.trainer.steps + 1):
             report = trainer.step(step)
             if writer is not None:
@@ -64,22 +68,22 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         config.rollout,
         seed=config.trainer.seed,
         max_model_len=config.model.max_sequence_length,
-        eos_token_id=eos_token_id(config.model.path),
+        stop_token_ids=[eos_token_id(config.model.path)],
         transport=config.weight_sync.transport,
     )
-    sync = WeightSync(engine, weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes), config.weight_sync)
-    trainer = RestTrainer(
+    source = weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes)
+    return RestTrainer(
         config,
         parts=parts,
         prompts=prompts,
         engine=engine,
-        sync=sync,
+        source=source,
+        sync=WeightSync(engine, source, config.weight_sync),
         judge=Judge(
             token_bytes_table(load_tokenizer(config.model.path)), reward=config.reward, advantage=config.advantage
         ),
         weighting=RestWeighting.from_config(config.weighting),
     )
-    return trainer
 
 
 def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
@@ -102,7 +106,7 @@ def _finish(trainer: RestTrainer, config: RestConfig, console: Console, writer: 
     run_dir = Path(config.trainer.run_dir)
     files: dict[str, str | Path] = {"metrics": run_dir / "metrics.jsonl", "checkpoints": run_dir / "checkpoints"}
     if config.checkpoint.export_hf:
-        files["hf model"] = export_hf(iter(trainer.sync.source), base=config.model.path, output=run_dir / "hf")
+        files["hf model"] = export_hf(iter(trainer.source), base=config.model.path, output=run_dir / "hf")
     peaks: list[int | None] = [None] * trainer.context.world_size
     dist.all_gather_object(peaks, peak_memory_bytes())
     if writer is not None:

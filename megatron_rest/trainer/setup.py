@@ -18,7 +18,18 @@ from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.model_map import ModelShape, parameter_map
 from megatron_rest.weight_sync.source import MegatronWeightSource
 
-__all__ = ["PolicyParts", "build_policy", "open_prompts", "peak_memory_bytes", "weight_source"]
+__all__ = [
+    "PolicyParts",
+    "Stopwatch",
+    "build_policy",
+    "eos_token_id",
+    "load_tokenizer",
+    "open_dataset",
+    "open_prompts",
+    "peak_memory_bytes",
+    "set_threads",
+    "weight_source",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +88,19 @@ def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype |
     )
 
 
+def open_dataset(path: str, config: RestConfig) -> PromptDataset:
+    """Data that ``megatron-rest-data convert`` wrote for this model's tokenizer; :class:`ConfigError` if it is not that."""
+    if not path:
+        raise ConfigError("data.train is empty: name a folder written by megatron-rest-data convert")
+    try:
+        return PromptDataset.open(path, tokenizer_path=config.model.path)
+    except ValueError as error:
+        raise ConfigError(f"data.train: {error}") from error
+
+
 def open_prompts(config: RestConfig) -> PromptDataset:
     """The prompts to train on, those that are too long left out (and counted)."""
-    if not config.data.train:
-        raise ConfigError("data.train is empty: name a folder written by megatron-rest-data convert")
-    dataset = PromptDataset.open(config.data.train, tokenizer_path=config.model.path)
+    dataset = open_dataset(config.data.train, config)
     usable = dataset.select(max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts)
     if len(usable) == 0:
         raise ConfigError(
@@ -119,3 +138,8 @@ class Stopwatch:
 
     def __call__(self) -> float:
         return time.perf_counter() - self._start
+
+
+def set_threads() -> None:
+    """One thread per rank: ranks share the cores, and a fixed thread count keeps reductions in one order."""
+    torch.set_num_threads(1)

@@ -23,6 +23,14 @@ REGION_NAMES = {
     TokenRegion.RESPONSE: "response",
 }
 
+# The loss's own names, as metrics.jsonl has them.
+_LOSS_NAMES = {
+    "approx_kl": "kl_old_new",
+    "clip_fraction_low": "clip_low",
+    "clip_fraction_high": "clip_high",
+    "policy_loss": "policy_token_mean",
+}
+
 
 def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
     """Rewards, lengths and advantages; the same on every rank."""
@@ -81,7 +89,7 @@ def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:
     for report in reports:
         sums.merge(report.metrics)
     return {
-        **{f"loss/{name}": value for name, value in sums.means().items()},
+        **{f"loss/{_LOSS_NAMES.get(name, name)}": value for name, value in sums.means().items()},
         "loss/policy": fmean(r.loss for r in reports),
         "optimizer/grad_norm": fmean(r.grad_norm for r in reports),
         "optimizer/lr": reports[-1].lr,

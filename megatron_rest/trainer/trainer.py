@@ -16,21 +16,30 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.algorithms import rest_policy_loss
-from megatron_rest.config import RestConfig
+from megatron_rest.config import ConfigError, RestConfig
 from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.mcore import checkpoint
 from megatron_rest.mcore.policy import Scores, UpdateReport
-from megatron_rest.rollout import RolloutEngine
+from megatron_rest.rollout.engine import RolloutEngine
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.exchange import all_gather_groups, share_of
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.setup import PolicyParts
 from megatron_rest.trainer.step_metrics import reward_metrics, token_metrics, update_metrics
-from megatron_rest.types import MicroBatch, PromptSample, RolloutGroup, StepReport, TrainBatch, TrainSample
-from megatron_rest.weight_sync import WeightSync
-from megatron_rest.weighting import RestWeighting
+from megatron_rest.types import (
+    MicroBatch,
+    PromptSample,
+    RolloutGroup,
+    StepReport,
+    TokenRegion,
+    TrainBatch,
+    TrainSample,
+)
+from megatron_rest.weight_sync.source import MegatronWeightSource
+from megatron_rest.weight_sync.sync import WeightSync
+from megatron_rest.weighting import RestWeighting, region_sums
 
 __all__ = ["RestTrainer"]
 
@@ -43,7 +52,8 @@ class RestTrainer:
         parts: Megatron policy and its layout.
         prompts: what to train on.
         engine: this rank's rollout engine, holding the same weights as the policy.
-        sync: moves the policy's weights into the engine.
+        source: the policy's weights as full HF tensors.
+        sync: moves them into the engine.
         judge: regions, rewards, advantages.
         weighting: token weights.
     """
@@ -55,6 +65,7 @@ class RestTrainer:
         parts: PolicyParts,
         prompts: PromptDataset,
         engine: RolloutEngine,
+        source: MegatronWeightSource,
         sync: WeightSync,
         judge: Judge,
         weighting: RestWeighting,
@@ -65,6 +76,7 @@ class RestTrainer:
         self.context = parts.context
         self.prompts = prompts
         self.engine = engine
+        self.source = source
         self.sync = sync
         self.judge = judge
         self.weighting = weighting
@@ -73,6 +85,10 @@ class RestTrainer:
             num_tokens=config.weight_sync.canary_tokens,
             tolerance=config.weight_sync.canary_tolerance,
         )
+        if weighting.statistic not in (None, "entropy"):
+            raise ConfigError(
+                f"weighting.source={config.weighting.source} needs {weighting.statistic}, which the scoring pass does not measure"
+            )
         self.loss = partial(rest_policy_loss, config=config.loss)
 
     def progress(self, step: int) -> float:
@@ -91,6 +107,7 @@ class RestTrainer:
             with timer.phase("score"):
                 scores = [self.policy.score(batch.microbatches) for batch in batches]
             with timer.phase("weights"):
+                self.measure(batches, scores)
                 batches = [self.weigh(b, s, progress=self.progress(step)) for b, s in zip(batches, scores, strict=True)]
                 metrics = reward_metrics(verdict, num_groups=len(groups))
                 metrics |= self.token_metrics(batches, scores)
@@ -136,17 +153,24 @@ class RestTrainer:
             num_microbatches_multiple=self.parts.num_microbatches_multiple,
         )
 
+    def measure(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> None:
+        """Region entropies of this step into the weighting, for sources that follow them."""
+        if self.weighting.statistic is None:
+            return
+        total = torch.zeros(2, len(TokenRegion), dtype=torch.float64)
+        for batch, part in zip(batches, scores, strict=True):
+            for microbatch, score in zip(batch.microbatches, part, strict=True):
+                sums = region_sums(score.entropy.cpu(), microbatch.region_ids, microbatch.loss_mask)
+                total += torch.stack(sums)
+        dist.all_reduce(total, group=self.context.dp_group)
+        self.weighting.update(*total)
+
     def weigh(self, batch: TrainBatch, scores: Sequence[Scores], *, progress: float) -> TrainBatch:
         """Old log-probs and token weights into every microbatch."""
         weighed = []
         for microbatch, score in zip(batch.microbatches, scores, strict=True):
-            entropy = score.entropy.cpu()
             weights = self.weighting.packed(
-                microbatch.region_ids,
-                sequence_ids=microbatch.sequence_ids,
-                loss_mask=microbatch.loss_mask,
-                entropy=entropy,
-                progress=progress,
+                microbatch.region_ids, microbatch.sequence_ids, loss_mask=microbatch.loss_mask, progress=progress
             )
             weighed.append(microbatch.with_scores(old_log_probs=score.log_probs.cpu(), token_weights=weights))
         return TrainBatch(microbatches=tuple(weighed), totals=batch.totals)
@@ -188,7 +212,3 @@ def step_seed(seed: int, step: int) -> int:
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 
-
-def set_threads() -> None:
-    """One thread per rank: ranks share the cores, and a fixed thread count keeps reductions in one order."""
-    torch.set_num_threads(1)

@@ -6,7 +6,7 @@ at any layout; the result is an HF folder ``<trainer.run_dir>/hf`` that the RL r
 
 from __future__ import annotations
 
-from megatron_rest.rollout import prepare_process
+from megatron_rest.rollout.process import prepare_process
 
 prepare_process()
 
@@ -43,12 +43,11 @@ def warm_start(config: RestConfig) -> None:
     """Train on the reference answers of ``warm_start.answers`` (or ``data.train``) and export an HF folder."""
     from megatron_rest.trainer.console import Console
     from megatron_rest.trainer.export import export_hf
-    from megatron_rest.trainer.setup import Stopwatch, build_policy, weight_source
-    from megatron_rest.trainer.trainer import set_threads
+    from megatron_rest.trainer.setup import Stopwatch, build_policy, open_dataset, set_threads, weight_source
 
     set_threads()
     settings = config.warm_start
-    dataset = PromptDataset.open(settings.answers or config.data.train, tokenizer_path=config.model.path)
+    dataset = open_dataset(settings.answers or config.data.train, config)
     usable = usable_rows(dataset, config.model.max_sequence_length)
     num_updates = max(settings.epochs * len(usable) // settings.batch_size, 1)
     optimizer = OptimizerConfig(
