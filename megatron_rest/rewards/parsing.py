@@ -18,6 +18,7 @@ MAX_DEPTH = 32  # far below Python's recursion limit, far above real arguments
 MAX_SHOWN_CHARACTERS = 60  # of a bad line, in messages
 
 _END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text)\|>")
+_TAG = re.compile(r"</?tool_call>")
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
@@ -61,9 +62,9 @@ def parse_tool_calls(text: str, *, accept_arguments: bool = True, opaque_thought
     """
     body = text[thought_end(text) :] if opaque_thought else text
     _, opened, rest = body.partition("<tool_call>")
-    block, closed, _ = rest.partition("</tool_call>")
-    if not opened or (not closed and "</tool_call>" not in body):
+    if not opened or "</tool_call>" not in body:
         raise ToolCallError("no <tool_call> ... </tool_call> block")
+    block = _TAG.split(rest, maxsplit=1)[0]  # the published code lets a second opening tag end the block, too
     if len(block) > MAX_BLOCK_CHARACTERS:
         raise ToolCallError(f"the block has {len(block)} characters, more than {MAX_BLOCK_CHARACTERS}")
     return tuple(_parse_line(line, number, accept_arguments) for number, line in enumerate(block.strip().split("\n")))

@@ -84,7 +84,11 @@ def judge_answer(text: str, ground_truth: str, *, config: RewardConfig) -> Judge
         accuracy, wrong = _call_accuracy(text, ground_truth, config)
         findings = findings + wrong
     else:
-        accuracy = float("<tool_call>" not in text[start:])
+        calls_anyway = "<tool_call>" in text[start:]
+        accuracy = float(not calls_anyway)
+        if calls_anyway:  # seen, but not punished: the published correctness is 0 here whatever the answer does
+            message = "a tool call where the reference makes none"
+            findings = [*findings, Finding(region=TokenRegion.TOOL_NAME, message=message)]
     return Judgement(
         is_format_valid=is_format_valid, accuracy=accuracy, wants_calls=wants_calls, findings=tuple(findings)
     )
