@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_rest.model_map import ModelShape, ParameterSpec, hf_shapes, resolve_name, shard_shape, to_hf
 from megatron_rest.weight_sync.digest import WORD_BYTES, digest_tensor
 
-__all__ = ["MegatronWeightSource", "TensorMeta"]
+__all__ = ["MegatronWeightSource", "TensorMeta", "Traffic"]
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 2 * WORD_BYTES
@@ -47,6 +47,14 @@ class TensorMeta:
     @property
     def num_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Traffic:
+    """Bytes that all ranks of TP x PP together receive in one pass."""
+
+    moved: int  # by the collectives
+    needed: int  # what a rank's engine takes and the rank does not hold itself, summed over ranks with an engine each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +133,22 @@ class MegatronWeightSource:
             for piece in bucket.pieces
             for name, full in zip(piece.spec.hf_names, hf_shapes(piece.spec, self._shape), strict=True)
         ]
+
+    def traffic(self) -> Traffic:
+        """Bytes of one pass, from the plan alone.
+
+        ``moved`` exceeds ``needed`` by digests, alignment, vocabulary padding and the copies of replicated parameters
+        that TP gathers in order to compare them; all are small beside the matrices.
+        """
+        tp, pp = self._tp_size, 1 if self._pp_group is None else self._pp_group.size()
+        received_a_byte = tp * (tp - 1) + (pp - 1) * tp * tp  # gather inside the owning stage, broadcast to the others
+        moved = sum(bucket.num_bytes for bucket in self._buckets) * received_a_byte
+        needed = 0
+        for piece in (piece for bucket in self._buckets for piece in bucket.pieces):
+            full = piece.dtype.itemsize * sum(torch.Size(s).numel() for s in hf_shapes(piece.spec, self._shape))
+            held = full if piece.spec.shard_dim is not None else tp * full
+            needed += tp * pp * full - held
+        return Traffic(moved=moved, needed=needed)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(hf_name, tensor)`` on every rank; contiguous, on the shards' device, the receiver's to keep."""

@@ -134,8 +134,37 @@ def check_faults(rank: int) -> None:
         MegatronWeightSource(lambda: shards, parameter_map(shape), shape, tp_group=tp_group, pp_group=pp_group)
 
 
+def check_traffic(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plan says is what the collectives receive, and little more than what the engines need."""
+    shape = ModelShape.from_hf_config({**CONFIG, "tie_word_embeddings": True, "hidden_size": 256, "vocab_size": 512})
+    tp_group, pp_group, tp_rank, pp_rank = groups(rank, 2, 2)
+    shards = local_shards(shape, full_state(shape, torch.float32), (tp_rank, 2), pp_rank, [0, 1])
+    source = MegatronWeightSource(lambda: shards, parameter_map(shape), shape, tp_group=tp_group, pp_group=pp_group)
+    received = torch.zeros(1, dtype=torch.int64)
+    gather, broadcast = dist.all_gather_into_tensor, dist.broadcast
+
+    def counted_gather(out: torch.Tensor, own: torch.Tensor, **kw: Any) -> None:
+        received.add_(out.numel() - own.numel())
+        gather(out, own, **kw)
+
+    def counted_broadcast(tensor: torch.Tensor, *, group: Any, group_src: int) -> None:
+        received.add_(tensor.numel() if group.rank() != group_src else 0)
+        broadcast(tensor, group=group, group_src=group_src)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "all_gather_into_tensor", counted_gather)
+        patch.setattr(dist, "broadcast", counted_broadcast)
+        for _ in source:
+            pass
+    dist.all_reduce(received)
+    traffic = source.traffic()
+    assert int(received) == traffic.moved
+    assert traffic.needed <= traffic.moved <= 1.02 * traffic.needed
+
+
 def four_ranks(rank: int, world: int) -> str:
     """All layouts in one set of processes: starting them costs more than what they do."""
+    check_traffic(rank, pytest.MonkeyPatch())
     f32, bf16 = torch.float32, torch.bfloat16
     check_layout(rank, world, tp_size=2, chunks=[0, 1], tied=True, dtype=f32, wire=f32)
     check_layout(rank, world, tp_size=2, chunks=[0, 1, 0, 1], tied=False, dtype=bf16, wire=bf16)  # virtual stages

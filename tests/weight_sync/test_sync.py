@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +148,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench.engine.close()
 
 
-def test_equal_weights_give_equal_checksums(bench: Bench) -> None:
+def test_equal_weights_give_equal_checksums_and_no_random_state_is_touched(bench: Bench) -> None:
+    before = random.getstate(), torch.get_rng_state()
     assert bench.push().checksum == bench.push().checksum
+    assert before[0] == random.getstate() and torch.equal(before[1], torch.get_rng_state())
 
 
 def flip(name: str, times: int) -> Any:
