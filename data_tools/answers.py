@@ -42,8 +42,11 @@ def loads(text: str | bytes) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """JSON text as this package stores it."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    """JSON text as this package stores it; what JSON cannot hold is a :class:`RowError`."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowError(f"the tools or calls do not fit into JSON: {error}") from error
 
 
 def parse_answer(text: str) -> Answer:
@@ -153,7 +156,7 @@ def _parse_parameters(text: str) -> Any:
         if isinstance(value, dict):
             try:
                 dumps(value)
-            except (TypeError, ValueError):
+            except RowError:
                 continue
             return value
     return text

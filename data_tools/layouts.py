@@ -118,7 +118,9 @@ def normalise(row: Any, columns: Columns | None = None) -> Example:
         raise RowError(f"the row is {type(row).__name__}, expected an object with columns")
     try:
         example = _mapped(row, columns) if columns else _recognise(row)
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:  # shapes nobody thought of
+    except RowError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:  # shapes nobody thought of
         raise RowError(f"the row has an unexpected shape ({type(error).__name__}: {error})") from error
     _check_text(example)
     return example
@@ -297,5 +299,3 @@ def _check_text(example: Example) -> None:
         (example.ground_truth + answers.dumps([example.tools, example.calls])).encode()
     except UnicodeEncodeError as error:
         raise RowError(f"the text is not valid Unicode: {error.reason}") from error
-    except (ValueError, TypeError) as error:
-        raise RowError(f"the tools or calls do not fit into JSON: {error}") from error

@@ -125,18 +125,18 @@ def _folder(path: Path, split: str) -> list[Path]:
     if (path / MANIFEST_NAME).is_file() and (path / "data-00000.arrow").is_file():
         raise DataError(f"{path} was written by `megatron-rest-data convert` already: point the trainer at it")
     if (path / "dataset_dict.json").is_file():
-        splits = _json(path / "dataset_dict.json", "splits")
+        splits = _names(path / "dataset_dict.json", "splits")
         if split and split not in splits:
             raise DataError(f"{path} has no split {split!r}, it has {', '.join(map(str, splits))}")
         return [file for name in splits if not split or name == split for file in _folder(_inside(path, name), "")]
     if (path / "state.json").is_file():
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if isinstance(state, dict) and (state.get("_indices_data_files") or state.get("_indices_files")):
+        state = _json(path / "state.json")
+        if state.get("_indices_data_files") or state.get("_indices_files"):
             raise DataError(
                 f"{path} was saved with an index mapping: load it, call flatten_indices() and save it again"
             )
-        entries = _json(path / "state.json", "_data_files")
-        return [_inside(path, entry["filename"] if isinstance(entry, dict) else entry) for entry in entries]
+        entries = _names(path / "state.json", "_data_files")
+        return [_inside(path, entry.get("filename") if isinstance(entry, dict) else entry) for entry in entries]
     files = sorted(
         p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES and not p.name.startswith((".", "_"))
     )
@@ -152,11 +152,18 @@ def _folder(path: Path, split: str) -> list[Path]:
     return files
 
 
-def _json(path: Path, key: str) -> list[Any]:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged: no list {key!r} ({error})") from error
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is damaged: not a JSON object")
+    return value
+
+
+def _names(path: Path, key: str) -> list[Any]:
+    value = _json(path).get(key)
     if not isinstance(value, list) or not value:
         raise DataError(f"{path} is damaged: {key!r} is not a list of names")
     return value

@@ -1,0 +1,262 @@
+"""Conversion: nothing lost, same bytes every time, whatever interrupts it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from data_tools import convert as convert_module
+from data_tools.chat import ChatTokenizer
+from data_tools.convert import ConvertOptions, convert_rows
+from data_tools.encode import EncodeOptions
+from data_tools.errors import DataError
+from megatron_rest.data.prompt_files import PROMPT_SCHEMA, map_shard
+from tests.data_tools.conftest import SAMPLES
+
+Rows = list[dict[str, Any]]
+
+
+def options(inputs: list[Path], output: Path, tokenizer: Path, **changes: Any) -> ConvertOptions:
+    encode = EncodeOptions(**{k: changes.pop(k) for k in ("prompt_style", "max_think_words") if k in changes})
+    defaults: dict[str, Any] = {"processes": 1, "progress_bar": False}
+    return ConvertOptions(
+        inputs=[str(path) for path in inputs], output=output, tokenizer=tokenizer, encode=encode, **(defaults | changes)
+    )
+
+
+def rows_of(output: Path) -> Rows:
+    manifest = json.loads((output / "manifest.json").read_text())
+    return [row for entry in manifest["outputs"] for batch in map_shard(output, entry) for row in batch.to_pylist()]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def mixed(tmp_path: Path, sft_rows: Rows) -> Path:
+    """Three good rows and four bad ones."""
+    lines = [json.dumps(row) for row in sft_rows[:3]]
+    bad = ["{", "null", json.dumps({"a": 1}), json.dumps({**sft_rows[0], "output": "no tags"})]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join([lines[0], *bad, *lines[1:]]))
+    return path
+
+
+def test_columns_hold_what_they_promise(tokenizer: ChatTokenizer, tmp_path: Path, sft_rows: Rows) -> None:
+    convert_rows(options([SAMPLES / "rlla_sft.json"], tmp_path / "out", tokenizer.folder))
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == len(sft_rows) == 229
+    for number, (row, source) in enumerate(zip(rows, sft_rows, strict=True)):
+        assert (row["source_file"], row["source_row"]) == ("rlla_sft.json", number)
+        assert row["ground_truth"] == row["answer_text"] == source["output"]
+        prompt = tokenizer.decode(row["prompt_token_ids"])
+        assert prompt == (
+            f"<|im_start|>system\n{source['instruction']}<|im_end|>\n<|im_start|>user\n{source['input']}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert tokenizer.decode(row["answer_token_ids"]) == source["output"] + "<|im_end|>"
+        starts, text = row["answer_token_starts"], source["output"].encode()
+        for index in (0, 5, len(starts) // 2, len(starts) - 2):
+            piece = text[starts[index] : starts[index + 1]]
+            assert tokenizer.decode([row["answer_token_ids"][index]]) == piece.decode(errors="replace")
+        body = source["output"].split("</think>")[-1]
+        assert json.loads(row["calls"]) == [json.loads(x) for x in body.splitlines() if x.startswith("{")]
+        assert len(json.loads(row["tools"])) == source["instruction"].count("\nDescription: ")
+    assert len({row["prompt_id"] for row in rows}) == 229
+
+
+def test_file_maps_without_a_copy(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    manifest = convert_rows(options([SAMPLES / "rlla_sft.json"], tmp_path / "out", tokenizer.folder))
+    before = pa.total_allocated_bytes()
+    (batch,) = map_shard(tmp_path / "out", manifest["outputs"][0])
+    assert pa.total_allocated_bytes() - before < 1 << 16
+    assert batch.schema.equals(PROMPT_SCHEMA)
+    assert batch.schema.metadata[b"megatron_rest.schema_version"] == b"1"
+    assert batch.schema.metadata[b"megatron_rest.tokenizer"].decode() == tokenizer.identity
+
+
+def test_bad_rows_are_quarantined_and_counts_add_up(tokenizer_folder: Path, mixed: Path, tmp_path: Path) -> None:
+    manifest = convert_rows(options([mixed], tmp_path / "out", tokenizer_folder))
+    counts = manifest["counts"]
+    assert (counts["rows_in"], counts["rows_out"], counts["rows_quarantined"]) == (7, 3, 4)
+    assert sum(counts["quarantine_reasons"].values()) == 4
+    refused = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in refused] == [1, 2, 3, 4]
+    assert refused[2]["content"] == {"a": 1}
+    assert "neither <tool_call> nor <response>" in refused[3]["reason"]
+    assert [row["source_row"] for row in rows_of(tmp_path / "out")] == [0, 5, 6]
+
+
+def test_strict_stops_at_the_first_bad_row(tokenizer_folder: Path, mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"--strict: mixed\.jsonl row 1: the line is not JSON"):
+        convert_rows(options([mixed], tmp_path / "out", tokenizer_folder, strict=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_usable_is_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 3)
+    with pytest.raises(DataError, match=r"none of 3 rows is usable.*no known layout"):
+        convert_rows(options([tmp_path / "x.jsonl"], tmp_path / "out", tokenizer_folder))
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_is_replaced_only_on_request(tokenizer_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_rows(options([SAMPLES / "test.parquet"], out, tokenizer_folder))
+    before = digest(out)
+    with pytest.raises(DataError, match="--overwrite"):
+        convert_rows(options([SAMPLES / "rlla_sft.json"], out, tokenizer_folder))
+    assert digest(out) == before
+    convert_rows(options([SAMPLES / "rlla_sft.json"], out, tokenizer_folder, overwrite=True))
+    assert len(rows_of(out)) == 229
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing else is left behind"
+
+
+def test_toy_options_change_what_is_imitated_but_not_the_truth(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    plain = options([SAMPLES / "rlla_sft.json"], tmp_path / "plain", tokenizer.folder)
+    toy = options(
+        [SAMPLES / "rlla_sft.json"], tmp_path / "toy", tokenizer.folder, prompt_style="compact", max_think_words=5
+    )
+    convert_rows(plain)
+    manifest = convert_rows(toy)
+    assert any("compact" in note for note in manifest["notes"])
+    assert any("5 words" in note for note in manifest["notes"])
+    for before, after in zip(rows_of(plain.output), rows_of(toy.output), strict=True):
+        assert len(after["prompt_token_ids"]) < len(before["prompt_token_ids"]) - 300
+        assert len(after["answer_text"].split("</think>")[0].split()) <= 6
+        for same in ("prompt_id", "ground_truth", "tools", "calls"):
+            assert before[same] == after[same]
+
+
+def many_rows(path: Path, sft_rows: Rows, count: int) -> Path:
+    with path.open("w") as file:
+        for number in range(count):
+            row = dict(sft_rows[number % len(sft_rows)], n=number)
+            if number % 97 == 0:
+                row["output"] = "broken"
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def die(chunk: Any) -> None:
+    os._exit(3)
+
+
+def test_a_worker_that_dies_is_an_error_not_a_hang(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_module, "FEWEST_CHUNKS_FOR_A_POOL", 1)
+    monkeypatch.setattr(convert_module, "_work", die)
+    with pytest.raises(DataError, match="a worker process died"):
+        convert_rows(options([SAMPLES / "test.parquet"], tmp_path / "out", tokenizer_folder, processes=2))
+
+
+def test_bytes_depend_on_the_input_alone(
+    tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_module, "FEWEST_CHUNKS_FOR_A_POOL", 2)
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 2600)
+    one = options([path], tmp_path / "one", tokenizer_folder, rows_per_shard=900)
+    two = options([path], tmp_path / "two", tokenizer_folder, rows_per_shard=900, processes=2)
+    manifest = convert_rows(one)
+    convert_rows(two)
+    assert digest(one.output) == digest(two.output)
+    assert len(manifest["outputs"]) == 3
+    assert manifest["counts"]["rows_quarantined"] == len(range(0, 2600, 97))
+    numbers = [row["source_row"] for row in rows_of(one.output)]
+    assert numbers == [n for n in range(2600) if n % 97]
+
+
+def test_an_interrupted_conversion_goes_on(
+    tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 3000)
+    whole = options([path], tmp_path / "whole", tokenizer_folder, rows_per_shard=600)
+    cut = options([path], tmp_path / "cut", tokenizer_folder, rows_per_shard=600)
+    convert_rows(whole)
+    encode, calls = convert_module.encode_chunk, 0
+
+    def failing(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(convert_module, "encode_chunk", failing)
+    with pytest.raises(KeyboardInterrupt):
+        convert_rows(cut)
+    assert not cut.output.exists()
+    calls = 10
+    convert_rows(cut)
+    assert calls - 10 == 6 - 2, "the two chunks of the finished shard are not encoded again"
+    assert digest(cut.output) == digest(whole.output)
+
+
+def test_progress_of_other_inputs_is_not_taken(
+    tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 1500)
+    cut = options([path], tmp_path / "out", tokenizer_folder, rows_per_shard=500)
+    encode = convert_module.encode_chunk
+    monkeypatch.setattr(
+        convert_module, "encode_chunk", lambda chunk, *rest: 1 / 0 if chunk.first_row > 600 else encode(chunk, *rest)
+    )
+    with pytest.raises(ZeroDivisionError):
+        convert_rows(cut)
+    monkeypatch.undo()
+    many_rows(path, sft_rows[5:], 1500)
+    convert_rows(cut)
+    assert rows_of(cut.output)[0]["ground_truth"] == sft_rows[6]["output"]
+
+
+def test_two_conversions_do_not_share_an_output(tokenizer_folder: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    (tmp_path / "out.partial").mkdir()
+    with open(tmp_path / "out.partial" / ".lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another conversion is writing"):
+            convert_rows(options([SAMPLES / "test.parquet"], tmp_path / "out", tokenizer_folder))
+
+
+def kill_and_rerun(command: list[str], output: Path, *, points: int, seconds: float, seed: int) -> int:
+    """SIGKILL the command at random moments; a visible output must always be whole.  Returns how many kills hit."""
+    chance, hits = random.Random(seed), 0
+    for _ in range(points):
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(chance.uniform(0.2, seconds))
+        hits += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if output.exists():
+            return hits
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return hits
+
+
+def test_killed_and_run_again_gives_the_same_bytes(tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path) -> None:
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 3000)
+    whole = options([path], tmp_path / "whole", tokenizer_folder, rows_per_shard=512)
+    start = time.monotonic()
+    convert_rows(whole)
+    seconds = time.monotonic() - start + 1.0
+    command = [sys.executable, "-m", "data_tools", "convert", "--input", str(path), "--output", str(tmp_path / "cut")]
+    command += ["--tokenizer", str(tokenizer_folder), "--rows-per-shard", "512", "--processes", "1"]
+    assert kill_and_rerun(command, tmp_path / "cut", points=4, seconds=seconds, seed=7) >= 1
+    assert digest(tmp_path / "cut") == digest(whole.output)
+    assert not (tmp_path / "cut.partial").exists()
