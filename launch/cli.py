@@ -34,7 +34,10 @@ _USAGE = """usage: nemo-run LAUNCH_FILE.py [--dryrun] [--yes] [key=value ...]
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    ensure_nemo_run_importable()
+    try:
+        ensure_nemo_run_importable()
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: pip install -e '.[launch]' (or make setup)")
     # executed by NeMo-Run from the current folder or any parent: a surprise from somebody else's directory
     os.environ.setdefault("INCLUDE_WORKSPACE_FILE", "false")
     bin_dir = str(Path(sys.executable).parent)
@@ -58,10 +61,8 @@ def _run_file(path: Path, arguments: list[str]) -> None:
 
 def _nemo_run(arguments: list[str]) -> None:
     sys.argv = ["nemo-run", *arguments]
-    try:
-        from nemo_run.__main__ import app
-    except ModuleNotFoundError as error:
-        _fail(f"{error.name} is not installed: pip install -e '.[launch]' (or make setup)")
+    from nemo_run.__main__ import app
+
     app()
 
 

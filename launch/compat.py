@@ -6,6 +6,7 @@ Lepton, so stand-ins for the missing names are enough.  A real ``leptonai.api.v1
 by the last finder on ``sys.meta_path``, which is asked only for what nobody else has.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -63,6 +64,25 @@ class _LastFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def ensure_nemo_run_importable() -> bool:
     """Call before the first ``import nemo_run``.  True if stand-ins are in place, False if the real package serves."""
+    stands_in = _stand_in()
+    if "nemo_run" not in sys.modules:
+        _import_without_torch()
+    return stands_in
+
+
+def _import_without_torch() -> None:
+    """NeMo-Run imports torch where it is installed, only to write torch dtypes as YAML: 1.5 seconds at every start."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # import torch -> ModuleNotFoundError, which is caught
+    try:
+        importlib.import_module("nemo_run")
+    finally:
+        if hide:
+            del sys.modules["torch"]
+
+
+def _stand_in() -> bool:
     if any(isinstance(finder, _LastFinder) for finder in sys.meta_path):
         return True
     if "nemo_run" in sys.modules:

@@ -81,7 +81,6 @@ def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecuto
         job_name_prefix="rest-",
         container_image=os.environ.get("REST_IMAGE") or None,
         container_mounts=[mount for mount in os.environ.get("REST_MOUNTS", "").split(",") if mount],
-        srun_args=["--kill-on-bad-exit=1", "--wait=60"],  # a dead rank ends the step instead of a 30-minute collective
         env_vars=dict(CLUSTER_ENV),
         tunnel=_tunnel(),
         packager=_code(),
@@ -114,5 +113,4 @@ def check_environment(executor: run.SlurmExecutor) -> None:
                 f"run.executor.env_vars holds {key}, which looks like a secret and would be written into the sbatch "
                 f"script: export {key} in the shell you submit from (Slurm passes it on) and leave it out here"
             )
-        executor.env_vars[key] = shlex.quote(value)
-    executor.container_env = sorted(executor.env_vars) if executor.container_image else None
+        executor.env_vars[key] = shlex.quote(value).replace("$", "$$")  # "$" starts one of NeMo-Run's macros

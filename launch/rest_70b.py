@@ -1,0 +1,89 @@
+"""ResT on a 70B model (Llama-3.3-70B, Qwen2.5-72B): 16 nodes of 8 H100, TP 8 x PP 4 x DP 4.
+
+nemo-run launch/rest_70b.py --dryrun model.path=/models/Llama-3.3-70B data.train=/data/rlla trainer.run_dir=/runs/r70
+nemo-run launch/rest_70b.py --yes --detach links=6 ...      six jobs of four hours, each continues the last
+"""
+
+from launch.cli import run_recipe
+from launch.cluster import launch_training
+from launch.compat import ensure_nemo_run_importable
+from megatron_rest.config import (
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RestConfig,
+    RolloutConfig,
+    TrainerConfig,
+    WeightSyncConfig,
+)
+
+ensure_nemo_run_importable()
+import nemo_run as run  # noqa: E402
+
+RECIPE = RestConfig(
+    model=ModelConfig(
+        path="/models/Llama-3.3-70B-Instruct",
+        max_sequence_length=4096,  # 2048 + 2048, as the authors trained
+        dtype="bfloat16",
+    ),
+    parallel=ParallelConfig(
+        tensor_parallel=8,  # one node: TP's all-reduces twice a layer need NVLink; 8 KV heads, one a rank
+        pipeline_parallel=4,  # 80 layers / 4 = 20 a stage; weights 70.6e9 x 2 bytes / 32 = 4.4 GB a GPU
+        virtual_pipeline=5,  # 4 layers a chunk: the bubble (PP-1)/(PP-1 + VPP x microbatches) shrinks by 5
+        sequence_parallel=True,  # activations of norms and residuals / 8
+        distributed_optimizer=True,  # 12 bytes a parameter over DP 4: 6.6 GB a GPU instead of 26.5
+    ),
+    data=DataConfig(
+        train="/data/rlla_4k",
+        prompts_per_step=512,  # authors
+        max_prompt_tokens=2048,  # authors
+    ),
+    rollout=RolloutConfig(
+        rollouts_per_prompt=4,  # authors
+        max_response_tokens=2048,  # authors
+        temperature=1.0,
+        dtype="bfloat16",
+        tensor_parallel=8,  # 141 GB of weights over one node: 17.7 GB a GPU, 16 replicas
+        # 40 GB: weights 17.7 + KV 20; training keeps weights 4.4 + fp32 gradients 8.8 + optimiser 6.6 + activations
+        gpu_memory_utilization=0.5,
+        max_concurrent=128,  # 2048 sequences over 16 replicas: all of a step at once
+    ),
+    loss=LossConfig(clip_low=0.2, clip_high=0.2, dual_clip=3.0),  # authors
+    optimizer=OptimizerConfig(
+        lr=1e-6,  # authors (for 1.7B); not tuned at 70B
+        weight_decay=0.01,
+        clip_grad=1.0,
+        updates_per_step=8,  # authors: mini-batches of 64 prompts
+    ),
+    weight_sync=WeightSyncConfig(bucket_bytes=512 << 20),  # large enough to fill NVLink, small beside 40 GB of engine
+    checkpoint=CheckpointConfig(
+        save_every=5,  # 70B x 14 bytes = 1 TB a checkpoint; a lost node costs at most 5 steps
+        keep_last=2,
+    ),
+    trainer=TrainerConfig(
+        run_dir="/runs/rest_70b",
+        steps=105,  # authors
+        max_tokens_per_microbatch=8192,  # two full sequences: 256 an update / DP 4 / 2 = 32 microbatches, 8 x PP
+        timeout_minutes=60,  # the first collective waits for 128 ranks that read 141 GB
+    ),
+)
+
+
+@run.cli.entrypoint(type="experiment", name="rest_70b")
+def rest_70b(ctx: run.cli.RunContext, nodes: int = 16, links: int = 1, baseline: str = ""):
+    """ResT on a 70B model, 16 H100 nodes.
+
+    Args:
+        ctx: filled in by NeMo-Run.
+        nodes: nodes of 8 GPUs; a multiple of 4 (TP 8 x PP 4 = 32 GPUs a replica).
+        links: jobs one after the other, each continues where the last one stopped.
+        baseline: grpo = uniform token weights.
+    """
+    launch_training(ctx, "rest_70b", RECIPE, nodes=nodes, links=links, baseline=baseline)
+
+
+if __name__ == "__main__":
+    run_recipe(rest_70b, executor="slurm")

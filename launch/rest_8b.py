@@ -1,0 +1,83 @@
+"""ResT on an 8B model (Qwen3-8B, Llama-3.1-8B): one node of 8 H100, training and rollouts on the same GPUs.
+
+nemo-run launch/rest_8b.py --dryrun model.path=/models/Qwen3-8B data.train=/data/rlla trainer.run_dir=/runs/rest_8b
+"""
+
+from launch.cli import run_recipe
+from launch.cluster import launch_training
+from launch.compat import ensure_nemo_run_importable
+from megatron_rest.config import (
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RestConfig,
+    RolloutConfig,
+    TrainerConfig,
+)
+
+ensure_nemo_run_importable()
+import nemo_run as run  # noqa: E402
+
+RECIPE = RestConfig(
+    model=ModelConfig(
+        path="/models/Qwen3-8B",
+        max_sequence_length=4096,  # 2048 + 2048, as the authors trained
+        dtype="bfloat16",
+    ),
+    parallel=ParallelConfig(
+        tensor_parallel=2,  # 8.2e9 parameters x 2 bytes / 2 = 8 GB of weights a GPU; TP stays inside NVLink
+        sequence_parallel=True,  # norms' activations shrink by TP at no extra communication
+        distributed_optimizer=True,  # fp32 master + two moments, 12 bytes a parameter, over DP 4: 12 GB instead of 49
+    ),
+    data=DataConfig(
+        train="/data/rlla_4k",
+        prompts_per_step=512,  # authors
+        max_prompt_tokens=2048,  # authors
+    ),
+    rollout=RolloutConfig(
+        rollouts_per_prompt=4,  # authors: n = 4, 2048 responses a step
+        max_response_tokens=2048,  # authors
+        temperature=1.0,  # authors; RL samples from the policy itself
+        dtype="bfloat16",
+        tensor_parallel=2,  # same split as training: every GPU keeps the slices it trains
+        gpu_memory_utilization=0.5,  # authors; the rest holds weights, gradients and optimiser
+        max_concurrent=256,  # a replica's share of 2048 sequences over 4 replicas, twice round
+    ),
+    loss=LossConfig(
+        clip_low=0.2,  # authors
+        clip_high=0.2,
+        dual_clip=3.0,  # authors' framework default
+    ),
+    optimizer=OptimizerConfig(
+        lr=1e-6,  # authors, constant, no warm-up
+        weight_decay=0.01,
+        clip_grad=1.0,
+        updates_per_step=8,  # mini-batches of 64 prompts out of 512
+    ),
+    checkpoint=CheckpointConfig(save_every=15, keep_last=2),  # authors save every 15 steps
+    trainer=TrainerConfig(
+        run_dir="/runs/rest_8b",
+        steps=105,  # authors: 15 epochs of 7 steps
+        max_tokens_per_microbatch=16384,  # authors' dynamic batch, tokens a GPU
+    ),
+)
+
+
+@run.cli.entrypoint(type="experiment", name="rest_8b")
+def rest_8b(ctx: run.cli.RunContext, nodes: int = 1, links: int = 1, baseline: str = ""):
+    """ResT on an 8B model, one H100 node.
+
+    Args:
+        ctx: filled in by NeMo-Run.
+        nodes: nodes of 8 GPUs; more nodes are more data parallelism.
+        links: jobs one after the other, each continues where the last one stopped.
+        baseline: grpo = uniform token weights.
+    """
+    launch_training(ctx, "rest_8b", RECIPE, nodes=nodes, links=links, baseline=baseline)
+
+
+if __name__ == "__main__":
+    run_recipe(rest_8b, executor="slurm")

@@ -1,0 +1,198 @@
+"""Dry runs of every recipe, and what wrong arguments get."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_rest.config import RestConfig, from_dict, validate
+
+from .conftest import ROOT
+
+CLUSTER = {"rest_8b": 8, "rest_70b": 128}  # recipe: GPUs
+CONTAINER = {"SLURM_ACCOUNT": "a1", "REST_IMAGE": "img:1", "REST_MOUNTS": "/lustre:/lustre,/models:/models"}
+
+RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "rest_8b": (["rest_8b", "--dryrun"], {}),
+    "rest_70b": (["rest_70b", "--dryrun"], {}),
+    "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
+    "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "file": (["rest_8b", "--dryrun", "config=mine.yaml", "optimizer.lr=2e-6"], {}),
+    "executor": (["rest_8b", "--dryrun", "run.executor.account=acct-7", "run.executor.time=01:00:00"], {}),
+    "container": (["rest_8b", "--dryrun", "run.executor.env_vars={'X': '$(touch pwned) $HOME'}"], CONTAINER),
+    "no account": (["rest_8b", "--yes"], {}),
+    "chain": (["rest_70b", "--dryrun", "links=3"], {}),
+    "question": (["rest_8b"], {}),
+    "no file": (["rest_80b", "--dryrun"], {}),
+}
+WRONG = {
+    "optimizer.lrr=1": "did you mean optimizer.lr?",
+    "optimzer.lr=1": "did you mean optimizer?",
+    "steps=3": "did you mean trainer.steps?",
+    "baselin=grpo": "did you mean baseline=...?",
+    "baseline=gpro": "known are rest, grpo",
+    "nodes=3": "world size 24 does not fit",
+    "nodes=two": "nodes",
+    "links=0": "at least 1",
+    "trainer.steps=many": "trainer.steps must be int",
+    "rollout.max_response_tokens=99999": "exceeds model.max_sequence_length",
+    "config=nowhere.yaml": "cannot read configuration nowhere.yaml",
+    "trainer.run_dir=runs/x": "is relative",
+    "model.path=/m\nEND_OF_RUN_YAML\ntouch pwned": "",
+    "run.executor=local": "run.executor=slurm",
+    "run.executor=slum": "slum",
+    "run.executor.nods=3": "nods",
+    "run.executor.env_vars={'HF_TOKEN':'s3cr3t'}": "looks like a secret",
+}
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The dry run's files by name."""
+        pieces = re.split(r"^# ----- (\S+?)(?: \(done before\))? -----\n", self.stdout, flags=re.MULTILINE)
+        return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+    @property
+    def config(self) -> RestConfig:
+        *_, text = self.parts.values()
+        config = from_dict(RestConfig, yaml.safe_load(text))
+        assert isinstance(config, RestConfig)
+        return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("launch")
+    (path / "mine.yaml").write_text("optimizer:\n  lr: 3.0e-6\n  weight_decay: 0.5\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
+    """All commands of this file, run in one go: a process start each would take minutes."""
+    runs = RUNS | {argument: (["rest_70b", "--dryrun", argument], {}) for argument in WRONG}
+    cases = {
+        name: {"arguments": [str(ROOT / f"launch/{recipe}.py"), *rest], "env": env}
+        for name, ((recipe, *rest), env) in runs.items()
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
+    answer = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("forked.py")), str(folder / "cases.json")],
+        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=folder, env=environment, check=True, timeout=300,
+    )  # fmt: skip
+    return {name: Done(**result) for name, result in json.loads(answer.stdout).items()}
+
+
+@pytest.mark.parametrize("recipe", CLUSTER)
+def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs(
+    recipe: str, done: dict[str, Done]
+) -> None:
+    run = done[recipe]
+    assert run.returncode == 0, run.stderr
+    scripts = {name: text for name, text in run.parts.items() if name.endswith(".sh")}
+    assert sorted(scripts) == ["train/scripts/train.sh", "train_sbatch.sh"]
+    for text in scripts.values():
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    validate(run.config, world_size=CLUSTER[recipe])
+    assert run.parts["run.yaml"] in scripts["train/scripts/train.sh"]  # what is shown is what runs
+    assert f"#SBATCH --nodes={CLUSTER[recipe] // 8}\n" in scripts["train_sbatch.sh"]
+    assert "export MASTER_ADDR=$head_node_ip\n" in scripts["train_sbatch.sh"]
+
+
+@pytest.mark.parametrize("recipe", CLUSTER)
+def test_the_recipes_keep_the_papers_numbers(recipe: str, done: dict[str, Done]) -> None:
+    config = done[recipe].config
+    assert (config.data.prompts_per_step, config.rollout.rollouts_per_prompt) == (512, 4)
+    assert (config.optimizer.lr, config.optimizer.updates_per_step, config.trainer.steps) == (1e-6, 8, 105)
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.kl_coef) == (0.2, 0.2, 0.0)
+
+
+def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done], folder: Path) -> None:
+    run = done["demo"]
+    assert run.returncode == 0, run.stderr
+    assert list(run.parts)[:-1] == ["tokenizer", "prompts", "answers", "model", "warm-start", "train", "report"]
+    assert run.config.weighting.source == "uniform"
+    assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/demo-grpo"))
+    assert not (folder / "runs").exists()
+
+
+def test_a_baseline_differs_in_the_weights_only(done: dict[str, Done]) -> None:
+    rest, grpo = done["rest_8b"].config, done["grpo"].config
+    assert grpo.weighting.source == "uniform"
+    assert dataclasses.replace(grpo, weighting=rest.weighting) == rest
+
+
+def test_a_file_lies_over_the_recipe_and_an_override_over_the_file(done: dict[str, Done]) -> None:
+    optimizer = done["file"].config.optimizer
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.updates_per_step) == (2e-6, 0.5, 8)
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_wrong_argument_is_an_error_that_says_how_to_mend_it(
+    argument: str, done: dict[str, Done], folder: Path
+) -> None:
+    run = done[argument]
+    if argument.startswith("model.path="):  # YAML keeps it on one indented line
+        assert run.returncode == 2 or "\nEND_OF_RUN_YAML\ntouch" not in run.stdout
+        return
+    assert run.returncode != 0, run.stdout
+    assert WRONG[argument] in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "s3cr3t" not in run.stdout + run.stderr
+
+
+def test_executor_overrides_work_without_naming_the_executor(done: dict[str, Done]) -> None:
+    script = done["executor"].parts["train_sbatch.sh"]
+    assert "#SBATCH --account=acct-7\n" in script
+    assert "#SBATCH --time=01:00:00\n" in script
+
+
+def test_account_and_container_come_from_the_environment(done: dict[str, Done]) -> None:
+    script = done["container"].parts["train_sbatch.sh"]
+    assert "#SBATCH --account=a1\n" in script
+    assert "--container-image img:1" in script
+    assert "--container-mounts /lustre:/lustre,/models:/models," in script
+    assert re.search(r"--container-env \S*MASTER_ADDR", script)
+    assert "export X='$(touch pwned) $HOME'\n" in script
+
+
+def test_without_an_account_nothing_is_submitted(done: dict[str, Done]) -> None:
+    assert done["no account"].returncode == 2
+    assert "SLURM_ACCOUNT" in done["no account"].stderr
+
+
+def test_without_a_terminal_to_ask_on_nothing_is_started(done: dict[str, Done]) -> None:
+    assert done["question"].returncode == 1
+    assert "--yes" in done["question"].stderr
+
+
+def test_a_missing_launch_file_names_those_there_are(done: dict[str, Done]) -> None:
+    assert done["no file"].returncode == 1
+    assert "rest_70b.py" in done["no file"].stderr
+
+
+def test_a_chain_has_a_script_for_every_link(done: dict[str, Done]) -> None:
+    names = [name for name in done["chain"].parts if name.endswith("sbatch.sh")]
+    assert names == [f"train-{link}_sbatch.sh" for link in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)
+def test_launch_files_import_no_torch_and_postpone_no_annotations(path: Path) -> None:
+    text = path.read_text()
+    assert "import torch\n" not in text
+    if path.name.startswith("rest_") or path.name == "executors.py":
+        assert "from __future__ import annotations" not in text  # NeMo-Run evaluates annotations
