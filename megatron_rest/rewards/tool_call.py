@@ -36,7 +36,12 @@ class Judgement:
 
 
 def tool_call_reward(
-    response_text: str, ground_truth: str, *, step: int, config: RewardConfig | None = None
+    response_text: str,
+    ground_truth: str,
+    *,
+    step: int,
+    config: RewardConfig | None = None,
+    starts_in_think: bool = False,
 ) -> RewardOutput:
     """Reward of one answer.
 
@@ -47,6 +52,7 @@ def tool_call_reward(
         ground_truth: the reference answer; its tags say which sections are wanted.
         step: training step, 1 at the first (0 is allowed): drives the schedule.
         config: ranges, schedule and rules; None = defaults.
+        starts_in_think: the prompt already ends in ``<think>``, so the answer is judged as if it started with it.
 
     Returns:
         The total and its parts; ``accuracy`` does not depend on the schedule; ``detail`` has one line a finding.
@@ -56,7 +62,7 @@ def tool_call_reward(
     """
     config = config if config is not None else RewardConfig()
     ranges = reward_ranges(step, config)
-    text = answer_text(response_text)
+    text = answer_text("<think>" + response_text if starts_in_think else response_text)
     judgement = judge_answer(text, ground_truth, config=config)
     format_part = ranges.format_pass if judgement.is_format_valid else ranges.format_fail
     correctness = 0.0

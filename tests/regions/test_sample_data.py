@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_rest.regions import TokenRegion, label_regions
 from megatron_rest.rewards import ToolCallError, parse_tool_calls
@@ -42,3 +44,36 @@ def test_thoughts_that_mention_the_tag_are_in_the_sample() -> None:
     """The case that breaks regular expressions over the whole text really occurs."""
     mentions = [a for a in sample_answers() if "<tool_call>" in a.partition("</think>")[0]]
     assert len(mentions) >= 5
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+parameters = st.dictionaries(
+    st.sampled_from(["name", "parameters", "arguments", "k"]) | st.text(max_size=5), json_values
+)
+generated_calls = st.lists(
+    st.tuples(st.text(min_size=1, max_size=8), parameters, st.booleans()), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(
+    calls=generated_calls, ascii_only=st.booleans(), thought=st.sampled_from(["q", "a <tool_call> b", '{"name": "x"}'])
+)
+def test_name_runs_are_the_parsed_calls_of_any_valid_answer(
+    calls: list[tuple[str, dict[str, object], bool]], ascii_only: bool, thought: str
+) -> None:
+    lines = []
+    for name, values, name_first in calls:
+        items = [("name", name), ("parameters", values)]
+        lines.append(json.dumps(dict(items if name_first else items[::-1]), ensure_ascii=ascii_only))
+    answer = f"<think>{thought}</think>\n<tool_call>\n" + "\n".join(lines) + "\n</tool_call>"
+    raw = answer.encode(errors="surrogatepass")
+    tokens = [raw[i : i + 1] for i in range(len(raw))]
+    assert len(parse_tool_calls(answer)) == len(calls)
+    names = [json.loads(b'"' + name + b'"') for name in runs(tokens, TokenRegion.TOOL_NAME)]
+    assert names == [name for name, _, _ in calls]
+    assert [json.loads(args) for args in runs(tokens, TokenRegion.TOOL_ARGS)] == [values for _, values, _ in calls]

@@ -49,6 +49,12 @@ def test_the_end_of_turn_is_stripped(end: str) -> None:
     assert tool_call_reward(ONE + end, ONE, step=0, config=strict).total == 4
 
 
+def test_the_prompt_may_have_opened_the_thought() -> None:
+    rest = ONE.removeprefix("<think>")
+    assert tool_call_reward(rest, ONE, step=0, config=STATIC).total == 3
+    assert tool_call_reward(rest, ONE, step=0, config=STATIC, starts_in_think=True).total == 4
+
+
 def test_accuracy_does_not_depend_on_the_schedule() -> None:
     answer = calls(OK.replace('"x"', '"y"'))
     assert {
