@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 __all__ = ["FileOutput", "Pty"]
 
-_REDRAWN = re.compile(rb"[^\n]*\r(?!\n)|\x1b\[[0-9;]*[A-Za-z]")
-"""What a progress bar overwrote, and colours: noise in a log."""
+_REDRAWN = re.compile(rb"[^\n]*\r(?!\r*\n)|\r(?=\r*\n)|\x1b\[[0-9;]*[A-Za-z]")
+"""What a progress bar overwrote, the terminal's carriage returns, and colours: noise in a log."""
 
 
 class Pty:
@@ -37,7 +37,7 @@ class Pty:
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
             if log is not None:
-                log.write(_REDRAWN.sub(b"", chunk).replace(b"\r\n", b"\n"))
+                log.write(_REDRAWN.sub(b"", chunk))
                 log.flush()
 
     def close(self) -> None:
