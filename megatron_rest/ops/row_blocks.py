@@ -25,8 +25,12 @@ scratch blocks.  Sources: online softmax (arXiv 1805.02867) for the merge; the e
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -71,6 +75,20 @@ def _rows_per_block(num_columns: int, device: torch.device) -> int:
     return max(1, elements // max(1, num_columns))
 
 
+def _kernels_for(logits: Tensor) -> ModuleType | None:
+    """The Triton form of the row passes where it applies: CUDA, fp32 arithmetic, unit column stride."""
+    if logits.device.type != "cuda" or logits.dtype == torch.float64 or logits.stride(1) != 1 or len(logits) == 0:
+        return None
+    return _import_kernels()
+
+
+@functools.cache
+def _import_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("megatron_rest.ops.triton")
+
+
 class Scratch:
     """The two buffers that a block's passes write into: exponents and exponentials."""
 
@@ -97,6 +115,10 @@ def write_partials(
     logits: Tensor, labels: Tensor, shard: VocabShard, inverse_temperature: float, out: Tensor, scratch: Scratch
 ) -> None:
     """Fill ``out [K, n]`` with (m, Z, U, t), and Q where K is 5, of ``logits [n, V/TP]`` of any floating dtype."""
+    kernels = _kernels_for(logits)
+    if kernels is not None:
+        kernels.write_partials(logits, labels, shard, inverse_temperature, out)
+        return
     out.zero_()
     out[0] = _FLOOR
     if shard.num_columns == 0:
@@ -206,6 +228,10 @@ def write_gradient(
     scratch: Scratch,
 ) -> None:
     """Fill ``out [n, V/TP]``, which may be ``logits`` itself, with the gradient of the logits."""
+    kernels = _kernels_for(logits)
+    if kernels is not None and out.stride(1) == 1:
+        kernels.write_gradient(logits, labels, shard, inverse_temperature, rule, out)
+        return
     out[:, shard.num_columns :] = 0
     if shard.num_columns == 0:
         return
