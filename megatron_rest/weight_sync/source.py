@@ -223,8 +223,8 @@ class MegatronWeightSource:
         return gathered
 
     def _pack(self, bucket: _Bucket, shards: Mapping[str, Tensor], packed: Tensor) -> None:
-        packed.zero_()  # gaps between aligned pieces: no uninitialised bytes on the wire
         for piece in bucket.pieces:
+            packed[piece.offset + piece.num_bytes : piece.digest_offset].zero_()  # nothing uninitialised on the wire
             name = resolve_name(piece.spec, shards)
             assert name is not None  # learned at construction
             target = _view(packed, piece)
