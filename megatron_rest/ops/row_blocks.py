@@ -90,15 +90,20 @@ def _import_kernels() -> ModuleType | None:
 
 
 class Scratch:
-    """The two buffers that a block's passes write into: exponents and exponentials."""
+    """The two buffers that a block's passes write into, exponents and exponentials; made on first use."""
 
     def __init__(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        rows = min(num_rows, _rows_per_block(num_columns, device))
-        self._exponents = torch.empty(rows, num_columns, dtype=dtype, device=device)
-        self._exponentials = torch.empty_like(self._exponents)
+        self._shape = (min(num_rows, _rows_per_block(num_columns, device)), num_columns)
+        self._dtype, self._device = dtype, device
+
+    @functools.cached_property
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        exponents = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        return exponents, torch.empty_like(exponents)
 
     def of(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        return self._exponents[: len(block)], self._exponentials[: len(block)]
+        exponents, exponentials = self._buffers
+        return exponents[: len(block)], exponentials[: len(block)]
 
 
 class RowStatistics(NamedTuple):

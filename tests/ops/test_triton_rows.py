@@ -32,6 +32,7 @@ def _in_a_process(function: str, *, interpret: bool) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_the_eager_passes() -> None:
     assert "agreed on 20 cases" in _in_a_process("compare_with_eager", interpret=True)
 
@@ -90,6 +91,7 @@ def compare_with_eager() -> None:
     print("agreed on", len(names), "cases")
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_sm90_without_spills() -> None:
     pytest.importorskip("triton.backends.nvidia")
     report = _in_a_process("compile_for_sm90", interpret=False)
