@@ -175,8 +175,7 @@ class RestWeighting:
         if ids.shape != sequences.shape:
             raise ValueError(f"sequence_ids has shape {tuple(sequences.shape)}, expected {tuple(ids.shape)}")
         mask = sequences >= 0 if loss_mask is None else (sequences >= 0) & torch.as_tensor(loss_mask).bool()
-        _, index = torch.unique(sequences, return_inverse=True)
-        weights = self._weigh(ids, index, self.region_weights(progress), mask, beta)
+        weights = self._weigh(ids, _dense(sequences), self.region_weights(progress), mask, beta)
         return weights if isinstance(region_ids, Tensor) else weights.numpy()
 
     def _measured_weights(self, measured: np.ndarray, constants: np.ndarray, progress: float) -> np.ndarray:
@@ -245,3 +244,13 @@ class RestWeighting:
         mean = known.new_zeros(num_sequences).index_add_(0, sequence, known) / count
         raw = self.config.gamma_think * mean[sequence] / known.clamp_min(_MIN_BETA)
         return torch.where(valid, raw.clamp(self.config.min_weight, self.config.max_weight), 0.0)
+
+
+def _dense(sequences: Tensor) -> Tensor:
+    """Sequence ids as small non-negative integers.  Sorting them is needed only where they are sparse."""
+    if len(sequences) == 0:
+        return sequences.long()
+    low, high = sequences.aminmax()
+    if int(high - low) <= len(sequences):
+        return (sequences - low).long()
+    return torch.unique(sequences, return_inverse=True)[1]
