@@ -73,7 +73,7 @@ RECIPE = RestConfig(
 
 
 @run.cli.entrypoint(type="experiment", name="rest_70b")
-def rest_70b(ctx: run.cli.RunContext, nodes: int = 16, links: int = 1, baseline: str = ""):
+def rest_70b(ctx: run.cli.RunContext, nodes: int = 16, links: int = 1, baseline: str = "") -> None:
     """ResT on a 70B model, 16 H100 nodes.
 
     Args:

@@ -67,7 +67,7 @@ RECIPE = RestConfig(
 
 
 @run.cli.entrypoint(type="experiment", name="rest_8b")
-def rest_8b(ctx: run.cli.RunContext, nodes: int = 1, links: int = 1, baseline: str = ""):
+def rest_8b(ctx: run.cli.RunContext, nodes: int = 1, links: int = 1, baseline: str = "") -> None:
     """ResT on an 8B model, one H100 node.
 
     Args:

@@ -140,7 +140,7 @@ def plan(base: Path, config: RestConfig) -> list[Stage]:
 
 
 @run.cli.entrypoint(type="experiment", name="rest_demo")
-def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base"):
+def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base") -> None:
     """ResT at toy size on this machine's CPU.
 
     Args:
