@@ -83,7 +83,7 @@ def _reference(batch: list[list[bytes]]) -> Any:
 
 
 def coverage() -> dict[str, Any]:
-    """Share of tokens and of weight by region on the sample's SFT answers, and how many tool names get weight at all."""
+    """Share of tokens and of weight by region on the sample's SFT answers, and how many names are weighted."""
     import tokenizers as hf
 
     from benchmarks.reference_code import build_token_weight
