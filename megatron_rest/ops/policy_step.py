@@ -227,7 +227,7 @@ def _check_promise(grad: Tensor, scale: float) -> None:
         f"policy_step was told main_grad_scale={scale}, but loss_sum received another gradient; main_grad already "
         "holds the promised one: pass the constant that the loss is really multiplied by"
     )
-    is_kept = torch.isclose(grad.double(), torch.tensor(scale, dtype=torch.float64, device=grad.device), rtol=1e-6)
+    is_kept = (grad.double() - scale).abs() <= 1e-6 * abs(scale)
     if grad.device.type != "cpu":
         torch._assert_async(is_kept, message)
     elif not bool(is_kept):
