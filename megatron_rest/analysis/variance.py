@@ -22,12 +22,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.types import TokenRegion
@@ -47,6 +49,7 @@ __all__ = [
     "decisive_token",
     "entropy_against_score",
     "main",
+    "region_gradients",
     "tabular_experiment",
 ]
 
@@ -291,6 +294,33 @@ class RegionGram:
         :meth:`RestWeighting.update` takes for ``variance_optimal`` (cross terms inside a region are counted in)."""
         norms = np.diag(self.gram).reshape(self.num_sequences, _REGIONS)
         return (np.asarray(scale)[:, None] ** 2 * norms).sum(axis=0), np.asarray(region_counts).sum(axis=0)
+
+
+def region_gradients(
+    log_probs: Tensor, region_ids: Tensor, sequence_ids: Tensor, parameters: Sequence[Tensor], *, num_sequences: int
+) -> tuple[Array, Array]:
+    """Per-sequence, per-region gradients of a model on one process, for :meth:`RegionGram.add_block`.
+
+    Args:
+        log_probs: float ``[T]`` with a graph, log pi of the sampled tokens of all sequences.
+        region_ids: int ``[T]``; CONTEXT tokens are left out.
+        sequence_ids: int ``[T]``, 0 to ``num_sequences - 1``.
+        parameters: what to differentiate by, ``D`` numbers in all.
+        num_sequences: N.
+
+    Returns:
+        Gradients float32 ``[N, 6, D]`` (24 N D bytes: small models or some layers only; one backward pass for each
+        sequence and region that occurs) and token counts int ``[N, 6]``.
+    """
+    index = sequence_ids.long() * _REGIONS + region_ids.long()
+    counts = torch.bincount(index, minlength=num_sequences * _REGIONS).reshape(num_sequences, _REGIONS)
+    counts[:, TokenRegion.CONTEXT] = 0
+    sums = log_probs.new_zeros(num_sequences * _REGIONS).index_add(0, index, log_probs)
+    result = np.zeros((num_sequences * _REGIONS, sum(p.numel() for p in parameters)), dtype=np.float32)
+    for row in counts.flatten().nonzero().flatten().tolist():
+        parts = torch.autograd.grad(sums[row], parameters, retain_graph=True, materialize_grads=True)
+        result[row] = torch.cat([part.flatten() for part in parts]).float().cpu().numpy()
+    return result.reshape(num_sequences, _REGIONS, -1), counts.cpu().numpy()
 
 
 def compare_weightings(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_rest.analysis.variance import (
     ASSUMPTIONS,
@@ -17,6 +18,7 @@ from megatron_rest.analysis.variance import (
     decisive_token,
     entropy_against_score,
     main,
+    region_gradients,
     tabular_experiment,
 )
 from megatron_rest.types import TokenRegion
@@ -133,6 +135,27 @@ def test_gram_route_is_the_direct_one_for_any_block_split() -> None:
     assert rows[0].ratio_standard_error == 0
     signal = (uniform.mean(axis=0) ** 2).sum() - rows[0].variance / len(scale)
     assert rows[0].signal == pytest.approx(signal, rel=1e-9)
+
+
+def test_region_gradients_of_a_model() -> None:
+    """Weighted with region weights they add up to autograd's gradient of the weighted objective."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 11)).double()
+    parameters = list(model.parameters())
+    hidden, labels = torch.randn(30, 5).double(), torch.randint(0, 11, (30,))
+    regions, owner = torch.randint(0, 6, (30,)), torch.arange(30) % 3
+
+    def log_probs() -> torch.Tensor:
+        return torch.log_softmax(model(hidden), -1)[torch.arange(30), labels]
+
+    gradients, counts = region_gradients(log_probs(), regions, owner, parameters, num_sequences=3)
+    assert gradients.shape == (3, 6, sum(p.numel() for p in parameters))
+    assert counts.sum() == (regions > 0).sum()
+    table = torch.tensor([0.0, 1.0, 0.6, 1.2, 0.7, 0.3]).double()
+    for i in range(3):
+        objective = (table[regions] * log_probs())[owner == i].sum()
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(objective, parameters)])
+        np.testing.assert_allclose(table.numpy() @ gradients[i], expected.numpy(), atol=1e-6)
 
 
 def test_optimal_region_weights_from_measured_norms_lower_the_variance() -> None:
