@@ -15,7 +15,7 @@ import yaml
 
 from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
 
-__all__ = ["GIVEN", "Given", "Stage", "as_yaml", "resolve", "stop", "write_atomically"]
+__all__ = ["GIVEN", "Given", "Stage", "as_yaml", "claim", "resolve", "stop", "write_atomically"]
 
 
 @dataclass
@@ -71,6 +71,40 @@ def _baseline(name: str) -> list[str]:
 
 def as_yaml(config: RestConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def claim(config: RestConfig) -> Path:
+    """Write ``run.yaml`` into the run folder; refuse a folder whose checkpoints belong to another configuration.
+
+    The trainer continues from what it finds, so a changed learning rate would silently join two runs into one.  A longer
+    run and other checkpoint intervals are the same run.
+    """
+    folder = Path(config.trainer.run_dir).absolute()
+    path = folder / "run.yaml"
+    if path.is_file() and any((folder / "checkpoints").glob("*")):
+        try:
+            before = load(path)
+        except ConfigError:
+            before = None
+        changed = [] if before is None else _differences(before, config)
+        if before is None or changed:
+            what = f"differs in {', '.join(changed)}" if changed else "cannot be read"
+            stop(f"{folder} holds a run whose run.yaml {what}: choose another trainer.run_dir=, or remove it")
+    write_atomically(path, as_yaml(config))
+    return path
+
+
+def _differences(old: RestConfig, new: RestConfig) -> list[str]:
+    """Fields that make it another run."""
+    same_run = {"trainer.steps", "trainer.timeout_minutes", "warm_start"}
+    before, after = to_dict(old), to_dict(new)
+    return [
+        f"{section}.{key}"
+        for section, values in after.items()
+        for key, value in values.items()
+        if before[section][key] != value and section not in (same_run | {"checkpoint"})
+        if f"{section}.{key}" not in same_run
+    ]
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import ROOT
 from launch.local import run_stages, show_stages
-from launch.recipe import Stage, as_yaml, resolve, stop, write_atomically
+from launch.recipe import Stage, as_yaml, claim, resolve, stop, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -160,8 +160,8 @@ def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/dem
         show_stages(stages, run_dir / "logs")
         print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
         return
+    claim(config)
     write_atomically(folder / "warm-start.yaml", as_yaml(warm_start))
-    write_atomically(run_dir / "run.yaml", as_yaml(config))
     run_stages("rest_demo", stages, ctx.executor, run_dir / "logs")
 
 
