@@ -36,6 +36,7 @@ FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than i
 _STYLE_NOTES = {
     "original": "messages as they came",
     "compact": "constant instruction blocks dropped, headings shortened, for toy models; tools and dialogue untouched",
+    "slim": "as compact, and each tool in one line: name, parameter names and types, description; defaults are lost",
 }
 
 

@@ -22,7 +22,7 @@ class EncodeOptions:
     """What decides the content of a converted row, beside the tokenizer."""
 
     prompt_style: str = "original"
-    """original or compact (see :mod:`data_tools.prompt_style`)."""
+    """original, compact or slim (see :mod:`data_tools.prompt_style`)."""
     max_think_words: int = 0
     """Shorten the thought of answer_text to so many words; 0 = keep.  ground_truth is never touched."""
     columns: Columns | None = None

@@ -2,18 +2,22 @@
 
 ``original`` keeps every message as it came.  ``compact`` is for toy models on a CPU: it drops the constant blocks
 "Steps for Each Turn", "Output Format" and "Important Notes" (about 400 tokens that say the same in every row) and
-shortens the two constant headings; role sentence, tools and dialogue are untouched.
+shortens the two constant headings; role sentence, tools and dialogue are untouched.  ``slim`` goes further, for models of
+a few million parameters: the role sentence goes too, and each tool is one line with its name, its parameters' names and
+types, and its description; defaults and the descriptions of parameters are lost.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from data_tools.answers import dumps
 from data_tools.errors import RowError
 
-STYLES = ("original", "compact")
+STYLES = ("original", "compact", "slim")
 ROLE_SENTENCE = (
     "You are a helpful multi-turn dialogue assistant capable of leveraging tool calls to solve user tasks "
     "and provide structured chat responses."
@@ -73,10 +77,38 @@ def _compact_text(message: dict[str, str]) -> str:
     return text.replace(TOOLS_HEADING, "Tools:\n", 1)
 
 
+_TOOL_ENTRY = re.compile(r"^\d+\. Name: (.*)\nDescription: ((?:.*\n)*?)Parameters: (.*)$", re.MULTILINE)
+
+
+def slim(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The slim style; a tool list that it cannot read stays in the compact style."""
+    return [
+        {**message, "content": _slim_tools(message["content"]) if message["role"] == "system" else message["content"]}
+        for message in compact(messages)
+    ]
+
+
+def _slim_tools(text: str) -> str:
+    text = text.removeprefix(f"{ROLE_SENTENCE}\n\n")
+    return _TOOL_ENTRY.sub(_slim_tool, text)
+
+
+def _slim_tool(entry: re.Match[str]) -> str:
+    name, description, parameters = entry.groups()
+    try:
+        fields = json.loads(parameters)
+        types = {key: str(field["type"]) if isinstance(field, dict) else str(field) for key, field in fields.items()}
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        return entry.group()
+    return f"{dumps({'name': name, 'parameters': types})} {description.strip()}"
+
+
 def apply_style(messages: Sequence[dict[str, str]], style: str) -> list[dict[str, str]]:
     """Messages in one of :data:`STYLES`."""
     if style == "compact":
         return compact(messages)
+    if style == "slim":
+        return slim(messages)
     if style != "original":
         raise RowError(f"unknown prompt style {style!r}, expected one of {', '.join(STYLES)}")
     return list(messages)

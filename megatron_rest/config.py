@@ -6,6 +6,7 @@ Classes check what they can on construction; what needs two sections is checked 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -138,6 +139,8 @@ class DataConfig:
     """Longer prompts are left out (and counted), never cut."""
     max_prompts: int = 0
     """Use only the first so many usable prompts; 0 = all."""
+    require_reachable: bool = False
+    """Leave out prompts whose reference answer is longer than rollout.max_response_tokens."""
 
     def __post_init__(self) -> None:
         _at_least("data.prompts_per_step", self.prompts_per_step, 1)
@@ -404,6 +407,8 @@ class WarmStartConfig:
     """Sequences per optimiser step."""
     lr: float = 1e-3
     """Peak learning rate, linear decay to 10 %."""
+    target_loss: float = 0.0
+    """Stop once the mean loss of a whole pass, nats per answer token, is at most this; 0 = run all epochs."""
     answers: str = ""
     """Folder with prompts and reference answers; empty = data.train."""
 
@@ -447,7 +452,8 @@ def validate(config: RestConfig, *, world_size: int) -> None:
     per_update = rollouts // config.optimizer.updates_per_step
     if rollouts % config.optimizer.updates_per_step:
         raise ConfigError(
-            f"{rollouts} rollouts a step do not split into optimizer.updates_per_step={config.optimizer.updates_per_step}"
+            f"{rollouts} rollouts a step do not split into "
+            f"optimizer.updates_per_step={config.optimizer.updates_per_step}"
         )
     if per_update < dp:
         raise ConfigError(f"{per_update} rollouts per optimiser step are fewer than {dp} data-parallel ranks")
@@ -460,8 +466,8 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         )
     if config.trainer.max_tokens_per_microbatch < longest:
         raise ConfigError(
-            f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one sequence "
-            f"may be ({longest} tokens)"
+            f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one "
+            f"sequence may be ({longest} tokens)"
         )
 
 
@@ -558,10 +564,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         _one_of(path, str(value), [str(m) for m in hint])
         return hint(str(value))
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and value != value:

@@ -25,6 +25,7 @@ def make_train_batch(
     dp_size: int = 1,
     alignment: int = 1,
     num_microbatches_multiple: int = 1,
+    min_microbatches: int = 1,
 ) -> TrainBatch:
     """Pack ``samples`` of one optimiser step and return the share of ``dp_rank``.
 
@@ -33,10 +34,14 @@ def make_train_batch(
         max_tokens: most tokens of one microbatch; a longer sample raises ``ValueError`` (nothing is cut).
         alignment: microbatch lengths are padded to a multiple (TP size under sequence parallelism).
         num_microbatches_multiple: pipeline size under interleaved schedules, else 1.
+        min_microbatches: microbatches that every replica should get if there are samples enough: a pipeline idles less with
+            several small ones than with one large one.
     """
     if not samples:
         raise ValueError("no samples to train on")
-    bins = pack([len(s.token_ids) - 1 for s in samples], max_tokens)
+    lengths = [len(s.token_ids) - 1 for s in samples]
+    wanted = max(min_microbatches, 1) * dp_size
+    bins = pack(lengths, min(max_tokens, max(-(-sum(lengths) // wanted), max(lengths))))
     per_rank = -(-len(bins) // dp_size)
     per_rank = -(-per_rank // num_microbatches_multiple) * num_microbatches_multiple
     # Bins come sorted by size, so dealing them round robin balances the replicas.

@@ -79,17 +79,25 @@ class PromptDataset:
         lengths = [np.diff(_offsets(batch.column("prompt_token_ids"))) for batch in self._batches]
         return np.concatenate(lengths).astype(np.int64)[self._rows] if lengths else np.zeros(0, dtype=np.int64)
 
-    def select(self, *, max_prompt_tokens: int, max_prompts: int = 0) -> PromptDataset:
-        """Prompts of at most ``max_prompt_tokens``, the first ``max_prompts`` of them (0 = all).  Nothing is cut."""
+    def select(
+        self, *, max_prompt_tokens: int, max_answer_tokens: int | None = None, max_prompts: int = 0
+    ) -> PromptDataset:
+        """Prompts of at most ``max_prompt_tokens``, the first ``max_prompts`` of them (0 = all).  Nothing is cut.
+
+        ``max_answer_tokens`` leaves out prompts whose reference answer is longer (None = any length).
+        """
         if max_prompt_tokens < 1 or max_prompts < 0:
             raise ValueError(f"max_prompt_tokens={max_prompt_tokens} must be >= 1 and max_prompts={max_prompts} >= 0")
         lengths = self.prompt_lengths
-        fitting = self._rows[lengths <= max_prompt_tokens]
-        if len(self) and not len(fitting):
+        fits = lengths <= max_prompt_tokens
+        if len(self) and not fits.any():
             raise ValueError(
                 f"{self._name}: all {len(self)} prompts are longer than max_prompt_tokens={max_prompt_tokens} "
                 f"(the shortest has {int(lengths.min())}): raise data.max_prompt_tokens or prepare shorter prompts"
             )
+        if max_answer_tokens is not None:
+            fits &= np.array([len(self.reference_token_ids(i)) <= max_answer_tokens for i in range(len(self))], bool)
+        fitting = self._rows[fits]
         left_out = self.num_left_out + len(self) - len(fitting)
         rows = fitting[:max_prompts] if max_prompts else fitting
         return PromptDataset(self._batches, rows=rows, num_left_out=left_out, name=self._name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 
 from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
+from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.prompts import PromptDataset
 from megatron_rest.mcore import build
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.types import TrainBatch, TrainSample
 from megatron_rest.weight_sync.source import MegatronWeightSource
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "build_policy",
     "eos_token_id",
     "load_tokenizer",
+    "make_batch",
     "open_dataset",
     "open_prompts",
     "peak_memory_bytes",
@@ -41,6 +45,7 @@ class PolicyParts:
     context: build.ParallelContext
     alignment: int  # microbatch lengths are multiples of this
     num_microbatches_multiple: int
+    min_microbatches: int  # fewer would leave pipeline stages idle
 
 
 def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates: int) -> PolicyParts:
@@ -63,6 +68,7 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
         context=context,
         alignment=context.tp_size if config.parallel.sequence_parallel else 1,
         num_microbatches_multiple=context.pp_size if config.parallel.virtual_pipeline > 1 else 1,
+        min_microbatches=2 * context.pp_size if context.pp_size > 1 else 1,
     )
 
 
@@ -72,6 +78,19 @@ def _check_lengths(config: RestConfig, shape: ModelShape) -> None:
             f"model.max_sequence_length {config.model.max_sequence_length} exceeds what {config.model.path} was made for "
             f"({shape.max_position_embeddings} positions)"
         )
+
+
+def make_batch(parts: PolicyParts, samples: Sequence[TrainSample], *, max_tokens: int) -> TrainBatch:
+    """Packed microbatches of this rank's replica, as its layout wants them."""
+    return make_train_batch(
+        samples,
+        max_tokens=max_tokens,
+        dp_rank=parts.context.dp_rank,
+        dp_size=parts.context.dp_size,
+        alignment=parts.alignment,
+        num_microbatches_multiple=parts.num_microbatches_multiple,
+        min_microbatches=parts.min_microbatches,
+    )
 
 
 def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype | None = None) -> MegatronWeightSource:
@@ -98,14 +117,18 @@ def open_dataset(path: str, config: RestConfig) -> PromptDataset:
         raise ConfigError(f"data.train: {error}") from error
 
 
-def open_prompts(config: RestConfig) -> PromptDataset:
-    """The prompts to train on, those that are too long left out (and counted)."""
-    dataset = open_dataset(config.data.train, config)
-    usable = dataset.select(max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts)
+def open_prompts(config: RestConfig, path: str = "") -> PromptDataset:
+    """The usable prompts of ``path`` (default ``data.train``); those left out are counted in ``num_left_out``."""
+    dataset = open_dataset(path or config.data.train, config)
+    limit = config.rollout.max_response_tokens if config.data.require_reachable else None
+    try:
+        usable = dataset.select(max_prompt_tokens=config.data.max_prompt_tokens, max_answer_tokens=limit)
+    except ValueError as error:
+        raise ConfigError(f"data.train: {error}") from error
     if len(usable) == 0:
         raise ConfigError(
-            f"{config.data.train}: none of {len(dataset)} prompts has at most data.max_prompt_tokens="
-            f"{config.data.max_prompt_tokens} tokens"
+            f"data.train: of {len(dataset)} prompts none is left (data.max_prompt_tokens {config.data.max_prompt_tokens}, "
+            f"data.require_reachable {config.data.require_reachable})"
         )
     return usable
 

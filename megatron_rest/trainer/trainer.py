@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from megatron_rest.algorithms import rest_policy_loss
 from megatron_rest.config import ConfigError, RestConfig
-from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.mcore import checkpoint
 from megatron_rest.mcore.policy import Scores, UpdateReport
@@ -26,7 +25,7 @@ from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.exchange import all_gather_groups, share_of
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
-from megatron_rest.trainer.setup import PolicyParts
+from megatron_rest.trainer.setup import PolicyParts, make_batch
 from megatron_rest.trainer.step_metrics import reward_metrics, token_metrics, update_metrics
 from megatron_rest.types import (
     MicroBatch,
@@ -144,14 +143,7 @@ class RestTrainer:
 
     def batch(self, samples: Sequence[TrainSample]) -> TrainBatch:
         """This replica's packed microbatches."""
-        return make_train_batch(
-            samples,
-            max_tokens=self.config.trainer.max_tokens_per_microbatch,
-            dp_rank=self.context.dp_rank,
-            dp_size=self.context.dp_size,
-            alignment=self.parts.alignment,
-            num_microbatches_multiple=self.parts.num_microbatches_multiple,
-        )
+        return make_batch(self.parts, samples, max_tokens=self.config.trainer.max_tokens_per_microbatch)
 
     def measure(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> None:
         """Region entropies of this step into the weighting, for sources that follow them."""

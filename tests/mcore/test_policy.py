@@ -1,0 +1,217 @@
+"""The Megatron policy on real gloo ranks.
+
+1. scores equal Hugging Face's logits of the same weights (float64 reference), tied and untied, padded vocabulary
+2. loss, gradient norm and parameters after updates are the same for every layout and microbatch split
+3. first-step identities: ratio exactly 1, KL exactly 0; uniform weights = plain GRPO bit for bit
+4. the seam: equal to Megatron's own cross-entropy, reversible, one instance only
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rest.algorithms import rest_policy_loss
+from megatron_rest.config import ConfigError, LossConfig
+from megatron_rest.types import LossInputs, LossOutput, TrainBatch
+from tests.helpers.distributed import run_distributed
+from tests.helpers.policies import LAYERS, batch_of, layout_config, make_policy, random_samples
+from tests.helpers.tiny_model import build_tiny_model, read_config
+
+LAYOUTS = {
+    "tp2": (2, {"tp": 2}),
+    "dp2": (2, {}),
+    "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
+    "tp2_pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2_pp2_sp": (4, {"tp": 2, "pp": 2, "sp": True}),
+    "tp4": (4, {"tp": 4}),
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return build_tiny_model(
+        folder / "hf",
+        tied=request.param,
+        layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=256,
+    )
+
+
+def smooth_loss(inputs: LossInputs) -> LossOutput:
+    """Log-probs and entropy with per-token factors: no clipping, so that layouts can be compared tightly."""
+    mask = inputs.loss_mask
+    value = -(inputs.log_probs * inputs.advantages * inputs.token_weights + 0.1 * inputs.entropy)[mask].sum()
+    return LossOutput(loss_sum=value, num_tokens=mask.sum(), metrics={"entropy": (inputs.entropy[mask].sum(), mask.sum())})
+
+
+def with_weights(batch: TrainBatch) -> TrainBatch:
+    """Non-uniform weights that depend on the token alone."""
+    return replace(
+        batch,
+        microbatches=tuple(
+            m.with_scores(old_log_probs=m.rollout_log_probs, token_weights=0.5 + (m.labels % 7).float() / 7)
+            for m in batch.microbatches
+        ),
+    )
+
+
+def train_on(rank: int, world_size: int, model: str, layout: dict, max_tokens: int) -> dict:
+    parts = make_policy(layout_config(model, **layout))
+    samples = random_samples(parts.shape.vocab_size)
+    batch = with_weights(batch_of(parts, samples, max_tokens=max_tokens))
+    scores = {}
+    for microbatch, score in zip(batch.microbatches, parts.policy.score(batch.microbatches), strict=True):
+        for i in microbatch.sequence_ids.unique().tolist():
+            at = microbatch.sequence_ids == i
+            scores[i] = torch.stack([score.log_probs[at], score.entropy[at]]).numpy()
+    reports = [parts.policy.update(batch, smooth_loss) for _ in range(3)]
+    return {
+        "scores": scores,
+        "loss": [r.loss for r in reports],
+        "grad_norm": [r.grad_norm for r in reports],
+        "entropy": [r.metrics["entropy"][0] for r in reports],
+        "count": [r.metrics["entropy"][1] for r in reports],
+    }
+
+
+@pytest.fixture(scope="module")
+def single(model) -> dict:
+    """One rank, everything in one microbatch as far as it fits."""
+    return run_distributed(train_on, 1, str(model), {}, 512)[0]
+
+
+def test_scores_equal_hugging_face_in_float64(model, single):
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    for sample in random_samples(read_config(model)["vocab_size"]):
+        ids = torch.from_numpy(sample.token_ids.astype(np.int64))
+        log_softmax = reference(ids[None, :-1]).logits[0].double().log_softmax(-1)
+        log_probs = log_softmax.gather(-1, ids[1:, None])[:, 0]
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+        got = single["scores"][sample.sequence_id]
+        np.testing.assert_allclose(got[0], log_probs.detach().numpy(), atol=2e-5)
+        np.testing.assert_allclose(got[1], entropy.detach().numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_gives_the_same_numbers(name, model, single):
+    world_size, layout = LAYOUTS[name]
+    results = run_distributed(train_on, world_size, str(model), layout, 128)
+    scored = {}
+    for result in results:
+        scored |= result["scores"]
+        for key in ("loss", "grad_norm", "entropy"):
+            np.testing.assert_allclose(result[key], single[key], rtol=3e-5, err_msg=f"{name} {key}")
+        assert result["count"] == single["count"]
+    assert scored.keys() >= single["scores"].keys()
+    for i, expected in single["scores"].items():
+        np.testing.assert_allclose(scored[i], expected, atol=1e-5, err_msg=f"{name} sequence {i}")
+
+
+def test_microbatch_split_does_not_matter(model, single):
+    [small] = run_distributed(train_on, 1, str(model), {}, 64)
+    for key in ("loss", "grad_norm", "entropy"):
+        np.testing.assert_allclose(small[key], single[key], rtol=1e-5)
+
+
+def first_step(rank: int, world_size: int, model: str, layout: dict) -> dict:
+    config = layout_config(model, **layout)
+    loss = partial(rest_policy_loss, config=LossConfig(dual_clip=3.0))
+    results = {}
+    for name, weights in (("none", None), ("ones", 1.0), ("region", 2.0)):
+        parts = make_policy(config)  # fresh weights each time
+        batch = batch_of(parts, random_samples(parts.shape.vocab_size))
+        scored = tuple(
+            m.with_scores(
+                old_log_probs=s.log_probs,
+                token_weights=None if weights is None else torch.where(m.region_ids == 3, weights, 1.0),
+            )
+            for m, s in zip(batch.microbatches, parts.policy.score(batch.microbatches), strict=True)
+        )
+        report = parts.policy.update(replace(batch, microbatches=scored), loss)
+        shards = {n: t.clone().numpy() for n, t in parts.policy.named_shards().items()}
+        results[name] = (report.loss, report.grad_norm, dict(report.metrics), shards)
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def test_first_step_identities(model):
+    for result in run_distributed(first_step, 4, str(model), {"tp": 2, "pp": 2}):
+        loss, grad_norm, metrics, shards = result["none"]
+        assert grad_norm > 0
+        total, count = metrics["ratio"]
+        assert total == count, "old log-probs come from the same weights: every ratio is exactly 1"
+        assert metrics["approx_kl"][0] == 0.0
+        assert metrics["clip_fraction"][0] == 0.0
+        ones = result["ones"]
+        assert (ones[0], ones[1]) == (loss, grad_norm), "weights of 1 are plain GRPO, bit for bit"
+        assert all(np.array_equal(ones[3][n], shards[n]) for n in shards)
+        assert result["region"][1] != grad_norm, "other weights must change the gradient"
+
+
+def seam(rank: int, world_size: int, model: str) -> dict:
+    from megatron_rest.mcore.forward_step import packed_seq_params
+    from megatron_rest.mcore.output import attach, detach, is_attached
+
+    parts = make_policy(layout_config(model, tp=2))
+    [chunk] = parts.policy.modules
+    [microbatch, *_] = batch_of(parts, random_samples(parts.shape.vocab_size)).microbatches
+
+    def forward() -> torch.Tensor:
+        return chunk(
+            microbatch.token_ids[None],
+            microbatch.position_ids[None],
+            None,
+            labels=microbatch.labels[None],
+            packed_seq_params=packed_seq_params(microbatch),
+        )
+
+    with torch.no_grad():
+        attach(chunk)  # Megatron's cross-entropy counts the padding of the vocabulary in: compare without the true size
+        ours = forward()
+        detach(chunk)
+        megatron = forward()
+        was_detached = not is_attached(chunk)
+        detach(chunk)  # harmless twice
+        attach(chunk)
+        attach(chunk)
+        again = forward()
+    return {"ours": ours, "megatron": megatron, "again": again, "was_detached": was_detached}
+
+
+def test_seam_replaces_megatrons_cross_entropy_and_gives_it_back(model):
+    for result in run_distributed(seam, 2, str(model)):
+        assert result["was_detached"]
+        assert result["ours"].shape == (2, *result["megatron"].shape)
+        torch.testing.assert_close(-result["ours"][0], result["megatron"], atol=1e-5, rtol=0)
+        assert torch.equal(result["ours"], result["again"])
+
+
+def misfit(rank: int, world_size: int, model: str, layout: dict) -> str:
+    with pytest.raises(ConfigError) as error:
+        make_policy(layout_config(model, **layout))
+    return str(error.value)
+
+
+def test_world_size_that_does_not_fit_is_refused_by_name(model):
+    for message in run_distributed(misfit, 2, str(model), {"tp": 2, "pp": 2}):
+        assert "world size 2 does not fit tensor_parallel 2 x pipeline_parallel 2" in message
+
+
+def test_context_parallelism_is_refused(model):
+    layout = {"overrides": ("parallel.context_parallel=2",)}
+    for message in run_distributed(misfit, 2, str(model), layout):
+        assert "context_parallel" in message
