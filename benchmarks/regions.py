@@ -103,10 +103,12 @@ def coverage() -> dict[str, Any]:
     sequence_ids = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
     paper = RestWeighting.paper()
     weights = {f"paper, progress {p:g}": paper.packed(region_ids, sequence_ids, progress=p) for p in (0.0, 1.0)}
+    start = time.process_time()
     published = [
         build_token_weight([text], torch.ones(1, len(row)), lambda t: tokenizer.encode(t).offsets, step=1)[0].numpy()
         for text, row in zip(texts, ids, strict=True)
     ]
+    published_seconds = time.process_time() - start
     weights["published, step 1"] = np.concatenate(published)
     share = {
         region.name: {name: float(w[region_ids == region].sum() / w.sum()) for name, w in weights.items()}
@@ -118,6 +120,7 @@ def coverage() -> dict[str, Any]:
     whole, none = sum(bool(n.all()) for n in names), sum(not n.any() for n in names)
     return {
         "tokens": len(region_ids),
+        "published_cpu_seconds": published_seconds,
         "share": share,
         "published_names": {"whole": whole, "partly": len(names) - whole - none, "not_at_all": none},
     }

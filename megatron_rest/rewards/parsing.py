@@ -18,6 +18,7 @@ MAX_DEPTH = 32  # far below Python's recursion limit, far above real arguments
 MAX_SHOWN_CHARACTERS = 60  # of a bad line, in messages
 
 _END_OF_TURN = re.compile(r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text)\|>")
+_OPENING = re.compile(r"<(?:think|tool_call|response)>")
 _TAG = re.compile(r"</?tool_call>")
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
@@ -41,11 +42,17 @@ def answer_text(response_text: str) -> str:
 
 
 def thought_end(text: str) -> int:
-    """Where the first thought is over (behind ``</think>``), 0 if the text does not start with one."""
-    if not text.lstrip().startswith("<think>"):
-        return 0
-    end = text.find("</think>")
-    return len(text) if end < 0 else end + len("</think>")
+    """Where the thoughts that come before any other section are over (behind ``</think>``); 0 if there are none.
+
+    The same left-to-right rule by which regions are labelled: inside a thought only its closing tag counts.
+    """
+    position = 0
+    while (opened := _OPENING.search(text, position)) and opened.group() == "<think>":
+        close = text.find("</think>", opened.end())
+        if close < 0:
+            return len(text)
+        position = close + len("</think>")
+    return position
 
 
 def parse_tool_calls(text: str, *, accept_arguments: bool = True, opaque_thought: bool = True) -> tuple[ToolCall, ...]:

@@ -3,9 +3,9 @@
     what_t = raw[region of t]        w_t = what_t / mean over the valid tokens of t's sequence (what)
 
 The raw weights come from a source: the paper's constants under their curriculum, region entropies (Eq. 9), or Theorem 2
-with measured score norms.  Because a region's weight is the same for all its tokens, a sequence's mean needs only its
-token *counts* per region: they are integers, so the result is bit-identical alone, batched, packed in any order and on
-any device.
+with measured score norms.  Because a region's weight is the same for all its tokens, a sequence's mean
+needs only its token *counts* per region: they are integers, so the weights are bit-identical alone, batched and packed
+in any order.
 
 Trade taken: for entropies the scale is fixed by the think region (it keeps its configured gamma), so that clipping to
 ``[min_weight, max_weight]`` means the same in all sources.

@@ -72,6 +72,10 @@ def test_opaque_thought_ignores_mentioned_tags() -> None:
     assert tool_call_reward(answer, ONE, step=0).total == -4
     assert tool_call_reward(answer, ONE, step=0, config=RewardConfig(opaque_thought=True)).total == 4
     assert len(parse_tool_calls(answer)) == 1
+    for before in ("Well. ", "<think>a <response></think>"):
+        assert tool_call_reward(before + answer, ONE, step=0, config=RewardConfig(opaque_thought=True)).total == 4
+    unclosed = answer.replace("</think>", "")
+    assert tool_call_reward(unclosed, ONE, step=0, config=RewardConfig(opaque_thought=True)).total == -4
 
 
 def test_findings_point_at_the_call() -> None:
