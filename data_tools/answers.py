@@ -32,19 +32,23 @@ class Answer:
     response: str | None
 
 
-def loads(text: str | bytes) -> Any:
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+
+
+def loads(text: str) -> Any:
     """JSON as the standard has it: NaN and Infinity are refused."""
-
-    def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
+    return _DECODER.decode(text)
 
 
 def dumps(value: Any) -> str:
     """JSON text as this package stores it; what JSON cannot hold is a :class:`RowError`."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return _ENCODER.encode(value)
     except (ValueError, TypeError, RecursionError) as error:
         raise RowError(f"the tools or calls do not fit into JSON: {error}") from error
 
@@ -148,18 +152,21 @@ def parse_tools(system: str) -> list[dict[str, Any]]:
 
 
 def _parse_parameters(text: str) -> Any:
-    for parse in (loads, ast.literal_eval):  # API-Bank writes Python literals
-        try:
-            value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, dict):
-            try:
-                dumps(value)
-            except RowError:
-                continue
-            return value
-    return text
+    try:
+        value = loads(text)
+    except (ValueError, RecursionError):
+        value = _parse_literal(text)
+    return value if isinstance(value, dict) else text
+
+
+def _parse_literal(text: str) -> Any:
+    """API-Bank writes Python literals; one that JSON cannot hold stays text."""
+    try:
+        value = ast.literal_eval(text)
+        dumps(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+    return value
 
 
 def check_tools(value: Any) -> list[dict[str, Any]]:

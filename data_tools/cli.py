@@ -68,8 +68,8 @@ def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         choices=("original", "compact", "slim"),
         default="original",
         help="compact: for toy models on a CPU; drops the instruction blocks that are the same in every ToolRL row "
-        "(Steps, Output Format, Important Notes) and shortens the headings; tools and dialogue stay. slim: tools as one line each with name, parameter types and "
-        "description (default original)",
+        "(Steps, Output Format, Important Notes) and shortens the headings; tools and dialogue stay.  slim: the role "
+        "sentence goes too, and each tool is one line with name, parameter types and description (default original)",
     )
     p.add_argument(
         "--max-think-words",

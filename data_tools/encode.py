@@ -95,8 +95,8 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
         "answer_token_ids": _lists([np.concatenate([reply, end_of_turn]) for reply in replies]),
         "answer_token_starts": _lists(starts),
         "ground_truth": [item.example.ground_truth for item in ready],
-        "tools": [answers.dumps(item.example.tools) for item in ready],
-        "calls": [answers.dumps(item.example.calls) for item in ready],
+        "tools": [item.example.tools_json for item in ready],
+        "calls": [item.example.calls_json for item in ready],
         "source_file": [source] * len(ready),
         "source_row": [item.row for item in ready],
     }

@@ -81,15 +81,9 @@ class Example:
     tools: list[dict[str, Any]]
     think: str | None
     response: str | None
-
-    @property
-    def prompt_id(self) -> str:
-        """Hash of prompt and reference as they came: the same for every tokenizer and prompt style."""
-        digest = hashlib.sha256()
-        for part in (*(text for m in self.messages for text in (m["role"], m["content"])), self.ground_truth):
-            data = part.encode()
-            digest.update(len(data).to_bytes(8, "little") + data)
-        return digest.hexdigest()[:32]
+    calls_json: str
+    tools_json: str
+    prompt_id: str  # hash of prompt and reference as they came: the same for every tokenizer and prompt style
 
 
 def load_columns(path: str | None, pairs: Sequence[str]) -> Columns | None:
@@ -117,13 +111,13 @@ def normalise(row: Any, columns: Columns | None = None) -> Example:
     if not isinstance(row, dict):
         raise RowError(f"the row is {type(row).__name__}, expected an object with columns")
     try:
-        example = _mapped(row, columns) if columns else _recognise(row)
+        return _mapped(row, columns) if columns else _recognise(row)
     except RowError:
         raise
+    except UnicodeEncodeError as error:  # JSON can smuggle in half a surrogate pair, which no UTF-8 file can hold
+        raise RowError(f"the text is not valid Unicode: {error.reason}") from error
     except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:  # shapes nobody thought of
         raise RowError(f"the row has an unexpected shape ({type(error).__name__}: {error})") from error
-    _check_text(example)
-    return example
 
 
 def _recognise(row: Row) -> Example:
@@ -288,14 +282,21 @@ def _build(messages: list[Message], ground_truth: str, tools: Any) -> Example:
         tools=listed,
         think=answer.think,
         response=answer.response,
+        calls_json=_json_text(answer.calls),
+        tools_json=_json_text(listed),
+        prompt_id=_content_hash(messages, ground_truth),
     )
 
 
-def _check_text(example: Example) -> None:
-    """JSON can smuggle in half a surrogate pair, which no UTF-8 file can hold."""
-    try:
-        for message in example.messages:
-            message["content"].encode()
-        (example.ground_truth + answers.dumps([example.tools, example.calls])).encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"the text is not valid Unicode: {error.reason}") from error
+def _json_text(value: Any) -> str:
+    text = answers.dumps(value)
+    text.encode()
+    return text
+
+
+def _content_hash(messages: list[Message], ground_truth: str) -> str:
+    digest = hashlib.sha256()
+    for part in (*(text for m in messages for text in (m["role"], m["content"])), ground_truth):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:32]

@@ -2,9 +2,9 @@
 
 ``original`` keeps every message as it came.  ``compact`` is for toy models on a CPU: it drops the constant blocks
 "Steps for Each Turn", "Output Format" and "Important Notes" (about 400 tokens that say the same in every row) and
-shortens the two constant headings; role sentence, tools and dialogue are untouched.  ``slim`` goes further, for models of
-a few million parameters: the role sentence goes too, and each tool is one line with its name, its parameters' names and
-types, and its description; defaults and the descriptions of parameters are lost.
+shortens the two constant headings; role sentence, tools and dialogue are untouched.  ``slim`` goes further, for models
+of a few million parameters: the role sentence goes too, and each tool is one line with its name, its parameters' names
+and types, and its description; defaults and the descriptions of parameters are lost.
 """
 
 from __future__ import annotations

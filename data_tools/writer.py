@@ -43,6 +43,52 @@ class Progress:
     reasons: dict[str, int] = field(default_factory=dict)
 
 
+class _Shard:
+    """One data file under construction: batches of exactly :data:`BATCH_ROWS` rows, written as they fill."""
+
+    def __init__(self, folder: Path, name: str, metadata: dict[str, str]) -> None:
+        self.name = name
+        self.num_rows = 0
+        self._path = folder / name
+        self._temporary = folder / (name + ".tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by finish or abandon
+        self._writer = pa.ipc.new_file(self._file, PROMPT_SCHEMA.with_metadata(metadata))
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_rows = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self.num_rows += batch.num_rows
+        self._pending.append(batch)
+        self._pending_rows += batch.num_rows
+        if self._pending_rows >= BATCH_ROWS:
+            self._write(all_of_it=False)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the rest, reach the disk, take the final name; returns the manifest's entry."""
+        self._write(all_of_it=True)
+        self._writer.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        size = self._temporary.stat().st_size
+        entry = {"name": self.name, "rows": self.num_rows, "bytes": size, "sha256": sha256_file(self._temporary)}
+        self._temporary.rename(self._path)
+        return entry
+
+    def abandon(self) -> None:
+        self._file.close()
+
+    def _write(self, *, all_of_it: bool) -> None:
+        if not self._pending:
+            return
+        batch = pa.concat_batches(self._pending)
+        whole = batch.num_rows if all_of_it else batch.num_rows - batch.num_rows % BATCH_ROWS
+        for start in range(0, whole, BATCH_ROWS):
+            self._writer.write_batch(batch.slice(start, min(BATCH_ROWS, whole - start)))
+        rest = batch.slice(whole)
+        self._pending, self._pending_rows = ([rest] if rest.num_rows else []), rest.num_rows
+
+
 class OutputFolder:
     """Writes shards of record batches and the quarantine; a context manager that leaves no half-written output."""
 
@@ -59,8 +105,7 @@ class OutputFolder:
         self.partial = output.with_name(output.name + ".partial")
         self._metadata = metadata
         self._rows_per_shard = rows_per_shard
-        self._pending: list[pa.RecordBatch] = []
-        self._pending_rows = 0
+        self._shard: _Shard | None = None
         self.partial.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.partial)
         self.progress = self._load_progress(fingerprint, resume)
@@ -74,6 +119,8 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._shard is not None:
+            self._shard.abandon()
         self._quarantine.close()
         self._lock.close()
 
@@ -89,19 +136,17 @@ class OutputFolder:
         progress.num_out += chunk.batch.num_rows
         progress.num_quarantined += len(chunk.refused)
         if chunk.batch.num_rows:
-            self._pending.append(chunk.batch)
-            self._pending_rows += chunk.batch.num_rows
-        if self._pending_rows >= self._rows_per_shard:
-            self.close_shard()
+            if self._shard is None:
+                self._shard = _Shard(self.partial, f"data-{len(progress.shards):05d}.arrow", self._metadata)
+            self._shard.add(chunk.batch)
+            if self._shard.num_rows >= self._rows_per_shard:
+                self.close_shard()
 
     def close_shard(self) -> None:
-        """Write what is pending as one file and remember that it is there."""
-        if self._pending:
-            index = len(self.progress.shards)
-            name = f"data-{index:05d}.arrow"
-            table = pa.Table.from_batches(self._pending).combine_chunks()
-            self._pending, self._pending_rows = [], 0
-            self.progress.shards.append(self._write_shard(name, table))
+        """Finish the current file and remember that it is there."""
+        if self._shard is not None:
+            self.progress.shards.append(self._shard.finish())
+            self._shard = None
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
         self.progress.quarantine_bytes = self._quarantine.tell()
@@ -124,22 +169,6 @@ class OutputFolder:
         self.partial.rename(self.output)
         _sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-
-    def _write_shard(self, name: str, table: pa.Table) -> dict[str, Any]:
-        temporary = self.partial / (name + ".tmp")
-        with open(temporary, "wb") as file:
-            with pa.ipc.new_file(file, PROMPT_SCHEMA.with_metadata(self._metadata)) as writer:
-                writer.write_table(table, max_chunksize=BATCH_ROWS)
-            file.flush()
-            os.fsync(file.fileno())
-        entry = {
-            "name": name,
-            "rows": table.num_rows,
-            "bytes": temporary.stat().st_size,
-            "sha256": sha256_file(temporary),
-        }
-        temporary.rename(self.partial / name)
-        return entry
 
     def _load_progress(self, fingerprint: str, resume: bool) -> Progress:
         """The progress of an earlier run with the same inputs and options; otherwise start afresh."""

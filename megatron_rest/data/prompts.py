@@ -39,7 +39,7 @@ class PromptDataset:
         self._rows = np.arange(self._ends[-1] if batches else 0) if rows is None else rows
         self._name = name
         self.num_left_out = num_left_out
-        """Prompts that :meth:`select` left out because they are too long."""
+        """Prompts that :meth:`select` left out because they or their answers are too long."""
 
     @classmethod
     def open(cls, path: str | Path, *, tokenizer_path: str | None = None) -> PromptDataset:
@@ -76,7 +76,15 @@ class PromptDataset:
     @property
     def prompt_lengths(self) -> np.ndarray:
         """int64 [len]: tokens of each prompt."""
-        lengths = [np.diff(_offsets(batch.column("prompt_token_ids"))) for batch in self._batches]
+        return self._lengths("prompt_token_ids")
+
+    @property
+    def answer_lengths(self) -> np.ndarray:
+        """int64 [len]: tokens of each reference answer, end of turn included."""
+        return self._lengths("answer_token_ids")
+
+    def _lengths(self, column: str) -> np.ndarray:
+        lengths = [np.diff(_offsets(batch.column(column))) for batch in self._batches]
         return np.concatenate(lengths).astype(np.int64)[self._rows] if lengths else np.zeros(0, dtype=np.int64)
 
     def select(
@@ -96,7 +104,9 @@ class PromptDataset:
                 f"(the shortest has {int(lengths.min())}): raise data.max_prompt_tokens or prepare shorter prompts"
             )
         if max_answer_tokens is not None:
-            fits &= np.array([len(self.reference_token_ids(i)) <= max_answer_tokens for i in range(len(self))], bool)
+            fits &= self.answer_lengths <= max_answer_tokens
+            if len(self) and not fits.any():
+                raise ValueError(f"{self._name}: no fitting prompt has an answer of at most {max_answer_tokens} tokens")
         fitting = self._rows[fits]
         left_out = self.num_left_out + len(self) - len(fitting)
         rows = fitting[:max_prompts] if max_prompts else fitting

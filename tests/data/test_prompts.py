@@ -81,6 +81,12 @@ def test_select_leaves_out_and_counts_but_never_cuts(folders: tuple[Path, Path])
     assert len(few) == 10
     assert few.num_left_out == chosen.num_left_out
     assert few[9].prompt_id == chosen[9].prompt_id
+    short = dataset.select(max_prompt_tokens=limit, max_answer_tokens=400)
+    fits = (dataset.prompt_lengths <= limit) & (dataset.answer_lengths <= 400)
+    assert len(short) == fits.sum() > 0
+    assert short.num_left_out == (~fits).sum()
+    with pytest.raises(ValueError, match="no fitting prompt has an answer of at most 1 tokens"):
+        dataset.select(max_prompt_tokens=limit, max_answer_tokens=1)
     with pytest.raises(ValueError, match=r"longer than max_prompt_tokens=3 \(the shortest has"):
         dataset.select(max_prompt_tokens=3)
 

@@ -134,3 +134,11 @@ def test_compact_style_leaves_unknown_instructions() -> None:
     (system,) = prompt_style.apply_style([{"role": "system", "content": text}], "compact")
     assert "Think hard" in system["content"]
     assert "Important Notes" in system["content"]
+
+
+def test_slim_style_writes_a_tool_in_one_line() -> None:
+    (system,) = prompt_style.apply_style([{"role": "system", "content": SYSTEM}], "slim")
+    assert system["content"] == 'Tools:\n{"name": "f", "parameters": {"a": "int"}} does f'
+    odd = SYSTEM.replace('{"a": {"type": "int"}}', "not JSON")
+    (system,) = prompt_style.apply_style([{"role": "system", "content": odd}], "slim")
+    assert system["content"] == "Tools:\n1. Name: f\nDescription: does f\nParameters: not JSON", "as compact"
