@@ -1,14 +1,14 @@
 """The seam into Megatron-Core.  The only package that imports ``megatron``; ``build.py`` alone reads its global state.
 
-    cpu.py          what Megatron-Core needs to run on a machine without CUDA (inert where CUDA is available)
-    attention.py    core attention for packed sequences where Transformer Engine is not there
-    specs.py        layer specs: Transformer Engine where installed, local modules otherwise
-    build.py        process groups, model, optimiser: configuration in, objects out
-    output.py       log-probs and entropy in the place of Megatron's cross-entropy
-    forward_step.py Megatron's ``forward_step`` / ``loss_func`` contract for policy losses
-    policy.py       the policy the trainer sees: score, update, shards
-    checkpoint.py   Megatron distributed checkpoints
-    hf.py           HF safetensors into Megatron shards
+cpu.py          what Megatron-Core needs to run on a machine without CUDA (inert where CUDA is available)
+attention.py    core attention for packed sequences where Transformer Engine is not there
+specs.py        layer specs: Transformer Engine where installed, local modules otherwise
+build.py        process groups, model, optimiser: configuration in, objects out
+output.py       log-probs and entropy in the place of Megatron's cross-entropy
+forward_step.py Megatron's ``forward_step`` / ``loss_func`` contract for policy losses
+policy.py       the policy the trainer sees: score, update, shards
+checkpoint.py   Megatron distributed checkpoints
+hf.py           HF safetensors into Megatron shards
 """
 
 import warnings

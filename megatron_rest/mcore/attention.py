@@ -37,7 +37,9 @@ class PackedCoreAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         if pg_collection.cp.size() > 1:
-            raise ValueError("PackedCoreAttention does not split sequences: context parallelism needs Transformer Engine")
+            raise ValueError(
+                "PackedCoreAttention does not split sequences: context parallelism needs Transformer Engine"
+            )
         if (attention_dropout or config.attention_dropout) > 0:
             raise ValueError("attention dropout must be 0: RL compares log-probs of the same network")
         tp = pg_collection.tp.size()

@@ -68,9 +68,7 @@ def initialize(config: RestConfig) -> ParallelContext:
     if not is_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group(
-            "gloo" if is_cpu else "nccl", timeout=timedelta(minutes=config.trainer.timeout_minutes)
-        )
+        dist.init_process_group("gloo" if is_cpu else "nccl", timeout=timedelta(minutes=config.trainer.timeout_minutes))
     validate(config, world_size=dist.get_world_size())
     _refuse(config)
     from megatron.core import parallel_state
@@ -202,7 +200,9 @@ def _rope_scaling(shape: ModelShape) -> dict[str, Any]:
     rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
     llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     if scaling.get("rope_type") != "llama3" or rest != llama3:
-        raise ConfigError(f"model.path: rotary scaling {dict(shape.rope_scaling)} is not what Megatron's Llama-3 scaling computes")
+        raise ConfigError(
+            f"model.path: rotary scaling {dict(shape.rope_scaling)} is not what Megatron's Llama-3 scaling computes"
+        )
     return {"rope_scaling": True, "rope_scaling_factor": factor}
 
 

@@ -22,14 +22,27 @@ __all__ = ["load_hf_weights", "read_shape"]
 
 
 def read_shape(folder: str | Path) -> ModelShape:
-    """Model shape of an HF folder.  Raises :class:`ConfigError` if there is no readable ``config.json``."""
+    """Model shape of an HF folder.
+
+    Raises :class:`ConfigError` if ``config.json`` cannot be read or used, or asks for dropout: RL compares log-probs of the
+    same network in different passes, and dropout would make every ratio noise.
+    """
     path = Path(folder) / "config.json"
     try:
-        return ModelShape.from_hf_config(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        shape = ModelShape.from_hf_config(values)
     except OSError as error:
-        raise ConfigError(f"model.path: cannot read {path} ({error.strerror}); give a Hugging Face model folder") from error
+        raise ConfigError(
+            f"model.path: cannot read {path} ({error.strerror}); give a Hugging Face model folder"
+        ) from error
     except (KeyError, ValueError) as error:  # JSONDecodeError is a ValueError
         raise ConfigError(f"model.path: {path} is not a usable model configuration: {error}") from error
+    dropout = {name: value for name, value in values.items() if name.endswith("dropout") and value}
+    if dropout:
+        raise ConfigError(
+            f"model.path: {path} asks for dropout {dropout}, which RL cannot use: set it to 0.0 in that file"
+        )
+    return shape
 
 
 class _Safetensors(Mapping[str, Tensor]):
@@ -71,9 +84,13 @@ def load_hf_weights(
                 raise ConfigError(f"model.path: {folder} lacks {missing[0]}, which Megatron's {name} is made of")
             shard = to_megatron(spec, source, tp_rank=tp_rank, tp_size=tp_size, shape=shape)
             if shard.shape != shards[name].shape:
-                raise ConfigError(f"{name}: the folder gives {tuple(shard.shape)}, the model has {tuple(shards[name].shape)}")
+                raise ConfigError(
+                    f"{name}: the folder gives {tuple(shard.shape)}, the model has {tuple(shards[name].shape)}"
+                )
             shards[name].copy_(shard)
             filled.add(name)
     left = sorted(set(shards) - filled)
     if left:
-        raise ConfigError(f"no map from Hugging Face names to {left[0]} ({len(left)} parameters); is the model type supported?")
+        raise ConfigError(
+            f"no map from Hugging Face names to {left[0]} ({len(left)} parameters); is the model type supported?"
+        )

@@ -114,7 +114,9 @@ class MegatronPolicy:
                 shards[_global_name(name, offset)] = parameter.data
         return shards
 
-    def _schedule(self, step: Callable[..., Any], microbatches: Sequence[MicroBatch], *, forward_only: bool) -> list[Any]:
+    def _schedule(
+        self, step: Callable[..., Any], microbatches: Sequence[MicroBatch], *, forward_only: bool
+    ) -> list[Any]:
         on_device = [m.to(self.context.device) for m in microbatches]
         iterators: list[Iterator[MicroBatch]] = [iter(on_device) for _ in self.chunks]
         interleaved = len(self.chunks) > 1

@@ -27,9 +27,7 @@ def block_spec(config: TransformerConfig, *, qk_layernorm: bool, vp_stage: int |
     """Spec of the transformer block of one pipeline chunk."""
     if has_transformer_engine():
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    layer = copy.deepcopy(
-        gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
-    )
+    layer = copy.deepcopy(gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm"))
     submodules = layer.submodules
     submodules.input_layernorm = RMSNorm
     submodules.pre_mlp_layernorm = RMSNorm

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from megatron_rest.algorithms import group_relative_advantages
 from megatron_rest.config import AdvantageConfig, RewardConfig
-from megatron_rest.regions import label_regions
+from megatron_rest.regions import label_rollout
 from megatron_rest.rewards import tool_call_reward
-from megatron_rest.types import RewardOutput, Rollout, RolloutGroup, StopReason, TokenRegion, TrainSample
+from megatron_rest.types import RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
 
 __all__ = ["Judge", "Verdict"]
 
@@ -84,16 +85,15 @@ class Judge:
     def judge(self, rollout: Rollout, ground_truth: str, *, step: int) -> tuple[RewardOutput, float]:
         """Reward of one rollout, and its total without the schedule."""
         text = b"".join(self.token_bytes[i] for i in rollout.token_ids).decode("utf-8", errors="replace")
-        reward = tool_call_reward(text, ground_truth, step=step, config=self.reward)
-        if not self.reward.schedule:
-            return reward, reward.total
-        return reward, tool_call_reward(text, ground_truth, step=step, config=self.static_reward).total
+        judge = partial(tool_call_reward, text, ground_truth, step=step, starts_in_think=self.starts_in_think)
+        reward = judge(config=self.reward)
+        return reward, judge(config=self.static_reward).total if self.reward.schedule else reward.total
 
     def sample(self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss."""
         prompt = group.prompt.token_ids
-        regions = label_regions([self.token_bytes[i] for i in rollout.token_ids], starts_in_think=self.starts_in_think)
-        regions = np.where(rollout.loss_mask, regions, int(TokenRegion.CONTEXT))
+        tokens = [self.token_bytes[i] for i in rollout.token_ids]
+        regions = label_rollout(tokens, rollout.loss_mask, starts_in_think=self.starts_in_think)
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),

@@ -64,9 +64,7 @@ def build_trainer(config: RestConfig) -> RestTrainer:
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
     prompts = open_prompts(config)
     if config.data.max_prompts:
-        prompts = prompts.select(
-            max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts
-        )
+        prompts = prompts.select(max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts)
     engine = VllmEngine(
         config.model.path,
         config.rollout,

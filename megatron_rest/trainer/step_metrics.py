@@ -60,7 +60,9 @@ def token_metrics(
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
         regions, entropy = microbatch.region_ids[mask], score.entropy.cpu()[mask].double()
-        weights = torch.ones_like(entropy) if microbatch.token_weights is None else microbatch.token_weights[mask].double()
+        weights = (
+            torch.ones_like(entropy) if microbatch.token_weights is None else microbatch.token_weights[mask].double()
+        )
         table = torch.stack([entropy, weights, torch.ones_like(entropy)], dim=1)
         for row, region in enumerate(REGION_NAMES):
             sums[row] += table[regions == int(region)].sum(0)

@@ -186,9 +186,7 @@ class RestTrainer:
         """A complete Megatron checkpoint of this step."""
         folder = Path(self.config.trainer.run_dir) / "checkpoints"
         extra: dict[str, Any] = {"weighting": self.weighting.state_dict()}
-        return checkpoint.save(
-            folder, self.policy, step=step, extra=extra, keep_last=self.config.checkpoint.keep_last
-        )
+        return checkpoint.save(folder, self.policy, step=step, extra=extra, keep_last=self.config.checkpoint.keep_last)
 
     def resume(self, path: str | Path) -> int:
         """Load a checkpoint, put its weights into the engine; returns the last finished step."""
@@ -203,4 +201,3 @@ def step_seed(seed: int, step: int) -> int:
     """Sampling seed of a step: different for every (seed, step), the same in every run."""
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
-

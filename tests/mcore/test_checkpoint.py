@@ -11,21 +11,13 @@ import torch
 from megatron_rest.config import ConfigError
 from megatron_rest.mcore import checkpoint
 from tests.helpers.distributed import run_distributed
-from tests.helpers.policies import LAYERS, batch_of, layout_config, make_policy, random_samples
-from tests.helpers.tiny_model import build_tiny_model
-from tests.mcore.test_policy import smooth_loss, with_weights
+from tests.helpers.policies import batch_of, layout_config, make_policy, random_samples
+from tests.mcore.test_policy import make_model, smooth_loss, with_weights
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return build_tiny_model(
-        tmp_path_factory.mktemp("model") / "hf",
-        layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=256,
-    )
+    return make_model(tmp_path_factory.mktemp("model"), tied=True)
 
 
 def save_half_way(rank: int, world_size: int, model: str, folder: str, layout: dict) -> list[float]:
@@ -42,16 +34,22 @@ def save_half_way(rank: int, world_size: int, model: str, folder: str, layout: d
     return losses
 
 
-def continue_from(rank: int, world_size: int, model: str, path: str, layout: dict) -> tuple:
-    parts = make_policy(layout_config(model, **layout))
-    with torch.no_grad():
-        for module in parts.policy.modules:
-            for parameter in module.parameters():
-                parameter.mul_(1.5)  # wrong on purpose: the checkpoint has to mend it
-    step, extra = checkpoint.load(path, parts.policy)
-    batch = with_weights(batch_of(parts, random_samples(parts.shape.vocab_size)))
-    report = parts.policy.update(batch, smooth_loss)
-    return step, extra, (report.loss, report.grad_norm, report.lr)
+def continue_from(rank: int, world_size: int, model: str, path: str, layouts: list[dict]) -> list[tuple]:
+    from megatron.core import parallel_state
+
+    results = []
+    for layout in layouts:
+        parts = make_policy(layout_config(model, **layout))
+        with torch.no_grad():
+            for module in parts.policy.modules:
+                for parameter in module.parameters():
+                    parameter.mul_(1.5)  # wrong on purpose: the checkpoint has to mend it
+        step, extra = checkpoint.load(path, parts.policy)
+        batch = with_weights(batch_of(parts, random_samples(parts.shape.vocab_size)))
+        report = parts.policy.update(batch, smooth_loss)
+        results.append((step, extra, (report.loss, report.grad_norm, report.lr)))
+        parallel_state.destroy_model_parallel()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +69,19 @@ def test_only_the_last_complete_checkpoints_are_kept(saved):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout", "tolerance"),
-    [(4, {"tp": 2, "pp": 2}, 0.0), (1, {}, 3e-5), (2, {"pp": 2, "vpp": 2}, 3e-5), (4, {"tp": 4}, 3e-5)],
-    ids=["same", "tp1", "pp2_vpp2", "tp4"],
+    ("world_size", "layouts"),
+    [(4, {"same": {"tp": 2, "pp": 2}, "tp4": {"tp": 4}}), (2, {"pp2_vpp2": {"pp": 2, "vpp": 2}, "dp2": {}})],
+    ids=["4 ranks", "2 ranks"],
 )
-def test_resume_at_any_layout(model, saved, world_size, layout, tolerance):
+def test_resume_at_any_layout(model, saved, world_size, layouts):
     folder, losses = saved
-    results = run_distributed(continue_from, world_size, str(model), str(folder / "step_000003"), layout)
-    for step, extra, after in results:
-        assert step == 3
-        assert extra == {"weighting": {"mean": [None, 0.25]}, "step_seen": 3}
-        np.testing.assert_allclose(after, losses[3], rtol=tolerance, atol=0)
+    path = str(folder / "step_000003")
+    for results in run_distributed(continue_from, world_size, str(model), path, list(layouts.values())):
+        for name, (step, extra, after) in zip(layouts, results, strict=True):
+            assert step == 3
+            assert extra == {"weighting": {"mean": [None, 0.25]}, "step_seen": 3}
+            tolerance = 0.0 if name == "same" else 3e-5
+            np.testing.assert_allclose(after, losses[3], rtol=tolerance, atol=0, err_msg=name)
 
 
 def refused(rank: int, world_size: int, model: str, path: str) -> str:

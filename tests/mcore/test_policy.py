@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,27 +19,28 @@ import torch
 
 from megatron_rest.algorithms import rest_policy_loss
 from megatron_rest.config import ConfigError, LossConfig
+from megatron_rest.mcore.hf import read_shape
 from megatron_rest.types import LossInputs, LossOutput, TrainBatch
 from tests.helpers.distributed import run_distributed
 from tests.helpers.policies import LAYERS, batch_of, layout_config, make_policy, random_samples
 from tests.helpers.tiny_model import build_tiny_model, read_config
 
-LAYOUTS = {
-    "tp2": (2, {"tp": 2}),
-    "dp2": (2, {}),
-    "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
-    "tp2_pp2": (4, {"tp": 2, "pp": 2}),
-    "tp2_pp2_sp": (4, {"tp": 2, "pp": 2, "sp": True}),
-    "tp4": (4, {"tp": 4}),
+# One group of ranks runs all layouts of its size: most of a distributed test's time is starting processes.
+LAYOUTS: dict[int, dict[str, dict]] = {
+    2: {"tp2": {"tp": 2}, "dp2": {}, "pp2_vpp2": {"pp": 2, "vpp": 2}},
+    4: {
+        "tp2_pp2": {"tp": 2, "pp": 2},
+        "tp2_pp2_sp": {"tp": 2, "pp": 2, "sp": True},
+        "tp4": {"tp": 4},
+        "tp2_dp2": {"tp": 2},
+    },
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+def make_model(folder: Path, *, tied: bool) -> Path:
     return build_tiny_model(
         folder / "hf",
-        tied=request.param,
+        tied=tied,
         layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -47,11 +49,23 @@ def model(request, tmp_path_factory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def model(request, tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), tied=request.param)
+
+
 def smooth_loss(inputs: LossInputs) -> LossOutput:
     """Log-probs and entropy with per-token factors: no clipping, so that layouts can be compared tightly."""
     mask = inputs.loss_mask
     value = -(inputs.log_probs * inputs.advantages * inputs.token_weights + 0.1 * inputs.entropy)[mask].sum()
-    return LossOutput(loss_sum=value, num_tokens=mask.sum(), metrics={"entropy": (inputs.entropy[mask].sum(), mask.sum())})
+    return LossOutput(
+        loss_sum=value, num_tokens=mask.sum(), metrics={"entropy": (inputs.entropy[mask].sum(), mask.sum())}
+    )
 
 
 def with_weights(batch: TrainBatch) -> TrainBatch:
@@ -65,7 +79,18 @@ def with_weights(batch: TrainBatch) -> TrainBatch:
     )
 
 
-def train_on(rank: int, world_size: int, model: str, layout: dict, max_tokens: int) -> dict:
+def train_on(rank: int, world_size: int, model: str, runs: list[tuple[dict, int]]) -> list[dict]:
+    """For every (layout, max_tokens): scores of all sequences, then three updates."""
+    from megatron.core import parallel_state
+
+    results = []
+    for layout, max_tokens in runs:
+        results.append(_train_on(model, layout, max_tokens))
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+def _train_on(model: str, layout: dict, max_tokens: int) -> dict:
     parts = make_policy(layout_config(model, **layout))
     samples = random_samples(parts.shape.vocab_size)
     batch = with_weights(batch_of(parts, samples, max_tokens=max_tokens))
@@ -74,6 +99,7 @@ def train_on(rank: int, world_size: int, model: str, layout: dict, max_tokens: i
         for i in microbatch.sequence_ids.unique().tolist():
             at = microbatch.sequence_ids == i
             scores[i] = torch.stack([score.log_probs[at], score.entropy[at]]).numpy()
+    scores.pop(-1, None)  # padding
     reports = [parts.policy.update(batch, smooth_loss) for _ in range(3)]
     return {
         "scores": scores,
@@ -85,9 +111,14 @@ def train_on(rank: int, world_size: int, model: str, layout: dict, max_tokens: i
 
 
 @pytest.fixture(scope="module")
-def single(model) -> dict:
-    """One rank, everything in one microbatch as far as it fits."""
-    return run_distributed(train_on, 1, str(model), {}, 512)[0]
+def on_one_rank(model) -> list[dict]:
+    """Everything in one microbatch, then the same work in many small ones."""
+    return run_distributed(train_on, 1, str(model), [({}, 512), ({}, 64)])[0]
+
+
+@pytest.fixture(scope="module")
+def single(on_one_rank) -> dict:
+    return on_one_rank[0]
 
 
 def test_scores_equal_hugging_face_in_float64(model, single):
@@ -104,25 +135,26 @@ def test_scores_equal_hugging_face_in_float64(model, single):
         np.testing.assert_allclose(got[1], entropy.detach().numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_numbers(name, model, single):
-    world_size, layout = LAYOUTS[name]
-    results = run_distributed(train_on, world_size, str(model), layout, 128)
-    scored = {}
-    for result in results:
-        scored |= result["scores"]
-        for key in ("loss", "grad_norm", "entropy"):
-            np.testing.assert_allclose(result[key], single[key], rtol=3e-5, err_msg=f"{name} {key}")
-        assert result["count"] == single["count"]
-    assert scored.keys() >= single["scores"].keys()
-    for i, expected in single["scores"].items():
-        np.testing.assert_allclose(scored[i], expected, atol=1e-5, err_msg=f"{name} sequence {i}")
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_gives_the_same_numbers(world_size, model, single):
+    layouts = LAYOUTS[world_size]
+    by_rank = run_distributed(train_on, world_size, str(model), [(layout, 128) for layout in layouts.values()])
+    for number, name in enumerate(layouts):
+        scored = {}
+        for result in (results[number] for results in by_rank):
+            scored |= result["scores"]
+            for key in ("loss", "grad_norm", "entropy"):
+                np.testing.assert_allclose(result[key], single[key], rtol=3e-5, err_msg=f"{name} {key}")
+            assert result["count"] == single["count"]
+        assert scored.keys() == single["scores"].keys()
+        for i, expected in single["scores"].items():
+            np.testing.assert_allclose(scored[i], expected, atol=1e-5, err_msg=f"{name} sequence {i}")
 
 
-def test_microbatch_split_does_not_matter(model, single):
-    [small] = run_distributed(train_on, 1, str(model), {}, 64)
+def test_microbatch_split_does_not_matter(on_one_rank):
+    whole, small = on_one_rank
     for key in ("loss", "grad_norm", "entropy"):
-        np.testing.assert_allclose(small[key], single[key], rtol=1e-5)
+        np.testing.assert_allclose(small[key], whole[key], rtol=1e-5)
 
 
 def first_step(rank: int, world_size: int, model: str, layout: dict) -> dict:
@@ -148,8 +180,8 @@ def first_step(rank: int, world_size: int, model: str, layout: dict) -> dict:
     return results
 
 
-def test_first_step_identities(model):
-    for result in run_distributed(first_step, 4, str(model), {"tp": 2, "pp": 2}):
+def test_first_step_identities(tied_model):
+    for result in run_distributed(first_step, 4, str(tied_model), {"tp": 2, "pp": 2}):
         loss, grad_norm, metrics, shards = result["none"]
         assert grad_norm > 0
         total, count = metrics["ratio"]
@@ -192,26 +224,33 @@ def seam(rank: int, world_size: int, model: str) -> dict:
     return {"ours": ours, "megatron": megatron, "again": again, "was_detached": was_detached}
 
 
-def test_seam_replaces_megatrons_cross_entropy_and_gives_it_back(model):
-    for result in run_distributed(seam, 2, str(model)):
+def test_seam_replaces_megatrons_cross_entropy_and_gives_it_back(tied_model):
+    for result in run_distributed(seam, 2, str(tied_model)):
         assert result["was_detached"]
         assert result["ours"].shape == (2, *result["megatron"].shape)
         torch.testing.assert_close(-result["ours"][0], result["megatron"], atol=1e-5, rtol=0)
         assert torch.equal(result["ours"], result["again"])
 
 
-def misfit(rank: int, world_size: int, model: str, layout: dict) -> str:
-    with pytest.raises(ConfigError) as error:
-        make_policy(layout_config(model, **layout))
-    return str(error.value)
+def test_dropout_is_refused(tied_model, tmp_path):
+    config = {**read_config(tied_model), "attention_dropout": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"dropout \{'attention_dropout': 0.1\}"):
+        read_shape(tmp_path)
 
 
-def test_world_size_that_does_not_fit_is_refused_by_name(model):
-    for message in run_distributed(misfit, 2, str(model), {"tp": 2, "pp": 2}):
-        assert "world size 2 does not fit tensor_parallel 2 x pipeline_parallel 2" in message
+def misfit(rank: int, world_size: int, model: str, layouts: list[dict]) -> list[str]:
+    messages = []
+    for layout in layouts:
+        with pytest.raises(ConfigError) as error:
+            make_policy(layout_config(model, **layout))
+        messages.append(str(error.value))
+    return messages
 
 
-def test_context_parallelism_is_refused(model):
-    layout = {"overrides": ("parallel.context_parallel=2",)}
-    for message in run_distributed(misfit, 2, str(model), layout):
-        assert "context_parallel" in message
+def test_layouts_that_cannot_run_are_refused_by_name(tied_model):
+    layouts = [{"tp": 2, "pp": 2}, {"overrides": ("parallel.context_parallel=2",)}, {"sp": True}]
+    for fit, context, sequence in run_distributed(misfit, 2, str(tied_model), layouts):
+        assert "world size 2 does not fit tensor_parallel 2 x pipeline_parallel 2" in fit
+        assert "context_parallel" in context
+        assert "sequence_parallel needs" in sequence

@@ -1,0 +1,51 @@
+"""Rollouts of every rank come back on every rank, bit for bit, in prompt order; uneven shares included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_rest.trainer.exchange import all_gather_groups, share_of
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from tests.helpers.distributed import run_distributed
+
+
+def make_prompts(count: int) -> list[PromptSample]:
+    return [PromptSample(prompt_id=f"p{i}", token_ids=np.arange(3), ground_truth="", index=i) for i in range(count)]
+
+
+def make_group(prompt: PromptSample) -> RolloutGroup:
+    rng = np.random.default_rng(prompt.index)
+    rollouts = []
+    for _ in range(int(rng.integers(1, 4))):
+        n = int(rng.integers(1, 9))
+        rollouts.append(
+            Rollout(
+                prompt_id=prompt.prompt_id,
+                token_ids=rng.integers(0, 2**20, n).astype(np.int32),
+                log_probs=rng.normal(size=n).astype(np.float32),
+                loss_mask=rng.integers(0, 2, n).astype(bool),
+                stop_reason=StopReason.LENGTH if n > 4 else StopReason.EOS,
+                policy_version=prompt.index,
+            )
+        )
+    return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
+
+
+def gather(rank: int, world_size: int, count: int) -> list[RolloutGroup]:
+    prompts = make_prompts(count)
+    mine = [make_group(p) for p in share_of(prompts, rank=rank, world_size=world_size)]
+    return all_gather_groups(mine, prompts)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_all_ranks_hold_all_groups(count):
+    expected = [make_group(p) for p in make_prompts(count)]
+    for groups in run_distributed(gather, 3, count):
+        assert [g.prompt.prompt_id for g in groups] == [g.prompt.prompt_id for g in expected]
+        for got, want in zip(groups, expected, strict=True):
+            for a, b in zip(got.rollouts, want.rollouts, strict=True):
+                assert np.array_equal(a.token_ids, b.token_ids)
+                assert np.array_equal(a.log_probs, b.log_probs)
+                assert np.array_equal(a.loss_mask, b.loss_mask)
+                assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)

@@ -1,0 +1,196 @@
+"""The main job at toy size: real data, real Megatron TP2 x PP2, real vLLM, through the worker entries a launcher starts.
+
+1. warm start lowers the loss and leaves a folder that transformers loads
+2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
+3. a run that continues from a checkpoint writes the same numbers as one that was never stopped
+4. what a user gets wrong is one clear line and a non-zero exit status
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 3
+
+
+def call(*arguments: str, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m ...`` (or torchrun with ``ranks``) in the project's root."""
+    command = [sys.executable, "-m", *arguments]
+    if ranks:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *arguments]
+        command = [sys.executable, *torchrun]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Tokenizer, prompts and a random model, made by the commands of the demo."""
+    folder = tmp_path_factory.mktemp("base")
+    sample = str(ROOT / "data_tools/samples/rlla_sft.json")
+    tokenizer = str(folder / "tokenizer")
+    call("data_tools", "train-tokenizer", sample, "--vocab-size", "1001", "--output", tokenizer)
+    options = ("--prompt-style", "slim", "--max-think-words", "6", "--processes", "1")
+    call(
+        "data_tools",
+        "convert",
+        "--input",
+        sample,
+        "--output",
+        str(folder / "train"),
+        "--tokenizer",
+        tokenizer,
+        *options,
+    )
+    shape = ("--hidden-size", "64", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--ffn-size", "160")
+    output = ("--output", str(folder / "model"), "--max-length", "512")
+    call("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, *output, *shape)
+    return folder
+
+
+def settings(base: Path, run_dir: Path, model: Path) -> list[str]:
+    return [
+        f"model.path={model}",
+        f"data.train={base / 'train'}",
+        f"trainer.run_dir={run_dir}",
+        "model.max_sequence_length=352",
+        "data.max_prompt_tokens=256",
+        "rollout.max_response_tokens=96",
+        "data.require_reachable=true",
+        "trainer.max_tokens_per_microbatch=1024",
+    ]
+
+
+@pytest.fixture(scope="module")
+def warm(base) -> tuple[Path, str]:
+    run_dir = base / "warm-start"
+    overrides = ["warm_start.epochs=3", "warm_start.batch_size=8", "warm_start.lr=5e-3"]
+    done = call("megatron_rest.trainer.warm_start", *settings(base, run_dir, base / "model"), *overrides, ranks=2)
+    return run_dir / "hf", done.stdout
+
+
+def rl(base: Path, run_dir: Path, model: Path) -> None:
+    call(
+        "megatron_rest.trainer",
+        *settings(base, run_dir, model),
+        "parallel.tensor_parallel=2",
+        "parallel.pipeline_parallel=2",
+        "data.prompts_per_step=6",
+        "rollout.rollouts_per_prompt=4",
+        "optimizer.lr=1e-3",
+        "optimizer.updates_per_step=2",
+        "loss.entropy_coef=0.01",  # gradients also where all siblings of a group fail alike
+        "checkpoint.save_every=1",
+        "checkpoint.keep_last=3",
+        f"trainer.steps={STEPS}",
+        ranks=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(base, warm) -> Path:
+    run_dir = base / "unbroken"
+    rl(base, run_dir, warm[0])
+    return run_dir
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_warm_start_learns_and_exports(base, warm):
+    folder, output = warm
+    found = re.search(r"loss ([\d.]+) in the first pass, ([\d.]+) in the last", output)
+    assert found, output
+    assert float(found[2]) < 0.8 * float(found[1])
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    fresh = load_file(base / "model" / "model.safetensors")
+    assert fresh.keys() <= trained.keys()
+    moved = [name for name, tensor in fresh.items() if not torch.equal(tensor, trained[name])]
+    assert moved == list(fresh), "every parameter was trained and exported"
+
+
+def test_steps_report_every_promised_number(unbroken):
+    rows = metrics(unbroken)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["policy_version"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert not row.get("nonfinite")
+        values = row["metrics"]
+        for name in ("reward/total", "reward/format", "reward/correctness", "response/length", "entropy/all"):
+            assert name in values
+        assert 0 < values["response/length"] <= 96
+        assert 0 < values["entropy/all"] < 7
+        regions = [name for name in values if name.startswith("weight_mass/")]
+        assert sum(values[name] for name in regions) == pytest.approx(1.0)
+        assert values["optimizer/grad_norm"] > 0
+        assert values["mismatch/abs_log_prob_max"] < 1e-4, "vLLM and Megatron hold the same weights, in float32"
+        assert values["sync/canary_max_abs"] < 1e-4
+        assert set(row["seconds"]) >= {"rollout", "reward", "score", "weights", "update", "sync", "total"}
+
+
+def test_run_leaves_checkpoint_events_and_a_model(unbroken, warm):
+    assert (unbroken / "checkpoints" / "step_000003" / "metadata.json").is_file()
+    assert list((unbroken / "tensorboard").iterdir())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(unbroken / "hf")
+    assert len(AutoTokenizer.from_pretrained(unbroken / "hf")) == model.config.vocab_size
+    before, after = load_file(warm[0] / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert not list(unbroken.glob("**/*.partial"))
+
+
+def test_resumed_run_equals_the_unbroken_one(base, warm, unbroken):
+    resumed = base / "resumed"
+    (resumed / "checkpoints").mkdir(parents=True)
+    shutil.copytree(unbroken / "checkpoints" / "step_000002", resumed / "checkpoints" / "step_000002")
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines))  # step 3 is there already: it must be replaced, not doubled
+    rl(base, resumed, warm[0])
+    ours, theirs = metrics(resumed), metrics(unbroken)
+    assert [row["step"] for row in ours] == [1, 2, 3]
+    for row in (ours[2], theirs[2]):
+        row.pop("seconds")
+        row["metrics"].pop("sync/seconds")
+    assert ours[2] == theirs[2], "bit for bit"
+    a, b = load_file(resumed / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.lrr=1"], ["unknown configuration key optimizer.lrr", "did you mean optimizer.lr"]),
+        (["model.path=/nowhere"], ["model.path", "/nowhere/config.json"]),
+        (["parallel.tensor_parallel=3"], ["world size 1 does not fit"]),
+        (["rollout.max_response_tokens=400"], ["exceeds model.max_sequence_length 352"]),
+        (["data.train=/nowhere"], ["/nowhere"]),
+    ],
+    ids=["key", "model", "world", "length", "data"],
+)
+def test_user_errors_are_one_line(base, overrides, words, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    run_dir = base / "refused"
+    done = call("megatron_rest.trainer", *settings(base, run_dir, base / "model"), *overrides, check=False)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1, done.stderr
+    assert all(word in said[0] for word in words), said[0]
+    assert "Traceback" not in done.stderr
+    assert not run_dir.exists(), "nothing half-written"
