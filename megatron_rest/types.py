@@ -2,9 +2,9 @@
 
     PromptSample -> RolloutGroup(Rollout) -> TrainSample -> TrainBatch(MicroBatch) -> LossInputs -> LossOutput
 
-One alignment rule holds everywhere after ``data/batching.py``: index ``t`` of every ``[T]`` tensor of a :class:`MicroBatch`
-or of :class:`LossInputs` speaks of ``labels[t] = token_ids[t + 1]``.  Before it (``Rollout``, ``TrainSample``) index ``t``
-speaks of ``token_ids[t]`` itself.  The shift happens once, there.
+One alignment rule holds everywhere after ``data/batching.py``: index ``t`` of every ``[T]`` tensor of a
+:class:`MicroBatch` or of :class:`LossInputs` speaks of ``labels[t] = token_ids[t + 1]``.  Before it (``Rollout``,
+``TrainSample``) index ``t`` speaks of ``token_ids[t]`` itself.  The shift happens once, there.
 
 Host-side sequences are numpy arrays (they are built, split and shipped between processes); what a model sees is torch.
 """
@@ -214,8 +214,8 @@ class TrainBatch:
 class LossInputs:
     """Arguments of a policy loss over ``[T]`` label-aligned tokens of one microbatch.
 
-    ``log_probs`` and ``entropy`` carry gradient; everything else is constant.  Positions with ``loss_mask`` False may hold
-    anything, NaN included: they are selected away, never multiplied by zero.
+    ``log_probs`` and ``entropy`` carry gradient; everything else is constant.  Positions with ``loss_mask`` False may
+    hold anything, NaN included: they are selected away, never multiplied by zero.
     """
 
     log_probs: Tensor  # float32 [T], current policy

@@ -1,8 +1,9 @@
 """Train samples -> packed microbatches.  Labels are shifted here, once.
 
-Every rank of a data-parallel replica calls this with the same samples and gets the same microbatches; replicas get disjoint
-ones, equally many (an empty microbatch takes part in every collective).  Denominators (:class:`BatchTotals`) are computed over
-all samples before anything is split, so how the work is packed or dealt out changes neither loss nor gradient.
+Every rank of a data-parallel replica calls this with the same samples and gets the same microbatches; replicas get
+disjoint ones, equally many (an empty microbatch takes part in every collective).  Denominators (:class:`BatchTotals`)
+are computed over all samples before anything is split, so how the work is packed or dealt out changes neither loss
+nor gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def make_train_batch(
         max_tokens: most tokens of one microbatch; a longer sample raises ``ValueError`` (nothing is cut).
         alignment: microbatch lengths are padded to a multiple (TP size under sequence parallelism).
         num_microbatches_multiple: pipeline size under interleaved schedules, else 1.
-        min_microbatches: microbatches that every replica should get if there are samples enough: a pipeline idles less with
+        min_microbatches: microbatches that every replica should get if there are samples enough: a pipeline idles
+            less with
             several small ones than with one large one.
     """
     if not samples:
@@ -53,7 +55,9 @@ def make_train_batch(
 
 
 def batch_totals(samples: Sequence[TrainSample]) -> BatchTotals:
-    """Denominators over all samples of an optimiser step (weights are mean 1 per sequence, so they sum to the tokens)."""
+    """Denominators over all samples of an optimiser step (weights are mean 1 per sequence, so they sum to the
+    tokens).
+    """
     counts = [int(s.loss_mask.sum()) for s in samples]
     return BatchTotals(
         num_tokens=float(sum(counts)),
@@ -73,11 +77,8 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
                 f"sample {i} has {lengths[i]} tokens, more than the {max_tokens} of a microbatch: "
                 "raise trainer.max_tokens_per_microbatch or shorten prompts and responses"
             )
-        for b, free in enumerate(room):
-            if free >= lengths[i]:
-                break
-        else:
-            b = len(bins)
+        b = next((b for b, free in enumerate(room) if free >= lengths[i]), len(bins))
+        if b == len(bins):
             bins.append([])
             room.append(max_tokens)
         bins[b].append(i)

@@ -13,5 +13,6 @@ hf.py           HF safetensors into Megatron shards
 
 import warnings
 
-# Megatron says what is not installed once a module and rank; ``megatron-rest doctor`` says it once, with what each would give.
+# Megatron says what is not installed once a module and rank; ``megatron-rest doctor`` says it once, with what each
+# would give.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")

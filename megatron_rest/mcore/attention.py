@@ -1,11 +1,12 @@
 """Causal core attention over packed sequences without Transformer Engine.
 
-Megatron's local ``DotProductAttention`` refuses packed sequences.  This module takes its place through ``ModuleSpec`` and
-runs one causal ``scaled_dot_product_attention`` per packed sequence, so that no [T, T] mask is ever made.
+Megatron's local ``DotProductAttention`` refuses packed sequences.  This module takes its place through ``ModuleSpec``
+and runs one causal ``scaled_dot_product_attention`` per packed sequence, so that no [T, T] mask is ever made.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ class PackedCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """``query`` [s, b, h, d] or [t, h, d]; ``key``, ``value`` with h / group heads.  Returns [s, b, h*d] or [t, h, d]."""
+        """``query`` [s, b, h, d] or [t, h, d].
+
+        ``key``, ``value`` with h / group heads.  Returns [s, b, h*d] or [t, h, d].
+        """
         if attention_bias is not None or attention_mask is not None:
             raise ValueError("PackedCoreAttention is causal only: attention_mask and attention_bias must be None")
         packed = packed_seq_params is not None
@@ -71,7 +75,7 @@ class PackedCoreAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, h, s, d]
         outs = [
             F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.scale)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in pairwise(bounds)
         ]
         out = torch.cat(outs, dim=2).permute(2, 0, 1, 3).contiguous()  # [s, b, h, d]
         return out.squeeze(1) if packed else out.view(out.size(0), out.size(1), -1)

@@ -1,7 +1,9 @@
-"""Configuration in, Megatron objects out.  The one place that reads Megatron's global state and the process environment.
+"""Configuration in, Megatron objects out.  The one place that reads Megatron's global state and the process
+environment.
 
-Refused here, because Megatron-Core computes silently wrong numbers with them on gloo (and nothing is gained by them in RL):
-dropout, interleaved PP=2 without overlapped point-to-point messages, deallocated pipeline outputs with overlapped messages.
+Refused here, because Megatron-Core computes silently wrong numbers with them on gloo (and nothing is gained by them
+in RL): dropout, interleaved PP=2 without overlapped point-to-point messages, deallocated pipeline outputs with
+overlapped messages.
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ def _refuse(config: RestConfig) -> None:
     p = config.parallel
     if p.context_parallel > 1 or p.expert_parallel > 1:
         raise ConfigError(
-            "parallel.context_parallel and parallel.expert_parallel must be 1: the trainer packs whole sequences of dense models"
+            "parallel.context_parallel and parallel.expert_parallel must be 1: the trainer packs whole sequences of "
+            "dense models"
         )
     if p.sequence_parallel and p.tensor_parallel == 1:
         raise ConfigError("parallel.sequence_parallel needs parallel.tensor_parallel > 1")
@@ -192,7 +195,10 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
 
 
 def _rope_scaling(shape: ModelShape) -> dict[str, Any]:
-    """Llama-3's frequency scaling is the one that ``GPTModel`` knows; with other constants it would be silently wrong."""
+    """Llama-3's frequency scaling is the one that ``GPTModel`` knows.
+
+    With other constants it would be silently wrong.
+    """
     if not shape.rope_scaling:
         return {}
     scaling = dict(shape.rope_scaling)
@@ -227,7 +233,10 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
 def build_optimizer(
     chunks: list[Any], megatron_config: Any, config: RestConfig, *, optimizer: OptimizerConfig, num_updates: int
 ) -> tuple[Any, Any]:
-    """Megatron's Adam and learning-rate schedule for ``num_updates`` optimiser steps; also hooks them into the schedules."""
+    """Megatron's Adam and learning-rate schedule for ``num_updates`` optimiser steps.
+
+    Also hooks them into the schedules.
+    """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer

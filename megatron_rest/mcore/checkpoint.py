@@ -1,7 +1,8 @@
 """Megatron distributed checkpoints: sharded, layout-free, complete or absent.
 
-A checkpoint is written under ``<folder>/step_000010.partial`` and renamed once every rank has finished; a folder without that
-suffix is whole.  Model and optimiser are Megatron's sharded state, so a checkpoint saved at TP2 x PP2 loads at any layout.
+A checkpoint is written under ``<folder>/step_000010.partial`` and renamed once every rank has finished; a folder
+without that suffix is whole.  Model and optimiser are Megatron's sharded state, so a checkpoint saved at TP2 x PP2
+loads at any layout.
 """
 
 from __future__ import annotations

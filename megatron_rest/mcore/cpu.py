@@ -1,10 +1,11 @@
 """Megatron-Core on a machine without CUDA.
 
-Megatron-Core writes ``torch.cuda.current_device()`` and ``device="cuda"`` in its hot paths (rotary embedding, tensor-parallel
-mappings, schedules, optimisers).  Nothing of that is about arithmetic: on gloo ranks the same code computes the same numbers
-once such requests land on the CPU.  Instead of changing the global ``torch`` module for everybody, the *name* ``torch`` inside
-``megatron.*`` modules is bound to a thin proxy; user code, transformers, vLLM and pytest keep the real one.  Two attributes
-of ``torch.Tensor`` (``type``, ``cuda``) are wrapped, and act only when the calling frame belongs to ``megatron.*``.
+Megatron-Core writes ``torch.cuda.current_device()`` and ``device="cuda"`` in its hot paths (rotary embedding,
+tensor-parallel mappings, schedules, optimisers).  Nothing of that is about arithmetic: on gloo ranks the same code
+computes the same numbers once such requests land on the CPU.  Instead of changing the global ``torch`` module for
+everybody, the *name* ``torch`` inside ``megatron.*`` modules is bound to a thin proxy; user code, transformers, vLLM
+and pytest keep the real one.  Two attributes of ``torch.Tensor`` (``type``, ``cuda``) are wrapped, and act only when
+the calling frame belongs to ``megatron.*``.
 
 :func:`enable` does nothing where CUDA is available.
 """
@@ -81,7 +82,8 @@ def seed_model_parallel(seed: int, *, tp_rank: int, ep_rank: int = 0) -> None:
     megatron_random._CUDA_RNG_STATE_TRACKER = tracker
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     torch.manual_seed(seed)
-    # The offsets are Megatron's own (random.py), so that streams differ between tensor-parallel ranks as they do on a GPU.
+    # The offsets are Megatron's own (random.py), so that streams differ between tensor-parallel ranks as they do on a
+    # GPU.
     tracker.add(megatron_random._DATA_PARALLEL_RNG_TRACKER_NAME, seed)
     tracker.add(megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME, seed + 2718 + tp_rank)
     tracker.add(megatron_random._EXPERT_PARALLEL_RNG_TRACKER_NAME, seed + 1024 + 100 * ep_rank + tp_rank)

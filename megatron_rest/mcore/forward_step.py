@@ -6,8 +6,8 @@ In a Megatron loop of one's own these are the two lines that change:
     losses = forward_backward_func(forward_step_func=step, data_iterator=iter(batch.microbatches), ...)
 
 ``loss_func`` returns Megatron's 3-tuple ``(loss_sum, num_tokens, {name: (sum, count)})``; the model's config must have
-``calculate_per_token_loss=True``, so that Megatron divides by the token count of the whole global batch and no split of the
-work changes the gradient.
+``calculate_per_token_loss=True``, so that Megatron divides by the token count of the whole global batch and no split
+of the work changes the gradient.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ def forward_step(
 
 
 def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-    """Scoring pass (forward only): the schedule's result is the list of ``[2, T]`` float32 outputs of the last stage."""
+    """Scoring pass (forward only).
+
+    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage.
+    """
     microbatch = next(data_iterator)
     return _forward(microbatch, model), _scores
 

@@ -24,8 +24,8 @@ __all__ = ["load_hf_weights", "read_shape"]
 def read_shape(folder: str | Path) -> ModelShape:
     """Model shape of an HF folder.
 
-    Raises :class:`ConfigError` if ``config.json`` cannot be read or used, or asks for dropout: RL compares log-probs of the
-    same network in different passes, and dropout would make every ratio noise.
+    Raises :class:`ConfigError` if ``config.json`` cannot be read or used, or asks for dropout: RL compares log-probs
+    of the same network in different passes, and dropout would make every ratio noise.
     """
     path = Path(folder) / "config.json"
     try:

@@ -1,16 +1,16 @@
 """THE seam into Megatron's cross-entropy path: log-probs and entropy where the language-model loss was.
 
-``GPTModel.forward(labels=...)`` on the last pipeline stage projects hidden states through its own ``output_layer`` (tied or
-untied weights, sequence parallelism and DDP hooks as they are) and hands ``(labels, vocab-parallel logits)`` to
-``compute_language_model_loss``.  :func:`attach` puts our op into that one place of one model instance; nothing global changes
-and :func:`detach` gives the model back as it was.
+``GPTModel.forward(labels=...)`` on the last pipeline stage projects hidden states through its own ``output_layer``
+(tied or untied weights, sequence parallelism and DDP hooks as they are) and hands ``(labels, vocab-parallel logits)``
+to ``compute_language_model_loss``.  :func:`attach` puts our op into that one place of one model instance; nothing
+global changes and :func:`detach` gives the model back as it was.
 
     attach(model, vocab_size=151936)
     out = model(tokens, position_ids, None, labels=labels)      # [2, b, s] float32
     log_probs, entropy = out                                    # both differentiable
 
-The logits are the model's own scratch: nobody else holds them, so the gradient overwrites them (``consume=True``) and no
-second vocabulary-sized tensor is made.
+The logits are the model's own scratch: nobody else holds them, so the gradient overwrites them (``consume=True``) and
+no second vocabulary-sized tensor is made.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ _SEAM = "compute_language_model_loss"
 
 
 def attach(model: Any, *, vocab_size: int | None = None, temperature: float = 1.0) -> None:
-    """Make ``model(..., labels=labels)`` return ``[2, b, s]`` float32: log-probs (nats) and entropy (nats) of each label.
+    """Make ``model(..., labels=labels)`` return ``[2, b, s]`` float32: log-probs (nats) and entropy (nats) of each
+    label.
 
     Args:
         model: a ``GPTModel`` chunk (unwrapped).  A chunk without the last pipeline stage is left alone.
         vocab_size: true vocabulary size; columns beyond it (padding of the embedding) are not part of the softmax.
         temperature: logits are divided by it, as the sampler does.
 
-    Collectives: one all-gather of ``[4, b * s]`` float32 over the model's tensor-parallel group.  Idempotent: attaching again
-    replaces the settings.  Raises ``RuntimeError`` naming the symbol if this Megatron has moved the seam.
+    Collectives: one all-gather of ``[4, b * s]`` float32 over the model's tensor-parallel group.  Idempotent:
+        attaching again replaces the settings.  Raises ``RuntimeError`` naming the symbol if this Megatron has moved
+        the seam.
     """
     if not getattr(model, "post_process", False):
         return
     if not hasattr(type(model), _SEAM):
         raise RuntimeError(
-            f"{type(model).__module__}.{type(model).__name__} has no method {_SEAM}: this Megatron-Core computes its loss "
-            "elsewhere; megatron_rest 0.1 supports megatron-core 0.16"
+            f"{type(model).__module__}.{type(model).__name__} has no method {_SEAM}: this Megatron-Core computes its "
+            "loss elsewhere; megatron_rest 0.1 supports megatron-core 0.16"
         )
     tp_group = model.pg_collection.tp
 

@@ -1,7 +1,7 @@
 """The policy as the trainer sees it: score sequences, take an optimiser step, show its shards.
 
-Everything runs through Megatron's own pipeline schedule, DistributedDataParallel and optimizer.  All methods are collective:
-every rank of the model calls them with its own data-parallel share.
+Everything runs through Megatron's own pipeline schedule, DistributedDataParallel and optimizer.  All methods are
+collective: every rank of the model calls them with its own data-parallel share.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def block_spec(config: TransformerConfig, *, qk_layernorm: bool, vp_stage: int |
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with the mark that makes Megatron reduce its gradient over sequence-parallel ranks.
 
-    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism; without the mark the norm gradients are silently wrong.
+    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism; without the mark the norm gradients are silently
+    wrong.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:

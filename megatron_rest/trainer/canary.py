@@ -1,8 +1,8 @@
 """After every weight transfer: does the engine compute what the trainer computes?
 
-Checksums prove that bytes arrived; only log-probs prove that they arrived in the right place (a transposed fusion or a stale
-tied head passes every checksum).  The engine of rank 0 samples a few greedy tokens after a fixed prompt, every engine scores
-that sequence, and the trainer scores it through its own pipeline.
+Checksums prove that bytes arrived; only log-probs prove that they arrived in the right place (a transposed fusion or
+a stale tied head passes every checksum).  The engine of rank 0 samples a few greedy tokens after a fixed prompt,
+every engine scores that sequence, and the trainer scores it through its own pipeline.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Canary:
         worst = float(gap)
         if not worst <= self.tolerance:
             raise CanaryError(
-                f"after the weight transfer the engine's log-probs differ from the trainer's by {worst:.3g} nats on the "
-                f"canary prompt (allowed: weight_sync.canary_tolerance = {self.tolerance:g})"
+                f"after the weight transfer the engine's log-probs differ from the trainer's by {worst:.3g} nats on "
+                f"the canary prompt (allowed: weight_sync.canary_tolerance = {self.tolerance:g})"
             )
         return worst
 

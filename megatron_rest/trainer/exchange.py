@@ -1,7 +1,7 @@
 """Rollouts of every rank, on every rank, in prompt order.
 
-Rank r rolls out prompts r, r + world, r + 2 world, ...  Token ids and log-probs travel as flat tensors: nothing that a policy
-sampled is ever pickled.
+Rank r rolls out prompts r, r + world, r + 2 world, ...  Token ids and log-probs travel as flat tensors: nothing that
+a policy sampled is ever pickled.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model = Qwen3ForCausalLM(config).to(torch.float32)
+    model = Qwen3ForCausalLM(config).float()
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(output)

@@ -35,7 +35,10 @@ _PROGRESS_SECONDS = 60.0  # between two progress lines in a log file: the step l
 
 
 def train(config: RestConfig) -> None:
-    """Train until ``trainer.steps``; continue from the newest complete checkpoint of the run directory if there is one."""
+    """Train until ``trainer.steps``.
+
+    Continue from the newest complete checkpoint of the run directory if there is one.
+    """
     set_threads()
     trainer = build_trainer(config)
     context = trainer.context

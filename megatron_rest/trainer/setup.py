@@ -75,8 +75,8 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
 def _check_lengths(config: RestConfig, shape: ModelShape) -> None:
     if shape.max_position_embeddings and config.model.max_sequence_length > shape.max_position_embeddings:
         raise ConfigError(
-            f"model.max_sequence_length {config.model.max_sequence_length} exceeds what {config.model.path} was made for "
-            f"({shape.max_position_embeddings} positions)"
+            f"model.max_sequence_length {config.model.max_sequence_length} exceeds what {config.model.path} was made "
+            f"for ({shape.max_position_embeddings} positions)"
         )
 
 
@@ -108,7 +108,10 @@ def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype |
 
 
 def open_dataset(path: str, config: RestConfig) -> PromptDataset:
-    """Data that ``megatron-rest-data convert`` wrote for this model's tokenizer; :class:`ConfigError` if it is not that."""
+    """Data that ``megatron-rest-data convert`` wrote for this model's tokenizer.
+
+    :class:`ConfigError` if it is not that.
+    """
     if not path:
         raise ConfigError("data.train is empty: name a folder written by megatron-rest-data convert")
     try:
@@ -127,8 +130,8 @@ def open_prompts(config: RestConfig, path: str = "") -> PromptDataset:
         raise ConfigError(f"data.train: {error}") from error
     if len(usable) == 0:
         raise ConfigError(
-            f"data.train: of {len(dataset)} prompts none is left (data.max_prompt_tokens {config.data.max_prompt_tokens}, "
-            f"data.require_reachable {config.data.require_reachable})"
+            f"data.train: of {len(dataset)} prompts none is left (data.max_prompt_tokens "
+            f"{config.data.max_prompt_tokens}, data.require_reachable {config.data.require_reachable})"
         )
     return usable
 

@@ -1,7 +1,8 @@
 """RL training with ResT: :meth:`RestTrainer.step` is the data flow of ``docs/architecture.md`` in code.
 
-Every method is collective: all ranks run the same steps on the same prompts, each with its own share of rollouts and of the
-pipeline.  The trainer knows no algorithm; it carries tensors from the part that makes them to the part that uses them.
+Every method is collective: all ranks run the same steps on the same prompts, each with its own share of rollouts and
+of the pipeline.  The trainer knows no algorithm; it carries tensors from the part that makes them to the part that
+uses them.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class RestTrainer:
         )
         if weighting.statistic not in (None, "entropy"):
             raise ConfigError(
-                f"weighting.source={config.weighting.source} needs {weighting.statistic}, which the scoring pass does not measure"
+                f"weighting.source={config.weighting.source} needs {weighting.statistic}, which the scoring pass "
+                "does not measure"
             )
         self.loss = partial(rest_policy_loss, config=config.loss)
 

@@ -1,7 +1,7 @@
-"""Supervised warm start: ``torchrun ... -m megatron_rest.trainer.warm_start --config run.yaml --``.
+"""Supervised warm start: ``torchrun ... -m megatron_rest.trainer.warm_start --config run.yaml``.
 
-Cross-entropy on the reference answers (prompt tokens carry no loss) through the same policy, schedule and optimiser as RL,
-at any layout; the result is an HF folder ``<trainer.run_dir>/hf`` that the RL run starts from.
+Cross-entropy on the reference answers (prompt tokens carry no loss) through the same policy, schedule and optimiser
+as RL, at any layout; the result is an HF folder ``<trainer.run_dir>/hf`` that the RL run starts from.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def warm_start(config: RestConfig) -> None:
     parts = build_policy(config, optimizer=_optimizer(config, num_updates), num_updates=num_updates)
     console = Console(enabled=parts.context.rank == 0)
     console.line(
-        f"warm start: {len(answers)} reference answers ({answers.num_left_out} too long), at most {num_updates} updates "
-        f"of {settings.batch_size}"
+        f"warm start: {len(answers)} reference answers ({answers.num_left_out} too long), at most {num_updates} "
+        f"updates of {settings.batch_size}"
     )
     seconds, tokens = Stopwatch(), 0
     losses: list[float] = []

@@ -1,4 +1,5 @@
-"""The main job at toy size: real data, real Megatron TP2 x PP2, real vLLM, through the worker entries a launcher starts.
+"""The main job at toy size: real data, real Megatron TP2 x PP2, real vLLM, through the worker entries a launcher
+starts.
 
 1. warm start lowers the loss and leaves a folder that transformers loads
 2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
