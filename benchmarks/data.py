@@ -179,6 +179,7 @@ def compare(rows: Path, tokenizer: str, folder: Path, *, count: int, processes: 
         )
         result = json.loads(done.stdout.splitlines()[-1])
         assert result["rows"] == count, f"{name} made {result['rows']} of {count} rows"
+        print(f"{name}: {result}", file=sys.stderr, flush=True)
         results.append(
             {"name": name, "processes": processes, **result, "rows_per_s": result["rows"] / result["seconds"]}
         )

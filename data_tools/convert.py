@@ -113,7 +113,7 @@ def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) 
 
 def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator[EncodedChunk]:
     """Encode in order; in this process while there are few chunks, in a pool beyond that."""
-    processes = options.processes or len(os.sched_getaffinity(0))
+    processes = options.processes or available_cores()
     remaining = iter(chunks)
     head = list(islice(remaining, FEWEST_CHUNKS_FOR_A_POOL)) if processes > 1 else []
     if len(head) < FEWEST_CHUNKS_FOR_A_POOL:
@@ -138,6 +138,11 @@ def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores this process may use (a Slurm or container limit counts, where the system tells)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _encode: Callable[[Chunk], EncodedChunk] | None = None
