@@ -47,8 +47,8 @@ from megatron_rest.ops import (
 
 _CLIP_LOW, _CLIP_HIGH, _ENTROPY_COEF = 0.2, 0.28, 0.01
 _CHECKED_ROWS = 16
-# Against float64 of the same operands: absolute for results, relative for gradients.  Loose enough for entropies that are
-# not centred (1e-4 at V=152k) and for bf16 gradients; a wrong formula is off by far more.  The table shows each error.
+# Against float64 of the same operands: absolute for results, relative for gradients.  Loose enough for entropies that
+# are not centred (1e-4 at V=152k) and for bf16 gradients; a wrong formula is off by far more.
 _LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -131,7 +131,7 @@ class LogitBlocks:
         dtype = compute_dtype(weight.dtype)
         rows = min(self.size, len(x))
         buffer = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
-        scratch = Scratch(rows, self.shard.num_columns, dtype, x.device)
+        scratch = Scratch(dtype, x.device)
         for begin in range(0, len(x), self.size):
             at = slice(begin, min(begin + self.size, len(x)))
             yield at, project(x[at], weight, buffer), scratch

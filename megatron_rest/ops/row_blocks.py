@@ -19,8 +19,9 @@ The gradient needs m, log Z and H of a row only (12 bytes), g = dL/dlog_probs an
 
 where a_j = (x_j - m)/T, e_j = e^(a_j), slope = -h / (Z T), intercept = -(g + h (H - log Z)) / (Z T).
 
-The work goes in blocks of rows small enough that every pass but the first hits the L2 cache; passes write into two
-scratch blocks.  Sources: online softmax (arXiv 1805.02867) for the merge; the entropy terms follow by differentiation.
+The work goes in tiles, a few rows of a part of the columns, small enough that every pass but the first hits the L2
+cache; passes write into two scratch tiles.  Sources: online softmax (arXiv 1805.02867) for the merge; the entropy terms
+follow by differentiation.
 """
 
 from __future__ import annotations
@@ -52,10 +53,11 @@ __all__ = [
 # logit, because e^(floor - m) must vanish; far above -3.4e38, because temperatures down to 1e-6 divide it.
 _FLOOR = -1.0e30
 
-# Elements of a scratch block.  On CPU two fp32 blocks (1 MiB) and the rows they come from stay in a 2 MiB L2 cache;
-# on a GPU the eager passes only need enough work to fill the device.
-_CPU_BLOCK_ELEMENTS = 1 << 17
-_GPU_BLOCK_ELEMENTS = 1 << 24
+# Elements of a scratch tile, and its columns.  On CPU two fp32 tiles (1 MiB at most) and the logits they come from stay
+# in a 2 MiB L2 cache; on a GPU the eager passes only need enough work to fill the device.
+_CPU_TILE_ELEMENTS = 1 << 17
+_GPU_TILE_ELEMENTS = 1 << 24
+_TILE_COLUMNS = 1 << 15
 
 
 def compute_dtype(storage: torch.dtype) -> torch.dtype:
@@ -63,16 +65,20 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    """Slices of consecutive rows that one scratch block holds."""
-    step = _rows_per_block(logits.shape[1], logits.device)
-    for begin in range(0, len(logits), step):
-        yield slice(begin, min(begin + step, len(logits)))
+def _column_tiles(num_columns: int) -> list[slice]:
+    """Equal parts of the columns, none wider than a tile; no part where there are no columns."""
+    if num_columns == 0:
+        return []
+    width = -(-num_columns // -(-num_columns // _TILE_COLUMNS))
+    return [slice(begin, min(begin + width, num_columns)) for begin in range(0, num_columns, width)]
 
 
-def _rows_per_block(num_columns: int, device: torch.device) -> int:
-    elements = _CPU_BLOCK_ELEMENTS if device.type == "cpu" else _GPU_BLOCK_ELEMENTS
-    return max(1, elements // max(1, num_columns))
+def _row_blocks(num_rows: int, tiles: list[slice], device: torch.device) -> Iterator[slice]:
+    """Slices of consecutive rows whose widest tile fills the scratch."""
+    elements = _CPU_TILE_ELEMENTS if device.type == "cpu" else _GPU_TILE_ELEMENTS
+    step = max(1, elements // tiles[0].stop)
+    for begin in range(0, num_rows, step):
+        yield slice(begin, min(begin + step, num_rows))
 
 
 def _kernels_for(logits: Tensor) -> ModuleType | None:
@@ -90,20 +96,17 @@ def _import_kernels() -> ModuleType | None:
 
 
 class Scratch:
-    """The two buffers that a block's passes write into, exponents and exponentials; made on first use."""
+    """The two buffers that a tile's passes write into, exponents and exponentials; made on first use."""
 
-    def __init__(self, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = (min(num_rows, _rows_per_block(num_columns, device)), num_columns)
-        self._dtype, self._device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._buffers = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
-    @functools.cached_property
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        exponents = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        return exponents, torch.empty_like(exponents)
-
-    def of(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        exponents, exponentials = self._buffers
-        return exponents[: len(block)], exponentials[: len(block)]
+    def of(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Contiguous buffers in the shape of ``tile``."""
+        if self._buffers[0].numel() < tile.numel():
+            self._buffers = [buffer.new_empty(tile.numel()) for buffer in self._buffers]
+        exponents, exponentials = (buffer[: tile.numel()].view(tile.shape) for buffer in self._buffers)
+        return exponents, exponentials
 
 
 class RowStatistics(NamedTuple):
@@ -124,25 +127,31 @@ def write_partials(
     if kernels is not None:
         kernels.write_partials(logits, labels, shard, inverse_temperature, out)
         return
-    out.zero_()
-    out[0] = _FLOOR
-    if shard.num_columns == 0:
-        return
-    for at in _row_blocks(logits):
-        a, e = scratch.of(logits[at])
-        x = logits[at, : shard.num_columns]
-        if x.dtype != a.dtype:
-            x = a.copy_(x)  # reducing the widened copy is much faster than reducing bf16 on CPU
-        m = torch.amax(x, -1).clamp_(min=_FLOOR)
-        _exponents(x, m, inverse_temperature, a)
-        torch.exp(a, out=e)
-        out[0, at] = m
-        out[1, at] = e.sum(-1)
-        out[2, at] = a.mul_(e).sum(-1)
-        if len(out) == 5:
-            out[4, at] = e.square_().sum(-1)
-    column, is_local = shard.local_columns(labels)
-    out[3] = torch.where(is_local, _pick(logits, column).to(out.dtype), 0.0)
+    tiles = _column_tiles(shard.num_columns)
+    parts = torch.zeros(max(1, len(tiles)), *out.shape, dtype=out.dtype, device=out.device)
+    parts[:, 0] = _FLOOR
+    for part, columns in zip(parts, tiles, strict=False):  # a shard of padding has one part and no tile
+        for at in _row_blocks(len(logits), tiles, logits.device):
+            _tile_partials(logits[at, columns], inverse_temperature, part[:, at], scratch)
+    out.copy_(_merge_partials(parts, inverse_temperature))
+    if tiles:
+        column, is_local = shard.local_columns(labels)
+        out[3] = torch.where(is_local, _pick(logits, column).to(out.dtype), 0.0)
+
+
+def _tile_partials(x: Tensor, inverse_temperature: float, out: Tensor, scratch: Scratch) -> None:
+    """Fill the rows of ``out [K, r]`` but the label's."""
+    a, e = scratch.of(x)
+    if x.dtype != a.dtype:
+        x = a.copy_(x)  # reducing the widened copy is much faster than reducing bf16 on CPU
+    m = torch.amax(x, -1).clamp_(min=_FLOOR)
+    _exponents(x, m, inverse_temperature, a)
+    torch.exp(a, out=e)
+    out[0] = m
+    out[1] = e.sum(-1)
+    out[2] = a.mul_(e).sum(-1)
+    if len(out) == 5:
+        out[4] = e.square_().sum(-1)
 
 
 def _exponents(x: Tensor, max_logit: Tensor, inverse_temperature: float, out: Tensor) -> None:
@@ -160,21 +169,31 @@ def _pick(logits: Tensor, column: Tensor) -> Tensor:
     return logits.gather(1, column[:, None])[:, 0]
 
 
-def fold_partials(gathered: Tensor, inverse_temperature: float) -> RowStatistics:
-    """Merge ``[S, K, n]`` partials of S shards in their order: the same bits on every rank."""
-    m = gathered[:, 0].amax(0)
-    d = (gathered[:, 0] - m) * inverse_temperature
+def _merge_partials(parts: Tensor, inverse_temperature: float) -> Tensor:
+    """``[S, K, n]`` of S disjoint sets of columns, in their order -> ``[K, n]`` of their union."""
+    if len(parts) == 1:
+        return parts[0]
+    m = parts[:, 0].amax(0)
+    d = (parts[:, 0] - m) * inverse_temperature
     w = d.exp()
-    z = (w * gathered[:, 1]).sum(0)
-    u = (w * (gathered[:, 2] + d * gathered[:, 1])).sum(0)
-    label_logit = gathered[:, 3].sum(0)
+    z = (w * parts[:, 1]).sum(0)
+    u = (w * (parts[:, 2] + d * parts[:, 1])).sum(0)
+    merged = [m, z, u, parts[:, 3].sum(0)]
+    if parts.shape[1] == 5:
+        merged.append((w.square() * parts[:, 4]).sum(0))
+    return torch.stack(merged)
+
+
+def fold_partials(gathered: Tensor, inverse_temperature: float) -> RowStatistics:
+    """Results of ``[TP, K, n]`` partials in rank order: the same bits on every rank."""
+    m, z, u, label_logit, *q = _merge_partials(gathered, inverse_temperature)
     log_sum = z.log()
     return RowStatistics(
-        max_logit=m,
+        max_logit=m.clone(),  # kept for the backward pass, without the rest of the partials
         log_sum=log_sum,
         entropy=log_sum - u / z,
         log_probs=(label_logit - m) * inverse_temperature - log_sum,
-        collision=(w.square() * gathered[:, 4]).sum(0) / z.square() if gathered.shape[1] == 5 else None,
+        collision=q[0] / z.square() if q else None,
     )
 
 
@@ -242,28 +261,32 @@ def write_gradient(
         return
     column, is_local = shard.local_columns(labels)
     at_label = _gradient_at_label(logits, column, inverse_temperature, rule)  # before ``out`` overwrites the logits
-    on_cpu = logits.device.type == "cpu"
-    for at in _row_blocks(logits):
-        gradient = out[at, : shard.num_columns]
+    tiles, on_cpu = _column_tiles(shard.num_columns), logits.device.type == "cpu"
+    for at in _row_blocks(len(logits), tiles, logits.device):
         if on_cpu and not bool(rule.is_active[at].any()):  # elsewhere the question would synchronise with the host
-            gradient.zero_()
+            out[at] = 0
             continue
-        x = logits[at, : shard.num_columns]
-        a, e = scratch.of(x)
-        _exponents(x, rule.max_logit[at], inverse_temperature, a)
-        torch.exp(a, out=e)
-        if rule.slope is None:
-            a = rule.intercept[at, None]
-        else:
-            a.mul_(rule.slope[at, None]).add_(rule.intercept[at, None])
-        if gradient.dtype == e.dtype:
-            torch.mul(e, a, out=gradient)
-        else:
-            gradient.copy_(e.mul_(a))
+        rows = rule[at]
+        for columns in tiles:
+            _tile_gradient(logits[at, columns], inverse_temperature, rows, out[at, columns], scratch)
     # index_put_, because scatter_ copies the whole matrix on CPU; a label held elsewhere keeps column 0 as it is
     row = torch.arange(len(out), device=out.device)
     out.index_put_((row, column), torch.where(is_local, at_label.to(out.dtype), _pick(out, column)))
     _zero_inactive(out, rule.is_active)
+
+
+def _tile_gradient(x: Tensor, inverse_temperature: float, rule: GradientRule, out: Tensor, scratch: Scratch) -> None:
+    a, e = scratch.of(x)
+    _exponents(x, rule.max_logit, inverse_temperature, a)
+    torch.exp(a, out=e)
+    if rule.slope is None:
+        a = rule.intercept[:, None]
+    else:
+        a.mul_(rule.slope[:, None]).add_(rule.intercept[:, None])
+    if out.dtype == e.dtype:
+        torch.mul(e, a, out=out)
+    else:
+        out.copy_(e.mul_(a))
 
 
 def _gradient_at_label(logits: Tensor, column: Tensor, inverse_temperature: float, rule: GradientRule) -> Tensor:

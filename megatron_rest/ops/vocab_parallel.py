@@ -104,7 +104,7 @@ class _VocabParallel(torch.autograd.Function):
         partials = torch.empty(
             5 if with_collision else 4, labels.numel(), dtype=compute_dtype(logits.dtype), device=logits.device
         )
-        scratch = Scratch(labels.numel(), shard.num_columns, partials.dtype, logits.device)
+        scratch = Scratch(partials.dtype, logits.device)
         for matrix, at in _matrices(logits):
             write_partials(matrix, flat_labels[at], shard, inverse_temperature, partials[:, at], scratch)
         stats = fold_partials(shard.all_gather(partials), inverse_temperature)
@@ -142,7 +142,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.is_consumed = ctx.consume
         grad_logits = logits.detach() if ctx.consume else torch.empty_like(logits)
         flat_labels = labels.reshape(-1)
-        scratch = Scratch(labels.numel(), ctx.shard.num_columns, entropy.dtype, logits.device)
+        scratch = Scratch(entropy.dtype, logits.device)
         for (matrix, at), (out, _at) in zip(_matrices(logits), _matrices(grad_logits), strict=True):
             write_gradient(matrix, flat_labels[at], ctx.shard, ctx.inverse_temperature, rule[at], out, scratch)
         return grad_logits, None, None, None, None, None

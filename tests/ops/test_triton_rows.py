@@ -59,7 +59,7 @@ def compare_with_eager() -> None:
         for logits, start in zip(whole.chunk(2, dim=1), (0, local), strict=True):  # rows keep the stride of the whole
             num_columns = min(max(vocab_size - start, 0), local)
             shard = row_blocks.VocabShard(start=start, local_size=local, num_columns=num_columns, vocab_size=vocab_size)
-            scratch = row_blocks.Scratch(n, num_columns, torch.float32, logits.device)
+            scratch = row_blocks.Scratch(torch.float32, logits.device)
             halves.append((logits, shard, scratch))
         partials = torch.empty(2, 5, n)
         for (logits, shard, scratch), expected in zip(halves, partials, strict=True):

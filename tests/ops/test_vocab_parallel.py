@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rest.ops import TokenLogProbs, vocab_parallel_log_probs_and_entropy
+from megatron_rest.ops import TokenLogProbs, row_blocks, vocab_parallel_log_probs_and_entropy
 from tests.helpers.distributed import run_distributed
 from tests.helpers.reference import dense_head_gradient, dense_tokens, partition_order_tokens
 from tests.ops.cases import CASE_NAMES, HeadCase, head_case
@@ -144,6 +144,17 @@ def test_padding_and_rows_without_loss_get_exactly_zero(ranks: list[dict[Any, An
     gradient = torch.cat([rank["zero_weight_rows", False]["gradient"] for rank in ranks], dim=-1)
     assert torch.count_nonzero(gradient[empty]) == 0
     assert torch.isfinite(gradient).all()
+
+
+def test_tiles_of_any_size_agree_with_dense_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows split into column tiles that divide nothing, and blocks of a few rows."""
+    monkeypatch.setattr(row_blocks, "_TILE_COLUMNS", 97)
+    monkeypatch.setattr(row_blocks, "_CPU_TILE_ELEMENTS", 450)
+    results = [_all_cases(0, 1)]
+    for name in CASE_NAMES:
+        for consume in (False, True):
+            test_agrees_with_dense_float64(results, name, consume)
+    test_padding_and_rows_without_loss_get_exactly_zero(results)
 
 
 def test_partition_order_reference(ranks: list[dict[Any, Any]]) -> None:
