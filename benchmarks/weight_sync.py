@@ -7,8 +7,9 @@
 * (b) rank 0 writes a checkpoint, every engine reads it back.
 
 The ways take turns, so that a busy machine slows all of them alike; a time is the slowest rank's, the median of the
-repeats. The limit is bytes needed by a rank over the rate of a plain 64 MiB gloo broadcast measured beside it.
-Random weights; no GPU path is measured here.  Runs on CPU with what ``make setup`` installs.
+repeats; CPU time is that of all ranks together and does not depend on what else the machine does.  Buckets of 4 MiB
+are the fastest here: larger ones leave the cache.  The limit is bytes needed by a rank over the rate of a plain 64
+MiB gloo broadcast measured beside it.  Random weights; no GPU path is measured here.  Runs on CPU with what ``make setup`` installs.
 """
 
 from __future__ import annotations
@@ -141,14 +142,16 @@ def _stage(name: str, half: int) -> int:
     return 0 if name.startswith("embedding") else 1
 
 
-def slowest(action: Callable[[], None]) -> float:
-    """Seconds of the slowest rank."""
+def slowest(action: Callable[[], None]) -> tuple[float, float]:
+    """(seconds of the slowest rank, CPU seconds of all ranks together)."""
     dist.barrier()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     action()
     seconds = torch.tensor([time.perf_counter() - started])
+    cpu_seconds = torch.tensor([time.process_time() - cpu_started])
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return float(seconds)
+    dist.all_reduce(cpu_seconds)
+    return float(seconds), float(cpu_seconds)
 
 
 def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
@@ -158,8 +161,8 @@ def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
     me = Rank(rank, Path(folder), bucket_bytes)
     ways = {"ours": me.ours, "gather_and_broadcast": me.gather_and_broadcast, "through_disk": me.through_disk}
     probe = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
-    first = {name: slowest(way) for name, way in ways.items()}
-    times: dict[str, list[float]] = {name: [] for name in (*ways, "probe")}
+    first = {name: slowest(way)[0] for name, way in ways.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*ways, "probe")}
     for _ in range(repeats):
         for name, way in ways.items():
             times[name].append(slowest(way))
@@ -172,9 +175,10 @@ def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
             "parameters_bytes": full,
             "moved_bytes": {"ours": traffic.moved, "gather_and_broadcast": naive},
             "needed_bytes": traffic.needed,
-            "seconds": {name: statistics.median(values) for name, values in times.items() if name != "probe"},
+            "seconds": {name: statistics.median(s for s, _ in times[name]) for name in ways},
+            "cpu_seconds": {name: statistics.median(cpu for _, cpu in times[name]) for name in ways},
             "first_seconds": first,
-            "gloo_bytes_per_second": PROBE_BYTES / statistics.median(times["probe"]),
+            "gloo_bytes_per_second": PROBE_BYTES / statistics.median(s for s, _ in times["probe"]),
             "layout": f"TP{TP} x PP{PP} -> {WORLD} engines",
         }
         (Path(folder) / "result.json").write_text(json.dumps(result))
@@ -188,13 +192,13 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['layout']}, model of {result['parameters_bytes'] / mib:.1f} MiB, float32, CPU, gloo")
     print(f"needed {result['needed_bytes'] / mib:.1f} MiB over all ranks; limit {limit * 1e3:.0f} ms at "
           f"{result['gloo_bytes_per_second'] / 2**30:.2f} GiB/s")  # fmt: skip
-    print(f"{'way':24}{'moved MiB':>12}{'median ms':>12}{'first ms':>12}{'x ours':>9}")
+    print(f"{'way':24}{'moved MiB':>12}{'median ms':>12}{'first ms':>12}{'CPU ms':>10}{'x ours':>9}")
     ours = result["seconds"]["ours"]
     for name, seconds in result["seconds"].items():
         moved = result["moved_bytes"].get(name)
         column = f"{moved / mib:.1f}" if moved else "-"
-        first = result["first_seconds"][name]
-        print(f"{name:24}{column:>12}{seconds * 1e3:>12.0f}{first * 1e3:>12.0f}{seconds / ours:>9.2f}")
+        first, cpu = result["first_seconds"][name], 1e3 * result["cpu_seconds"][name]
+        print(f"{name:24}{column:>12}{seconds * 1e3:>12.0f}{first * 1e3:>12.0f}{cpu:>10.0f}{seconds / ours:>9.2f}")
 
 
 def main() -> None:

@@ -279,6 +279,7 @@ def _make_llm(
         "generation_config": "vllm",  # sampling defaults in the model's folder must not leak in
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "weight_transfer_config": {"backend": transport},
         "worker_extension_cls": _WORKER_EXTENSION,
     }
