@@ -80,7 +80,7 @@ if [ "$RANK" = 0 ]; then
 else
   exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
 fi
-exec python -m megatron_rest.trainer --config "$config"
+exec "${{REST_PYTHON:-python}}" -m megatron_rest.trainer --config "$config"
 """
 
 

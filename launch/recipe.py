@@ -76,8 +76,8 @@ def as_yaml(config: RestConfig) -> str:
 def claim(config: RestConfig) -> Path:
     """Write ``run.yaml`` into the run folder; refuse a folder whose checkpoints belong to another configuration.
 
-    The trainer continues from what it finds, so a changed learning rate would silently join two runs into one.  A longer
-    run and other checkpoint intervals are the same run.
+    The trainer continues from what it finds, so a changed learning rate would silently join two runs into one.  Longer
+    runs and other checkpoint intervals are the same run.
     """
     folder = Path(config.trainer.run_dir).absolute()
     path = folder / "run.yaml"

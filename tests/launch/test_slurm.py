@@ -1,0 +1,126 @@
+"""Whole jobs on a stand-in Slurm: submission, ranks, failure, chains, cancelling; NeMo-Run's own code does it all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.processes import descendants
+
+from .conftest import ROOT
+
+FAKE_PYTHON = """#!/bin/bash
+# stands in for the trainer: note who was called with what, and end as the test wants
+printf '%s ' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$SLURM_JOB_ID" >> "$TEST_OUT/call-$SLURM_JOB_ID-$RANK"
+cp "$4" "$TEST_OUT/config-$RANK.yaml"
+[ -f megatron_rest/trainer/__main__.py ] || exit 9  # the code has to be where the job runs
+if [ "$RANK" = "${TEST_FAIL_RANK:-none}" ] && [ ! -f "$TEST_OUT/failed" ]; then touch "$TEST_OUT/failed"; exit 3; fi
+[ -z "${TEST_SLEEP:-}" ] || sleep "$TEST_SLEEP"
+"""
+
+
+class Cluster:
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        tools = folder / "bin"
+        tools.mkdir()
+        self.env = environment | {
+            "FAKESLURM_STATE": str(folder / "state"),
+            "SLURM_ACCOUNT": "team",
+            "TEST_OUT": str(folder),
+            "NEMORUN_HOME": str(folder / "nemo"),
+        }
+        subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("fakeslurm.py")), "install", str(tools)],
+            env=self.env, check=True,
+        )  # fmt: skip
+        (tools / "python").write_text(FAKE_PYTHON)
+        (tools / "python").chmod(0o755)
+        # ours first also after the launcher has made sure that this environment's programs are found
+        self.env["PATH"] = f"{tools}:{Path(sys.executable).parent}:{self.env['PATH']}"
+
+    def nemo_run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "launch.cli", *arguments],
+            capture_output=True, text=True, cwd=self.folder, env=self.env | env, stdin=subprocess.DEVNULL, timeout=60,
+            check=False,
+        )  # fmt: skip
+
+    def submit(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        recipe = str(ROOT / "launch/rest_8b.py")
+        return self.nemo_run(recipe, "--yes", f"trainer.run_dir={self.folder}/run", *arguments, **env)
+
+    def jobs(self) -> list[dict[str, str]]:
+        return [json.loads(path.read_text()) for path in sorted((self.folder / "state").glob("*.json"))]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, environment: dict[str, str]) -> Iterator[Cluster]:
+    one = Cluster(tmp_path, environment)
+    yield one
+    for job in one.jobs():  # a failed test leaves no job behind
+        for pid in [*descendants(int(job["pid"])), int(job["pid"])]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_job_runs_every_rank_with_the_submitted_configuration(cluster: Cluster) -> None:
+    done = cluster.submit("optimizer.lr=3e-6")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = {path.name: path.read_text().split() for path in cluster.folder.glob("call-*")}
+    expected = {f"call-1001-{rank}": [str(rank), str(rank), "8", "127.0.0.1", "1001"] for rank in range(8)}
+    assert calls == expected
+    for rank in range(8):
+        config = yaml.safe_load((cluster.folder / f"config-{rank}.yaml").read_text())
+        assert config["optimizer"]["lr"] == 3e-6
+    assert (cluster.folder / "run/run.yaml").read_text() == (cluster.folder / "config-0.yaml").read_text()
+
+
+def test_a_failed_rank_is_a_failed_command(cluster: Cluster) -> None:
+    done = cluster.submit(TEST_FAIL_RANK="5")
+    assert done.returncode == 1, done.stdout
+    assert "train FAILED" in done.stderr
+
+
+def test_a_chain_goes_on_after_a_link_that_was_stopped(cluster: Cluster) -> None:
+    done = cluster.submit("links=2", TEST_FAIL_RANK="0")
+    assert done.returncode == 1  # one link did fail
+    assert [job["state"] for job in cluster.jobs()] == ["FAILED", "COMPLETED"]
+    assert cluster.jobs()[1]["after"] == "afterany:1001"
+    assert len(list(cluster.folder.glob("call-1002-*"))) == 8
+
+
+def test_status_and_cancel_are_nemo_runs(cluster: Cluster) -> None:
+    done = cluster.submit("--detach", TEST_SLEEP="100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    deadline = time.monotonic() + 30
+    while cluster.jobs()[0]["state"] != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (experiment,) = re.findall(
+        r"rest_8b_\d{10,}", " ".join(p.name for p in (cluster.folder / "nemo").rglob("rest_8b_*"))
+    )
+    status = cluster.nemo_run("experiment", "status", experiment)
+    assert "RUNNING" in status.stdout, status.stdout + status.stderr
+    cluster.nemo_run("experiment", "cancel", experiment, "0")
+    assert cluster.jobs()[0]["state"] == "CANCELLED"
+
+
+def test_planted_secrets_appear_in_no_file(cluster: Cluster) -> None:
+    done = cluster.submit(HF_TOKEN="hf_zq81xv", WANDB_API_KEY="zq81xv-key")
+    assert done.returncode == 0
+    for path in [*(cluster.folder / "nemo").rglob("*"), *(cluster.folder / "run").rglob("*")]:
+        if path.is_file():
+            assert b"zq81xv" not in path.read_bytes(), path
+    assert "zq81xv" not in done.stdout + done.stderr
