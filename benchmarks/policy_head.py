@@ -155,11 +155,11 @@ class Meter:
 class CountCollectives:
     """Calls of torch.distributed by anyone in the region."""
 
-    _NAMES = ("all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor", "broadcast")
+    _NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "broadcast")
 
     def __enter__(self) -> CountCollectives:
         self.calls = 0
-        self._originals = {name: getattr(dist, name) for name in self._NAMES}
+        self._originals = {name: getattr(dist, name) for name in self._NAMES if hasattr(dist, name)}
         for name, original in self._originals.items():
             setattr(dist, name, self._counted(original))
         return self

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rest.ops.sharding import all_gather_rows, reduce_scatter_rows
+
 __all__ = ["RowRoute"]
 
 
@@ -104,7 +106,7 @@ class RowRoute:
             send = hidden.new_zeros(self.capacity, hidden.shape[1])
             send[: len(self.local_rows)] = hidden.index_select(0, self.local_rows)
         gathered = hidden.new_empty(self.size * self.capacity, hidden.shape[1])
-        dist.all_gather_into_tensor(gathered, send.contiguous(), group=self.tp_group)
+        all_gather_rows(gathered, send.contiguous(), self.tp_group)
         return gathered if self.slots is None else gathered.index_select(0, self.slots)
 
     def give_back(self, grad_rows: Tensor, like: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class RowRoute:
             send = grad_rows.new_zeros(self.size * self.capacity, grad_rows.shape[1])
             send.index_copy_(0, self.slots, grad_rows)
         mine = grad_rows.new_empty(self.capacity, grad_rows.shape[1])
-        dist.reduce_scatter_tensor(mine, send, group=self.tp_group)
+        reduce_scatter_rows(mine, send, self.tp_group)
         return mine if self.local_rows is None else _place(mine[: len(self.local_rows)], self.local_rows, like)
 
     def take(self, values: Tensor) -> Tensor:

@@ -13,7 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["VocabShard"]
+__all__ = ["VocabShard", "all_gather_rows", "reduce_scatter_rows"]
+
+
+def all_gather_rows(out: Tensor, local: Tensor, group: dist.ProcessGroup | None) -> None:
+    """``out [TP * n, ...]`` = the ranks' ``local [n, ...]`` in rank order (torch 2.13 renamed the function)."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, local, group=group)
+
+
+def reduce_scatter_rows(out: Tensor, partial: Tensor, group: dist.ProcessGroup | None) -> None:
+    """``out [n, ...]`` = this rank's part of the sum over ranks of ``partial [TP * n, ...]``."""
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(out, partial, group=group)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,5 +101,5 @@ class VocabShard:
         if self.size == 1 or partials.numel() == 0:  # n is the same on every rank: all skip together
             return partials[None]
         gathered = partials.new_empty(self.size * partials.shape[0], partials.shape[1])
-        dist.all_gather_into_tensor(gathered, partials.contiguous(), group=self.tp_group)
+        all_gather_rows(gathered, partials.contiguous(), self.tp_group)
         return gathered.view(self.size, *partials.shape)

@@ -254,12 +254,12 @@ def test_number_of_collectives(ranks: list[dict[str, Any]], name: str) -> None:
     num_blocks = -(-num_active // (case.block_size or num_active or 1))
     joined = len(ranks) > 1 and num_active > 0
     rows_in = int(joined and case.sequence_parallel)
-    give_back = {"reduce_scatter_tensor" if case.sequence_parallel else "all_reduce": 1} if joined else {}
+    give_back = {"reduce_scatter_single" if case.sequence_parallel else "all_reduce": 1} if joined else {}
     for rank in ranks:
         recompute, step = rank[name]
-        assert recompute["forward_calls"] == ({"all_gather_into_tensor": 1 + rows_in} if joined else {})
-        assert recompute["backward_calls"] == {**({"all_gather_into_tensor": 1} if rows_in else {}), **give_back}
-        expected = {"all_gather_into_tensor": num_blocks + rows_in, **give_back} if joined else {}
+        assert recompute["forward_calls"] == ({"all_gather_single": 1 + rows_in} if joined else {})
+        assert recompute["backward_calls"] == {**({"all_gather_single": 1} if rows_in else {}), **give_back}
+        expected = {"all_gather_single": num_blocks + rows_in, **give_back} if joined else {}
         assert step["forward_calls"] == expected
         assert step["backward_calls"] == {}
 

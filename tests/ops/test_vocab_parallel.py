@@ -116,7 +116,7 @@ def test_agrees_with_dense_float64(ranks: list[dict[Any, Any]], name: str, consu
 
 @pytest.mark.parametrize("name", CASE_NAMES)
 def test_one_collective_forward_none_backward(ranks: list[dict[Any, Any]], name: str) -> None:
-    expected = {} if len(ranks) == 1 or name == "no_tokens" else {"all_gather_into_tensor": 1}
+    expected = {} if len(ranks) == 1 or name == "no_tokens" else {"all_gather_single": 1}
     for rank in ranks:
         assert rank[name, False]["forward_calls"] == expected
         assert rank[name, False]["backward_calls"] == {}
