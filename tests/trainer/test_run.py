@@ -32,7 +32,7 @@ def call(*arguments: str, ranks: int = 0, check: bool = True) -> subprocess.Comp
         command = [sys.executable, *torchrun]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[:8000]}")
     return done
 
 
@@ -55,7 +55,7 @@ def base(tmp_path_factory) -> Path:
         tokenizer,
         *options,
     )
-    shape = ("--hidden-size", "64", "--layers", "2", "--heads", "4", "--kv-heads", "2", "--ffn-size", "160")
+    shape = ("--hidden-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "2", "--ffn-size", "160")
     output = ("--output", str(folder / "model"), "--max-length", "512")
     call("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, *output, *shape)
     return folder
