@@ -9,7 +9,7 @@
 The ways take turns, so that a busy machine slows all of them alike; a time is the slowest rank's, the median of the
 repeats; CPU time is that of all ranks together and does not depend on what else the machine does.  Buckets of 4 MiB
 are the fastest here: larger ones leave the cache.  The limit is bytes needed by a rank over the rate of a plain 64
-MiB gloo broadcast measured beside it.  Random weights; no GPU path is measured here.  Runs on CPU with what ``make setup`` installs.
+MiB gloo broadcast measured beside it.  Random weights; no GPU path is measured here.
 """
 
 from __future__ import annotations
