@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rest.config import (
@@ -129,6 +129,7 @@ def test_text_fields_take_the_text_as_it_is(text: str) -> None:
     assert load(None, [f"model.path={text}"]).model.path == text
 
 
+@settings(deadline=None)  # the machine's load is not the test's business
 @given(st.floats(min_value=1e-12, max_value=1e3))
 def test_every_way_of_writing_a_number_is_read(value: float) -> None:
     for text in (repr(value), f"{value:e}", f"{value:.17g}"):
