@@ -13,9 +13,13 @@ STARTER := $(shell command -v python3 || command -v python3.11 || command -v pyt
 BASELINE ?=
 DEMO_ARGS ?=
 RUN_DIR ?=
+INPUT ?= data_tools/samples/rlla_sft.json
+OUTPUT ?= runs/prompts
+TOKENIZER ?=
+PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test lint types arch clean
+.PHONY: help setup demo test test-gpu bench preprocess lint types arch clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +29,8 @@ help: ## this list
 	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
 	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
 	@echo "                TEST_ARGS='tests/ops -x'     make test: handed to pytest"
+	@echo "                INPUT OUTPUT TOKENIZER       make preprocess: files or folders, where to, HF tokenizer folder"
+	@echo "                                             (default: the shipped sample, runs/prompts, trained on INPUT)"
 
 setup: $(STAMP) ## virtual environment in .venv from the frozen list
 
@@ -38,6 +44,22 @@ demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
 
 test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-gpu: ## tests that need a CUDA device, in the environment that python3 is (not .venv, which is for CPU)
+	@python3 -m pytest -m gpu $(TEST_ARGS)
+
+bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
+	@mkdir -p runs/bench
+	@$(BIN)/python -m benchmarks.policy_head --quick --json runs/bench/policy_head.json
+	@$(BIN)/python -m benchmarks.regions --json runs/bench/regions.json
+	@$(BIN)/python -m benchmarks.weight_sync --json runs/bench/weight_sync.json
+	@$(BIN)/python -m benchmarks.data --json runs/bench/data.json
+
+preprocess: $(STAMP) ## rows of any Arrow, Parquet or JSON form to prompts: INPUT=... OUTPUT=... [TOKENIZER=...]
+	@test -n "$(TOKENIZER)" || test -d $(OUTPUT)-tokenizer || \
+	  $(BIN)/megatron-rest-data train-tokenizer $(INPUT) --vocab-size 4096 --output $(OUTPUT)-tokenizer
+	@$(BIN)/megatron-rest-data convert --input $(INPUT) --output $(OUTPUT) \
+	  --tokenizer $(or $(TOKENIZER),$(OUTPUT)-tokenizer) $(PREPROCESS_ARGS)
 
 lint: $(STAMP) ## ruff: style and formatting
 	@$(BIN)/ruff check .

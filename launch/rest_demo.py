@@ -23,6 +23,7 @@ from megatron_rest.config import (
     RolloutConfig,
     TrainerConfig,
     WarmStartConfig,
+    WeightSyncConfig,
 )
 
 ensure_nemo_run_importable()
@@ -66,6 +67,7 @@ def recipe(base: Path, run_dir: Path) -> RestConfig:
             adam_beta2=0.95,
             updates_per_step=2,  # the second update sees ratios other than 1
         ),
+        weight_sync=WeightSyncConfig(bucket_bytes=4 << 20),  # buckets that stay in a CPU's cache
         checkpoint=CheckpointConfig(save_every=20),
         trainer=TrainerConfig(run_dir=str(run_dir), steps=60, seed=1, max_tokens_per_microbatch=4096),
         warm_start=WarmStartConfig(
@@ -140,7 +142,7 @@ def plan(base: Path, config: RestConfig) -> list[Stage]:
             arguments=("--config", str(run_dir / "run.yaml")),
             ranks=RANKS,
         ),
-        Stage(name="report", module="megatron_rest.cli", arguments=("report", str(run_dir))),
+        Stage(name="report", module="megatron_rest.cli", arguments=("report", str(run_dir), "--no-summary")),
     ]
 
 

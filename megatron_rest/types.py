@@ -194,8 +194,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same microbatch on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     def with_scores(self, *, old_log_probs: Tensor, token_weights: Tensor | None) -> MicroBatch:
         """The same microbatch after the scoring pass."""

@@ -36,13 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="megatron-rest report", description="Summary table and PNG plots of runs.")
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder that holds metrics.jsonl")
     parser.add_argument("--output", type=Path, help=f"folder for the plots (default: RUN_DIR/{PLOTS_DIR})")
+    parser.add_argument("--no-summary", action="store_true", help="plots only: the run has printed its table already")
     args = parser.parse_args(argv)
     try:
         lines, files = write_report(args.run_dirs, args.output)
     except MetricsFileError as error:
         print(f"megatron-rest report: {error}", file=sys.stderr)
         return 2
-    print("\n".join(lines))
+    if not args.no_summary:
+        print("\n".join(lines))
     for path in files:
         print(path)
     return 0

@@ -11,8 +11,11 @@ checkpoint.py   Megatron distributed checkpoints
 hf.py           HF safetensors into Megatron shards
 """
 
+import logging
 import warnings
 
 # Megatron says what is not installed once a module and rank; ``megatron-rest doctor`` says it once, with what each
 # would give.
+# And says on every start that its fault-injection machinery is off.
+logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")

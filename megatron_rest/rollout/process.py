@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["ProcessNotPreparedError", "prepare_process"]
+__all__ = ["ProcessNotPreparedError", "has_gpu_driver", "prepare_process"]
 
 _BEFORE_TORCH = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the core from the rank that has work
@@ -30,6 +30,11 @@ _ON_CPU_ONLY = ("VLLM_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE")
 
 class ProcessNotPreparedError(RuntimeError):
     """torch or vLLM was imported before the settings they read at import were made."""
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine has an NVIDIA driver; answers without importing torch, which would be too early."""
+    return os.path.exists("/dev/nvidiactl")
 
 
 def prepare_process(*, threads: int = 1, cpu: bool = True, allow_late: bool = False) -> None:

@@ -6,9 +6,9 @@ complete one.
 
 from __future__ import annotations
 
-from megatron_rest.rollout.process import prepare_process
+from megatron_rest.rollout.process import has_gpu_driver, prepare_process
 
-prepare_process()  # environment that torch and vLLM read when they are imported
+prepare_process(cpu=not has_gpu_driver())  # environment that torch and vLLM read when they are imported
 
 import sys  # noqa: E402
 

@@ -6,9 +6,9 @@ as RL, at any layout; the result is an HF folder ``<trainer.run_dir>/hf`` that t
 
 from __future__ import annotations
 
-from megatron_rest.rollout.process import prepare_process
+from megatron_rest.rollout.process import has_gpu_driver, prepare_process
 
-prepare_process()
+prepare_process(cpu=not has_gpu_driver())
 
 import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
