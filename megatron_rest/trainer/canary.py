@@ -59,7 +59,7 @@ class Canary:
         if not worst <= self.tolerance:
             raise CanaryError(
                 f"after the weight transfer the engine's log-probs differ from the trainer's by {worst:.3g} nats on "
-                f"the canary prompt (allowed: weight_sync.canary_tolerance = {self.tolerance:g})"
+                f"the canary prompt (allowed: {self.tolerance:g}, weight_sync.canary_tolerance)"
             )
         return worst
 

@@ -82,7 +82,7 @@ def warm(base) -> tuple[Path, str]:
     return run_dir / "hf", done.stdout
 
 
-def rl(base: Path, run_dir: Path, model: Path) -> None:
+def rl(base: Path, run_dir: Path, model: Path, *overrides: str) -> None:
     call(
         "megatron_rest.trainer",
         *settings(base, run_dir, model),
@@ -96,6 +96,7 @@ def rl(base: Path, run_dir: Path, model: Path) -> None:
         "checkpoint.save_every=1",
         "checkpoint.keep_last=3",
         f"trainer.steps={STEPS}",
+        *overrides,
         ranks=4,
     )
 
@@ -154,6 +155,15 @@ def test_run_leaves_checkpoint_events_and_a_model(unbroken, warm):
     before, after = load_file(warm[0] / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert not list(unbroken.glob("**/*.partial"))
+
+
+def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
+    run_dir = base / "bfloat16"
+    overrides = ("model.dtype=bfloat16", "rollout.dtype=bfloat16", "checkpoint.export_hf=false", "trainer.steps=1")
+    rl(base, run_dir, warm[0], *overrides)
+    [row] = metrics(run_dir)
+    assert 1e-5 < row["metrics"]["sync/canary_max_abs"] < 0.1
+    assert 1e-5 < row["metrics"]["mismatch/abs_log_prob_mean"] < 0.05
 
 
 def test_resumed_run_equals_the_unbroken_one(base, warm, unbroken):
