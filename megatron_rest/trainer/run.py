@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from megatron_rest.config import RestConfig, to_dict
+from megatron_rest.config import ConfigError, RestConfig, to_dict
 from megatron_rest.mcore import checkpoint
 from megatron_rest.regions import token_bytes_table
 from megatron_rest.rollout.vllm_engine import VllmEngine
@@ -63,6 +63,11 @@ def train(config: RestConfig) -> None:
 
 def build_trainer(config: RestConfig) -> RestTrainer:
     """Every part of a run, connected.  Collective over all ranks; prints nothing."""
+    if config.weight_sync.transport != "local":
+        raise ConfigError(
+            f"weight_sync.transport is {config.weight_sync.transport!r}: the trainer has an engine in every rank's process, "
+            "which takes weights by reference (local)"
+        )
     updates = config.trainer.steps * config.optimizer.updates_per_step
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
     prompts = open_prompts(config)
