@@ -65,8 +65,8 @@ def build_trainer(config: RestConfig) -> RestTrainer:
     """Every part of a run, connected.  Collective over all ranks; prints nothing."""
     if config.weight_sync.transport != "local":
         raise ConfigError(
-            f"weight_sync.transport is {config.weight_sync.transport!r}: the trainer has an engine in every rank's process, "
-            "which takes weights by reference (local)"
+            f"weight_sync.transport is {config.weight_sync.transport!r}: the trainer has an engine in every rank's "
+            "process, which takes weights by reference (local)"
         )
     updates = config.trainer.steps * config.optimizer.updates_per_step
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
