@@ -390,11 +390,14 @@ class TrainerConfig:
     """Seed of model, data order and sampling."""
     max_tokens_per_microbatch: int = 4096
     """Packed tokens of one pipeline microbatch."""
+    save_rollouts_every: int = 0
+    """RL steps between files of rollouts in run_dir/rollouts; the first and the last step always leave one."""
     timeout_minutes: int = 30
     """A collective that takes longer ends the run with an error."""
 
     def __post_init__(self) -> None:
         _at_least("trainer.steps", self.steps, 1)
+        _at_least("trainer.save_rollouts_every", self.save_rollouts_every, 0)
         _at_least("trainer.max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
 
 

@@ -82,7 +82,7 @@ def forward_step(
 def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
     """Scoring pass (forward only).
 
-    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage.
+    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage (``[3, T]`` with beta).
     """
     microbatch = next(data_iterator)
     return _forward(microbatch, model), _scores

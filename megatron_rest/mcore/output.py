@@ -9,20 +9,26 @@ global changes and :func:`detach` gives the model back as it was.
     out = model(tokens, position_ids, None, labels=labels)      # [2, b, s] float32
     log_probs, entropy = out                                    # both differentiable
 
+Reweighting by score norms also needs the hidden states, which that place does not see.  ``with measuring_beta(model):``
+hooks the input of ``output_layer`` for as long as it lasts; outside of it nothing is hooked, computed or sent.
+
 The logits are the model's own scratch: nobody else holds them, so the gradient overwrites them (``consume=True``) and
 no second vocabulary-sized tensor is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rest.ops import vocab_parallel_log_probs_and_entropy
 
-__all__ = ["attach", "detach", "is_attached"]
+__all__ = ["attach", "detach", "is_attached", "measuring_beta"]
 
 _SEAM = "compute_language_model_loss"
 
@@ -47,22 +53,8 @@ def attach(model: Any, *, vocab_size: int | None = None, temperature: float = 1.
             f"{type(model).__module__}.{type(model).__name__} has no method {_SEAM}: this Megatron-Core computes its "
             "loss elsewhere; megatron_rest 0.1 supports megatron-core 0.16"
         )
-    tp_group = model.pg_collection.tp
-
-    def log_probs_and_entropy(labels: Tensor, logits: Tensor) -> Tensor:
-        """``labels`` [b, s] global ids, ``logits`` [s, b, V/TP] -> [2, b, s] float32."""
-        scores = vocab_parallel_log_probs_and_entropy(
-            logits,
-            labels.transpose(0, 1).contiguous(),
-            tp_group=tp_group if tp_group.size() > 1 else None,
-            temperature=temperature,
-            vocab_size=vocab_size,
-            consume=torch.is_grad_enabled(),
-        )
-        return torch.stack([scores.log_probs.transpose(0, 1), scores.entropy.transpose(0, 1)])
-
     # An instance attribute shadows the method: reversible, and other models of this class are not touched.
-    object.__setattr__(model, _SEAM, log_probs_and_entropy)
+    object.__setattr__(model, _SEAM, _Output(model.pg_collection.tp, vocab_size, temperature))
 
 
 def detach(model: Any) -> None:
@@ -73,3 +65,71 @@ def detach(model: Any) -> None:
 def is_attached(model: Any) -> bool:
     """Whether :func:`attach` is in force on this instance."""
     return _SEAM in model.__dict__
+
+
+@contextmanager
+def measuring_beta(model: Any) -> Iterator[None]:
+    """While it lasts, ``model(..., labels=labels)`` returns ``[3, b, s]``: the third row is beta of each position.
+
+    ``beta = ||h||^2 (1 - sum p^2) / temperature^2``, float32, constant: the expected squared Frobenius norm of
+    ``d log p(a) / d W`` over ``a ~ p``, for the output matrix ``W`` and the hidden state ``h`` that enters it.  Exact
+    for this layer; a proxy for the norm of the whole gradient.  Where p is almost a point mass, ``1 - sum p^2`` is a
+    difference of float32 numbers: its absolute error is about 1e-7.
+
+    Collectives, besides those of :func:`attach` (its all-gather carries a fifth number a token): under sequence
+    parallelism one all-gather of ``[b * s / TP]`` float32 over the tensor-parallel group.
+
+    ``model`` is an unwrapped chunk with :func:`attach`; one without the last pipeline stage is left alone.
+    """
+    output = model.__dict__.get(_SEAM)
+    if output is None:
+        yield
+        return
+    layer = model.output_layer
+
+    def keep_squared_norm(_: Any, arguments: tuple[Tensor, ...]) -> None:
+        hidden = arguments[0].detach()  # [s, b, H], or [s / TP, b, H] under sequence parallelism
+        squared_norm = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).square()
+        output.squared_norm = (
+            _gather_sequence(squared_norm, output.tp_group) if layer.sequence_parallel else squared_norm
+        )
+
+    hook = layer.register_forward_pre_hook(keep_squared_norm)
+    try:
+        yield
+    finally:
+        hook.remove()
+        output.squared_norm = None
+
+
+class _Output:
+    """What stands in the place of the cross-entropy: ``labels`` [b, s] global ids, ``logits`` [s, b, V/TP]."""
+
+    def __init__(self, tp_group: dist.ProcessGroup, vocab_size: int | None, temperature: float) -> None:
+        self.tp_group = tp_group
+        self.vocab_size = vocab_size
+        self.temperature = temperature
+        self.squared_norm: Tensor | None = None  # float32 [s, b] of the hidden states of this forward pass, if wanted
+
+    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """``[2, b, s]`` float32, or ``[3, b, s]`` inside :func:`measuring_beta`."""
+        scores = vocab_parallel_log_probs_and_entropy(
+            logits,
+            labels.transpose(0, 1).contiguous(),
+            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
+            temperature=self.temperature,
+            vocab_size=self.vocab_size,
+            consume=torch.is_grad_enabled(),
+            with_collision=self.squared_norm is not None,
+        )
+        rows = [scores.log_probs, scores.entropy]
+        if scores.collision is not None and self.squared_norm is not None:
+            rows.append(self.squared_norm * (1.0 - scores.collision).clamp_min(0.0) / self.temperature**2)
+        return torch.stack([row.transpose(0, 1) for row in rows])
+
+
+def _gather_sequence(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[s / TP, b]`` of every rank -> ``[s, b]``, in rank order as Megatron shards the sequence."""
+    whole = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
+    dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
+    return whole

@@ -7,6 +7,7 @@ collective: every rank of the model calls them with its own data-parallel share.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
+from megatron_rest.mcore.output import measuring_beta
 from megatron_rest.types import LossInputs, LossOutput, MicroBatch, TrainBatch
 
 __all__ = ["MegatronPolicy", "Scores", "UpdateReport"]
@@ -29,6 +31,7 @@ class Scores:
 
     log_probs: Tensor  # float32 [T], nats
     entropy: Tensor  # float32 [T], nats
+    beta: Tensor | None = None  # float32 [T], squared score norm of the output layer (mcore.output), if asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,23 +66,30 @@ class MegatronPolicy:
         """Unwrapped ``GPTModel`` chunks."""
         return [getattr(chunk, "module", chunk) for chunk in self.chunks]
 
-    def score(self, microbatches: Sequence[MicroBatch]) -> list[Scores]:
+    def score(self, microbatches: Sequence[MicroBatch], *, with_beta: bool = False) -> list[Scores]:
         """Log-probs and entropy of every label, without gradients; the same list on every pipeline and tensor rank.
 
-        Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage, one
-        broadcast of ``[2, sum T]`` float32 over PP.
+        ``with_beta`` adds the score norms that :func:`megatron_rest.mcore.output.measuring_beta` defines.
+
+        Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage (two
+        with beta under sequence parallelism), one broadcast of ``[2, sum T]`` float32 over PP (``[3, sum T]``).
         """
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), ExitStack() as measuring:
+            for module in self.modules if with_beta else ():
+                measuring.enter_context(measuring_beta(module))
             outputs = self._schedule(score_step, microbatches, forward_only=True)
         lengths = [len(m.token_ids) for m in microbatches]
-        flat = torch.empty(2, sum(lengths), dtype=torch.float32, device=self.context.device)
+        flat = torch.empty(3 if with_beta else 2, sum(lengths), dtype=torch.float32, device=self.context.device)
         if self.context.is_last_stage:
             torch.cat(outputs, dim=1, out=flat)
         if self.context.pp_size > 1:
             dist.broadcast(flat, src=self.context.last_stage_rank, group=self.context.pp_group)
-        return [Scores(log_probs=part[0], entropy=part[1]) for part in flat.split(lengths, dim=1)]
+        return [
+            Scores(log_probs=part[0], entropy=part[1], beta=part[2] if with_beta else None)
+            for part in flat.split(lengths, dim=1)
+        ]
 
     def update(self, batch: TrainBatch, loss: PolicyLoss) -> UpdateReport:
         """One optimiser step over the global batch of which ``batch`` is this replica's share."""

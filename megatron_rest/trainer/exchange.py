@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.mcore.policy import Scores
+from megatron_rest.types import MicroBatch, PromptSample, Rollout, RolloutGroup, StopReason
 
-__all__ = ["all_gather_groups", "share_of"]
+__all__ = ["all_gather_groups", "all_token_scores", "share_of"]
 
 _STOP_REASONS = tuple(StopReason)
 
@@ -48,6 +49,42 @@ def all_gather_groups(
         for index, rollout_group in zip(theirs, unpacked, strict=True):
             groups[index] = rollout_group
     return [g for g in groups if g is not None]
+
+
+def all_token_scores(
+    lengths: Sequence[int], microbatches: Sequence[MicroBatch], scores: Sequence[Scores], *, dp_group: dist.ProcessGroup
+) -> dict[str, np.ndarray]:
+    """``old_log_probs``, ``entropy``, ``token_weights`` and, if measured, ``beta`` of all sequences of a step.
+
+    Args:
+        lengths: tokens of every sequence, in the order of their ``sequence_id`` 0, 1, ...
+        microbatches: this replica's, with ``token_weights`` (None counts as 1).
+        scores: of the same microbatches; all with beta or all without.
+        dp_group: replicas that hold the other sequences.
+
+    Returns:
+        float32 ``[sum(lengths)]`` each, index t for token t itself, 0 where there is no loss; equal on all replicas.
+
+    Collectives: one SUM all-reduce of ``[3 or 4, sum(lengths)]`` float32 over ``dp_group``; it adds zeros to the
+        one value of each token, so nothing is rounded.
+    """
+    with_beta = any(score.beta is not None for score in scores)
+    table = torch.zeros(4, sum(lengths))
+    starts = torch.from_numpy(np.cumsum([0, *lengths[:-1]]))
+    for microbatch, score in zip(microbatches, scores, strict=True):
+        mask = microbatch.loss_mask
+        # Position p of a sequence speaks of its token p + 1.
+        at = (starts[microbatch.sequence_ids.clamp_min(0)] + microbatch.position_ids + 1)[mask]
+        weights = torch.ones(()) if microbatch.token_weights is None else microbatch.token_weights[mask]
+        table[0, at] = score.log_probs.cpu()[mask]
+        table[1, at] = score.entropy.cpu()[mask]
+        table[2, at] = weights
+        if score.beta is not None:
+            table[3, at] = score.beta.cpu()[mask]
+    table = table if with_beta else table[:3].contiguous()
+    dist.all_reduce(table, group=dp_group)
+    names = ("old_log_probs", "entropy", "token_weights", "beta")
+    return dict(zip(names, table.numpy(), strict=False))
 
 
 def _header(rollout: Rollout) -> tuple[int, int, int]:

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.algorithms import rest_policy_loss
-from megatron_rest.config import RestConfig
+from megatron_rest.config import RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
+from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.mcore import checkpoint
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.rollout.engine import RolloutEngine
 from megatron_rest.trainer.canary import Canary
-from megatron_rest.trainer.exchange import all_gather_groups, share_of
+from megatron_rest.trainer.exchange import all_gather_groups, all_token_scores, share_of
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.setup import PolicyParts, make_batch
@@ -111,6 +112,8 @@ class RestTrainer:
                 batches = [self.weigh(b, s, progress=self.progress(step)) for b, s in zip(batches, scores, strict=True)]
                 metrics = reward_metrics(verdict, num_groups=len(groups))
                 metrics |= self.token_metrics(batches, scores)
+                if is_saved(step, self.config.trainer):
+                    self.save_rollouts(step, groups, verdict, batches, scores)
             with timer.phase("update"):
                 reports: list[UpdateReport] = [self.policy.update(batch, self.loss) for batch in batches]
                 metrics |= update_metrics(reports)
@@ -179,6 +182,36 @@ class RestTrainer:
         microbatches: list[MicroBatch] = [m for b in batches for m in b.microbatches]
         return token_metrics(microbatches, [s for part in scores for s in part], dp_group=self.context.dp_group)
 
+    def save_rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        verdict: Verdict,
+        batches: Sequence[TrainBatch],
+        scores: Sequence[Sequence[Scores]],
+    ) -> None:
+        """This step's rollouts with regions, scores and weights into one file, written by rank 0.
+
+        Collectives: one all-reduce of ``[3, T]`` float32 over the data-parallel group (``[4, T]`` with score norms).
+        """
+        values = all_token_scores(
+            [len(s.token_ids) for s in verdict.samples],
+            [m for batch in batches for m in batch.microbatches],
+            [s for part in scores for s in part],
+            dp_group=self.context.dp_group,
+        )
+        if self.context.rank != 0:
+            return
+        rollouts = SavedRollouts.of(
+            verdict.samples,
+            step=step,
+            progress=self.progress(step),
+            rewards=[reward.total for reward in verdict.rewards],
+            group_ids=[i for i, group in enumerate(groups) for _ in group.rollouts],
+            scores=values,
+        )
+        write_rollouts(self.config.trainer.run_dir, rollouts)
+
     def sync_weights(self, *, version: int) -> dict[str, float]:
         """Push the policy's weights into every engine and let the canary sing."""
         report = self.sync.push(version)
@@ -210,6 +243,15 @@ def canary_tolerance(config: RestConfig) -> float:
         return config.weight_sync.canary_tolerance
     is_exact = config.model.dtype == config.rollout.dtype == "float32"
     return _CANARY_FLOAT32 if is_exact else _CANARY_16_BIT
+
+
+def is_saved(step: int, config: TrainerConfig) -> bool:
+    """Whether this step's rollouts go to a file.
+
+    Always the first and the last: their weights stay on disk (``model.path`` and the export).
+    """
+    every = config.save_rollouts_every
+    return step in (1, config.steps) or bool(every and step % every == 0)
 
 
 def step_seed(seed: int, step: int) -> int:
