@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_rest.ops import vocab_parallel_log_probs_and_entropy
 
-__all__ = ["attach", "detach", "is_attached", "measuring_beta"]
+__all__ = ["at_temperature", "attach", "detach", "is_attached", "measuring_beta"]
 
 _SEAM = "compute_language_model_loss"
 
@@ -65,6 +65,20 @@ def detach(model: Any) -> None:
 def is_attached(model: Any) -> bool:
     """Whether :func:`attach` is in force on this instance."""
     return _SEAM in model.__dict__
+
+
+@contextmanager
+def at_temperature(model: Any, temperature: float) -> Iterator[None]:
+    """While it lasts, ``model`` scores at another temperature than :func:`attach` was given."""
+    output = model.__dict__.get(_SEAM)
+    if output is None:
+        yield
+        return
+    before, output.temperature = output.temperature, temperature
+    try:
+        yield
+    finally:
+        output.temperature = before
 
 
 @contextmanager

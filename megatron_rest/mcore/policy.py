@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
-from megatron_rest.mcore.output import measuring_beta
+from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.types import LossInputs, LossOutput, MicroBatch, TrainBatch
 
 __all__ = ["MegatronPolicy", "Scores", "UpdateReport"]
@@ -66,10 +66,13 @@ class MegatronPolicy:
         """Unwrapped ``GPTModel`` chunks."""
         return [getattr(chunk, "module", chunk) for chunk in self.chunks]
 
-    def score(self, microbatches: Sequence[MicroBatch], *, with_beta: bool = False) -> list[Scores]:
+    def score(
+        self, microbatches: Sequence[MicroBatch], *, with_beta: bool = False, temperature: float | None = None
+    ) -> list[Scores]:
         """Log-probs and entropy of every label, without gradients; the same list on every pipeline and tensor rank.
 
-        ``with_beta`` adds the score norms that :func:`megatron_rest.mcore.output.measuring_beta` defines.
+        ``with_beta`` adds the score norms that :func:`megatron_rest.mcore.output.measuring_beta` defines;
+        ``temperature`` replaces the sampling temperature.
 
         Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage (two
         with beta under sequence parallelism), one broadcast of ``[2, sum T]`` float32 over PP (``[3, sum T]``).
@@ -77,8 +80,11 @@ class MegatronPolicy:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad(), ExitStack() as measuring:
-            for module in self.modules if with_beta else ():
-                measuring.enter_context(measuring_beta(module))
+            for module in self.modules:
+                if with_beta:
+                    measuring.enter_context(measuring_beta(module))
+                if temperature is not None:
+                    measuring.enter_context(at_temperature(module, temperature))
             outputs = self._schedule(score_step, microbatches, forward_only=True)
         lengths = [len(m.token_ids) for m in microbatches]
         flat = torch.empty(3 if with_beta else 2, sum(lengths), dtype=torch.float32, device=self.context.device)

@@ -73,5 +73,6 @@ class Canary:
             advantage=0.0,
             sequence_id=0,
         )
-        [scores] = policy.score([make_microbatch([sample], alignment=alignment)])
+        # Engines score given tokens with the model's own distribution, whatever the sampling temperature is.
+        [scores] = policy.score([make_microbatch([sample], alignment=alignment)], temperature=1.0)
         return scores.log_probs.cpu()[: n - 1]

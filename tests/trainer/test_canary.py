@@ -19,7 +19,7 @@ def sing(rank: int, world_size: int, model: str) -> tuple[float, str]:
     from megatron_rest.trainer.canary import Canary, CanaryError
     from megatron_rest.types import PromptSample
 
-    config = layout_config(model)
+    config = layout_config(model, overrides=("rollout.temperature=0.7",))  # the canary is not sampled
     parts = make_policy(config)
     engine = VllmEngine(model, config.rollout, seed=1, max_model_len=128, stop_token_ids=[EOS_ID])
     prompt = PromptSample(prompt_id="canary", token_ids=np.arange(40, 60, dtype=np.int32), ground_truth="")
