@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -241,7 +242,8 @@ def kill_and_rerun(command: list[str], output: Path, *, points: int, seconds: fl
         )
         time.sleep(chance.uniform(0.2, seconds))
         hits += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it had ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if output.exists():
             return hits
