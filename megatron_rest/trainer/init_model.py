@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one file in a few milliseconds
     output = Path(args.output)
     if output.exists():
         parser.error(f"{output} exists already: remove it or choose another --output")
