@@ -22,7 +22,8 @@ from tests.data_tools.conftest import SAMPLES
 
 
 def test_ids_are_those_of_transformers(tokenizer: ChatTokenizer, sft_rows: list[dict[str, Any]]) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     reference = transformers.AutoTokenizer.from_pretrained(tokenizer.folder)
     for row in sft_rows[:40]:
         example = normalise(row)
@@ -37,7 +38,8 @@ def test_ids_are_those_of_transformers(tokenizer: ChatTokenizer, sft_rows: list[
 
 
 def test_identity_survives_saving_again(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     transformers.AutoTokenizer.from_pretrained(tokenizer.folder).save_pretrained(tmp_path)
     assert tokenizer_identity(tmp_path) == tokenizer.identity
     assert template_identity(tmp_path) == tokenizer.template_identity
@@ -87,7 +89,8 @@ QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
 def test_lines_encode_like_whole_texts_with_qwens_pattern(tokenizer: ChatTokenizer, text: str) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     spec = json.loads((tokenizer.folder / "tokenizer.json").read_text())
     spec["normalizer"] = {"type": "NFC"}
     split = {"type": "Split", "pattern": {"Regex": QWEN}, "behavior": "Isolated", "invert": False}

@@ -71,7 +71,6 @@ def test_inspect_shows_prepared_and_raw_rows(prepared: Path, capsys: pytest.Capt
 
 
 def test_inspect_colours_regions(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("megatron_rest.regions")
     assert main(["inspect", str(SAMPLES / "test.parquet"), "--row", "3", "--color", "always"]) == 0
     raw = capsys.readouterr().out
     assert '\x1b[1;33mcalculate_investment_return\x1b[0m\x1b[90m", "parameters":' in raw

@@ -83,7 +83,8 @@ def test_compressed_stream_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_hugging_face_folders_give_the_same_rows(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     dataset = datasets.Dataset(TABLE)
     dataset.save_to_disk(tmp_path / "one")
     dataset.save_to_disk(tmp_path / "sharded", num_shards=3)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from megatron_rest.config import RestConfig, load
-from megatron_rest.data.batching import make_train_batch
-from megatron_rest.trainer.setup import PolicyParts, build_policy
+from megatron_rest.trainer.setup import PolicyParts, build_policy, make_batch
 from megatron_rest.types import TokenRegion, TrainBatch, TrainSample
 
 LAYERS = 4  # divisible by PP 2 x VPP 2
@@ -65,11 +64,4 @@ def random_samples(vocab_size: int, *, count: int = 12, seed: int = 0) -> list[T
 
 def batch_of(parts: PolicyParts, samples: list[TrainSample], *, max_tokens: int = 128) -> TrainBatch:
     """This replica's share of ``samples``."""
-    return make_train_batch(
-        samples,
-        max_tokens=max_tokens,
-        dp_rank=parts.context.dp_rank,
-        dp_size=parts.context.dp_size,
-        alignment=parts.alignment,
-        num_microbatches_multiple=parts.num_microbatches_multiple,
-    )
+    return make_batch(parts, samples, max_tokens=max_tokens)

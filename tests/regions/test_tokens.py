@@ -29,7 +29,8 @@ def test_a_sentencepiece_vocabulary_is_refused() -> None:
 
 
 def test_a_trained_byte_level_bpe_round_trips_any_text() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(

@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 from megatron_rest.config import RolloutConfig
 from megatron_rest.rollout.engine import EngineStateError, rollout_seed
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from tests.helpers.tiny_model import EOS_ID, build_tiny_model
-
-pytest.importorskip("vllm")
-transformers = pytest.importorskip("transformers")
 
 MAX_LEN = 128
 TEMPERATURE = 0.7

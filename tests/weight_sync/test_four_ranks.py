@@ -20,8 +20,6 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_model import EOS_ID, build_tiny_model, perturb, read_config
 from tests.weight_sync.test_source import groups, local_shards
 
-pytest.importorskip("vllm")
-
 FP32_BAND = 1e-4
 
 

@@ -12,8 +12,6 @@ from megatron_rest.weight_sync.gloo import bucket_ranges, num_bytes
 from megatron_rest.weight_sync.sync import WeightSyncError
 from tests.weight_sync.test_sync import FP32_BAND, flip, gap_to, make_bench
 
-pytest.importorskip("vllm")
-
 
 def test_buckets_cover_everything_in_order() -> None:
     sizes = [5, 1, 1, 9, 30, 2, 2]

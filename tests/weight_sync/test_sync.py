@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_rest.config import RolloutConfig, WeightSyncConfig
@@ -20,9 +21,6 @@ from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.weight_sync.source import MegatronWeightSource
 from megatron_rest.weight_sync.sync import WeightSync, WeightSyncError
 from tests.helpers.tiny_model import build_tiny_model, perturb, read_config
-
-pytest.importorskip("vllm")
-transformers = pytest.importorskip("transformers")
 
 PROMPT = np.arange(60, 130)  # longer than two blocks of the prefix cache
 NEW_TOKENS = 12
