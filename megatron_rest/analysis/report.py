@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rest.analysis.evidence import evidence_lines
 from megatron_rest.analysis.series import MetricsFileError, load_runs
 from megatron_rest.analysis.summary import summary_lines
 
@@ -27,7 +28,8 @@ def write_report(run_dirs: Sequence[str | Path], output_dir: str | Path | None =
     files = plot_runs(runs, output_dir or runs[0].run_dir / (PLOTS_DIR if len(runs) == 1 else COMPARED_DIR))
     lines: list[str] = []
     for run in runs:
-        lines += [*summary_lines(run), ""]
+        evidence = evidence_lines(run.run_dir)
+        lines += [*summary_lines(run), "", *evidence, *([""] if evidence else [])]
     return lines, files
 
 

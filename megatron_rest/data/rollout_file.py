@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -139,5 +140,5 @@ def read_rollouts(path: str | Path) -> SavedRollouts:
                 progress=float(values.pop("progress")),
                 **values,
             )
-    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of rollouts: {error}") from error

@@ -9,18 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rest.analysis.variance import (
-    ASSUMPTIONS,
+from megatron_rest.analysis.gradient_variance import (
     RegionGram,
-    TabularPolicy,
     WeightingVariance,
     compare_weightings,
-    decisive_token,
     entropy_against_score,
-    main,
     region_gradients,
-    tabular_experiment,
 )
+from megatron_rest.analysis.tabular import TabularPolicy, decisive_token, tabular_experiment
+from megatron_rest.analysis.variance import ASSUMPTIONS, main
 from megatron_rest.types import TokenRegion
 from megatron_rest.weighting import RestWeighting, variance_optimal_weights
 
@@ -135,6 +132,24 @@ def test_gram_route_is_the_direct_one_for_any_block_split() -> None:
     assert rows[0].ratio_standard_error == 0
     signal = (uniform.mean(axis=0) ** 2).sum() - rows[0].variance / len(scale)
     assert rows[0].signal == pytest.approx(signal, rel=1e-9)
+
+
+def test_errors_of_clustered_sequences_are_those_of_their_cluster_means() -> None:
+    """Siblings that are copies of each other count once."""
+    gradients, counts, scale = model_like(20)
+    rows = {}
+    for copies in (1, 3):
+        gram = RegionGram(20 * copies)
+        gram.add_block(np.repeat(gradients, copies, axis=0).astype(np.float32))
+        data = (gram, np.repeat(counts, copies, axis=0), np.repeat(scale, copies))
+        weightings = {"paper": RestWeighting.paper()}
+        rows[copies] = compare_weightings(*data, weightings, clusters=np.repeat(np.arange(20), copies))[1]
+        alone = compare_weightings(*data, weightings)[1]
+        if copies == 1:
+            assert alone.ratio_standard_error == pytest.approx(rows[1].ratio_standard_error)
+    assert rows[3].ratio == pytest.approx(rows[1].ratio, rel=1e-5)
+    assert rows[3].ratio_standard_error == pytest.approx(rows[1].ratio_standard_error, rel=1e-5)
+    assert alone.ratio_standard_error < 0.7 * rows[3].ratio_standard_error
 
 
 def test_region_gradients_of_a_model() -> None:

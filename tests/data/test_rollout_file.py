@@ -1,0 +1,54 @@
+"""Files of rollouts: exact round trip, atomic, and nothing in them is executed."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_rest.data.rollout_file import read_rollouts, rollout_files, rollout_path, write_rollouts
+from tests.analysis.test_run_variance import rollouts_of
+
+
+@pytest.mark.parametrize("with_beta", [False, True])
+def test_round_trip(tmp_path: Path, with_beta: bool) -> None:
+    saved = rollouts_of(20, with_beta=with_beta)
+    path = write_rollouts(tmp_path, saved)
+    write_rollouts(tmp_path, rollouts_of(3))
+    (path.parent / "step_000004.npz.partial").touch()
+    assert rollout_files(tmp_path) == [(3, rollout_path(tmp_path, 3)), (20, path)]
+    again = read_rollouts(path)
+    for field in fields(saved):
+        expected, found = getattr(saved, field.name), getattr(again, field.name)
+        assert type(expected) is type(found)
+        np.testing.assert_array_equal(found, expected)
+    assert [again.token_ids[at].size for at in again.slices] == again.lengths.tolist()
+    assert not list(path.parent.glob(".*")), "no partial file is left"
+
+
+def test_wrong_arrays_are_refused() -> None:
+    saved = rollouts_of(1)
+    with pytest.raises(ValueError, match="token_weights is float64"):
+        replace(saved, token_weights=saved.token_weights.astype(np.float64))
+    with pytest.raises(ValueError, match=r"entropy is float32 \(3,\)"):
+        replace(saved, entropy=saved.entropy[:3])
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_pickles_and_damage_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "step_000001.npz"
+    np.savez(path, step=np.array(1), progress=np.array([_Bomb()], dtype=object))
+    with pytest.raises(ValueError, match=r"step_000001.npz is not a file of rollouts"):
+        read_rollouts(path)
+    good = write_rollouts(tmp_path, rollouts_of(2))
+    for content in (b"", pickle.dumps(1), good.read_bytes()[:-50]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"step_000001.npz is not a file of rollouts"):
+            read_rollouts(path)
