@@ -96,7 +96,7 @@ def claim(config: RestConfig) -> Path:
 
 def _differences(old: RestConfig, new: RestConfig) -> list[str]:
     """Fields that make it another run."""
-    same_run = {"trainer.steps", "trainer.timeout_minutes", "warm_start"}
+    same_run = {"trainer.steps", "trainer.timeout_minutes", "trainer.save_rollouts_every", "warm_start"}
     before, after = to_dict(old), to_dict(new)
     return [
         f"{section}.{key}"

@@ -2,7 +2,7 @@
 
     nemo-run launch/rest_demo.py [--dryrun] [--yes] [baseline=grpo] [section.key=value ...]
 
-Stages: tokenizer, prompts, model, warm-start (kept in ``base`` and reused), then train and report.
+Stages: tokenizer, prompts, model, warm-start (kept in ``base`` and reused), then train, variance and report.
 """
 
 import dataclasses
@@ -141,6 +141,12 @@ def plan(base: Path, config: RestConfig) -> list[Stage]:
             module="megatron_rest.trainer",
             arguments=("--config", str(run_dir / "run.yaml")),
             ranks=RANKS,
+        ),
+        Stage(
+            name="variance",
+            module="megatron_rest.analysis.variance",
+            # Five prompts: enough to see the ratio, few enough to take less time than six steps of training.
+            arguments=("--run", str(run_dir), "--max-sequences", "40"),
         ),
         Stage(name="report", module="megatron_rest.cli", arguments=("report", str(run_dir), "--no-summary")),
     ]

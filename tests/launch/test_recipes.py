@@ -124,7 +124,7 @@ def test_the_recipes_keep_the_papers_numbers(recipe: str, done: dict[str, Done])
 def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done], folder: Path) -> None:
     run = done["demo"]
     assert run.returncode == 0, run.stderr
-    assert list(run.parts)[:-1] == ["tokenizer", "prompts", "model", "warm-start", "train", "report"]
+    assert list(run.parts)[:-1] == ["tokenizer", "prompts", "model", "warm-start", "train", "variance", "report"]
     assert run.config.weighting.source == "uniform"
     assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/demo-grpo"))
     assert not (folder / "runs").exists()

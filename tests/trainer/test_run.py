@@ -3,8 +3,9 @@ starts.
 
 1. warm start lowers the loss and leaves a folder that transformers loads
 2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
-3. a run that continues from a checkpoint writes the same numbers as one that was never stopped
-4. what a user gets wrong is one clear line and a non-zero exit status
+3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass
+4. a run that continues from a checkpoint writes the same numbers as one that was never stopped
+5. what a user gets wrong is one clear line and a non-zero exit status
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from megatron_rest.config import WeightingConfig, WeightSource
+from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.weighting import RestWeighting, region_sums
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
@@ -164,6 +170,41 @@ def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
     [row] = metrics(run_dir)
     assert 1e-5 < row["metrics"]["sync/canary_max_abs"] < 0.1
     assert 1e-5 < row["metrics"]["mismatch/abs_log_prob_mean"] < 0.05
+
+
+def test_saved_rollouts_are_what_was_trained_on(unbroken):
+    assert [step for step, _ in rollout_files(unbroken)] == [1, 3], "the first and the last"
+    for step, path in rollout_files(unbroken):
+        saved, row = read_rollouts(path), metrics(unbroken)[step - 1]["metrics"]
+        mask = saved.loss_mask
+        assert len(saved.lengths) == 24
+        assert np.unique(saved.group_ids).tolist() == list(range(6))
+        assert saved.rewards.mean() == pytest.approx(row["reward/total"], rel=1e-5)
+        assert saved.entropy[mask].mean() == pytest.approx(row["entropy/all"], rel=1e-5)
+        gap = np.abs(saved.rollout_log_probs - saved.old_log_probs)[mask]
+        assert gap.max() == pytest.approx(row["mismatch/abs_log_prob_max"])
+        for at in saved.slices:
+            weights = saved.token_weights[at][mask[at]]
+            assert weights.mean() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm):
+    """TP 2 with sequence parallelism, DP 2: weights in the file are those of the score norms in the file."""
+    run_dir = base / "variance"
+    layout = ("parallel.pipeline_parallel=1", "parallel.sequence_parallel=true", "checkpoint.export_hf=false")
+    rl(base, run_dir, warm[0], "weighting.source=variance_optimal", *layout, "trainer.steps=1")
+    [(step, path)] = rollout_files(run_dir)
+    saved = read_rollouts(path)
+    assert step == 1
+    assert saved.beta is not None
+    weighting = RestWeighting(WeightingConfig(source=WeightSource.VARIANCE_OPTIMAL))
+    sums = region_sums(*map(torch.from_numpy, (saved.beta, saved.region_ids, saved.loss_mask)))
+    weighting.update(*sums)
+    assert (saved.beta[saved.loss_mask] > 0).all()
+    owner = np.repeat(np.arange(len(saved.lengths)), saved.lengths)
+    weights = weighting.packed(saved.region_ids, owner, progress=0.0, loss_mask=saved.loss_mask)
+    np.testing.assert_allclose(saved.token_weights, weights, rtol=1e-5)
+    assert len(np.unique(weights)) > 10, "not uniform"
 
 
 def test_resumed_run_equals_the_unbroken_one(base, warm, unbroken):
