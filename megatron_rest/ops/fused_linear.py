@@ -136,8 +136,9 @@ class LogitBlocks:
             at = slice(begin, min(begin + self.size, len(x)))
             yield at, project(x[at], weight, buffer), scratch
 
-    def partials(self, logits: Tensor, at: slice, out: Tensor, scratch: Scratch) -> None:
-        write_partials(logits, self.labels[at], self.shard, self.inverse_temperature, out, scratch)
+    def partials(self, logits: Tensor, at: slice, out: Tensor, scratch: Scratch) -> bool:
+        """Statistics of a block of logits; returns what ``write_partials`` returns."""
+        return write_partials(logits, self.labels[at], self.shard, self.inverse_temperature, out, scratch)
 
     def gradient(self, logits: Tensor, at: slice, rule: GradientRule, scratch: Scratch) -> Tensor:
         """Turn a block of logits into its gradient, in place."""
@@ -197,11 +198,12 @@ class _FusedLinear(torch.autograd.Function):
         partials = torch.empty(
             5 if with_collision else 4, len(x), dtype=compute_dtype(weight.dtype), device=hidden.device
         )
+        is_finite = True
         for at, logits, scratch in blocks(x, weight):
-            blocks.partials(logits, at, partials[:, at], scratch)
+            is_finite &= blocks.partials(logits, at, partials[:, at], scratch)
         stats = fold_partials(blocks.shard.all_gather(partials), blocks.inverse_temperature)
         ctx.save_for_backward(hidden, weight, stats.max_logit, stats.log_sum, stats.entropy)
-        ctx.blocks, ctx.main_grad_owner = blocks, main_grad_owner
+        ctx.blocks, ctx.main_grad_owner, ctx.is_finite = blocks, main_grad_owner, is_finite
         ctx.set_materialize_grads(False)
         collision = None if stats.collision is None else blocks.to_caller(stats.collision)
         if collision is not None:
@@ -225,6 +227,7 @@ class _FusedLinear(torch.autograd.Function):
             grad_log_probs=torch.zeros_like(entropy) if grad_log_probs is None else take(grad_log_probs.reshape(-1)),
             grad_entropy=None if grad_entropy is None else take(grad_entropy.reshape(-1)),
             inverse_temperature=blocks.inverse_temperature,
+            is_finite=ctx.is_finite,
         )
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         flat = hidden.reshape(-1, hidden.shape[-1])

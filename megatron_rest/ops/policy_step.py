@@ -179,7 +179,7 @@ class _Sweep:
         grad_x = torch.empty_like(self.x) if needs_hidden else None
         for at, logits, scratch in self.blocks(self.x, self.weight):
             partials = torch.empty(4, len(logits), dtype=self.dtype, device=logits.device)
-            self.blocks.partials(logits, at, partials, scratch)
+            is_finite = self.blocks.partials(logits, at, partials, scratch)
             stats = fold_partials(self.blocks.shard.all_gather(partials), self.blocks.inverse_temperature)
             self.log_probs[at], self.entropy[at] = stats.log_probs, stats.entropy
             if grad_x is None and grad_weight is None:
@@ -193,6 +193,7 @@ class _Sweep:
                 grad_log_probs=g * scale,
                 grad_entropy=None if h is None else h * scale,
                 inverse_temperature=self.blocks.inverse_temperature,
+                is_finite=is_finite,
             )
             grad_logits = self.blocks.gradient(logits, at, rule, scratch)
             if grad_x is not None:

@@ -121,31 +121,46 @@ class RowStatistics(NamedTuple):
 
 def write_partials(
     logits: Tensor, labels: Tensor, shard: VocabShard, inverse_temperature: float, out: Tensor, scratch: Scratch
-) -> None:
-    """Fill ``out [K, n]`` with (m, Z, U, t), and Q where K is 5, of ``logits [n, V/TP]`` of any floating dtype."""
+) -> bool:
+    """Fill ``out [K, n]`` with (m, Z, U, t), and Q where K is 5, of ``logits [n, V/TP]`` of any floating dtype.
+
+    Returns whether every column was found to be above -inf: ``write_gradient`` then needs no guard against it.  Only
+    the CPU looks; elsewhere the answer is False, because asking would synchronise with the host.
+    """
     kernels = _kernels_for(logits)
     if kernels is not None:
         kernels.write_partials(logits, labels, shard, inverse_temperature, out)
-        return
+        return False
+    is_finite = logits.device.type == "cpu"
     tiles = _column_tiles(shard.num_columns)
     parts = torch.zeros(max(1, len(tiles)), *out.shape, dtype=out.dtype, device=out.device)
     parts[:, 0] = _FLOOR
     for part, columns in zip(parts, tiles, strict=False):  # a shard of padding has one part and no tile
         for at in _row_blocks(len(logits), tiles, logits.device):
-            _tile_partials(logits[at, columns], inverse_temperature, part[:, at], scratch)
+            is_finite &= _tile_partials(logits[at, columns], inverse_temperature, part[:, at], scratch)
     out.copy_(_merge_partials(parts, inverse_temperature))
     if tiles:
         column, is_local = shard.local_columns(labels)
         out[3] = torch.where(is_local, _pick(logits, column).to(out.dtype), 0.0)
+    return is_finite
 
 
-def _tile_partials(x: Tensor, inverse_temperature: float, out: Tensor, scratch: Scratch) -> None:
-    """Fill the rows of ``out [K, r]`` but the label's."""
+def _tile_partials(x: Tensor, inverse_temperature: float, out: Tensor, scratch: Scratch) -> bool:
+    """Fill the rows of ``out [K, r]`` but the label's; whether the tile is known to hold no -inf."""
+    if x.device.type == "cpu":
+        _fill_tile_partials(x, inverse_temperature, out, scratch, guard=False)
+        if not bool(out[2].isnan().any()):  # -inf * e^-inf shows in the sum
+            return True
+    _fill_tile_partials(x, inverse_temperature, out, scratch, guard=True)
+    return False
+
+
+def _fill_tile_partials(x: Tensor, inverse_temperature: float, out: Tensor, scratch: Scratch, *, guard: bool) -> None:
     a, e = scratch.of(x)
     if x.dtype != a.dtype:
         x = a.copy_(x)  # reducing the widened copy is much faster than reducing bf16 on CPU
     m = torch.amax(x, -1).clamp_(min=_FLOOR)
-    _exponents(x, m, inverse_temperature, a)
+    _exponents(x, m, inverse_temperature, a, guard=guard)
     torch.exp(a, out=e)
     out[0] = m
     out[1] = e.sum(-1)
@@ -154,15 +169,16 @@ def _tile_partials(x: Tensor, inverse_temperature: float, out: Tensor, scratch: 
         out[4] = e.square_().sum(-1)
 
 
-def _exponents(x: Tensor, max_logit: Tensor, inverse_temperature: float, out: Tensor) -> None:
-    """``out = (x - m) / T`` with -inf replaced by a finite floor, since -inf * e^-inf is NaN where 0 is meant."""
+def _exponents(x: Tensor, max_logit: Tensor, inverse_temperature: float, out: Tensor, *, guard: bool = True) -> None:
+    """``out = (x - m) / T``; guarded, -inf becomes a finite floor, since -inf * e^-inf is NaN where 0 is meant."""
     if x.dtype == out.dtype:
         torch.sub(x, max_logit[:, None], out=out)
     else:  # widening first is several times faster than mixed-dtype arithmetic on CPU
         out.copy_(x).sub_(max_logit[:, None])
     if inverse_temperature != 1.0:
         out.mul_(inverse_temperature)
-    out.clamp_(min=_FLOOR)
+    if guard:
+        out.clamp_(min=_FLOOR)
 
 
 def _pick(logits: Tensor, column: Tensor) -> Tensor:
@@ -206,6 +222,7 @@ class GradientRule:
     intercept: Tensor  # [n]
     at_label: Tensor  # [n], g / T
     is_active: Tensor  # bool [n]; False = exactly zero gradient whatever the logits hold, NaN included
+    is_finite: bool = False  # no logit is -inf, as ``write_partials`` found
 
     @classmethod
     def create(
@@ -217,6 +234,7 @@ class GradientRule:
         grad_log_probs: Tensor,
         grad_entropy: Tensor | None,
         inverse_temperature: float,
+        is_finite: bool = False,
     ) -> GradientRule:
         """From row statistics, g = dL/dlog_probs and h = dL/dentropy (None = no such term), each ``[n]``."""
         g, h = grad_log_probs, grad_entropy
@@ -224,12 +242,15 @@ class GradientRule:
         slope = None if h is None else -h * scale
         intercept = -g * scale if h is None else -(g + h * (entropy - log_sum)) * scale
         is_active = g != 0 if h is None else (g != 0) | (h != 0)
+        if is_finite and slope is not None:  # a is above -3.5e38: a larger slope could take it to -inf after all
+            is_finite = bool((slope.abs() <= 1.0).all())
         return cls(
             max_logit=max_logit,
             slope=slope,
             intercept=intercept,
             at_label=g * inverse_temperature,
             is_active=is_active,
+            is_finite=is_finite,
         )
 
     def __getitem__(self, at: slice) -> GradientRule:
@@ -239,6 +260,7 @@ class GradientRule:
             intercept=self.intercept[at],
             at_label=self.at_label[at],
             is_active=self.is_active[at],
+            is_finite=self.is_finite,
         )
 
 
@@ -277,7 +299,7 @@ def write_gradient(
 
 def _tile_gradient(x: Tensor, inverse_temperature: float, rule: GradientRule, out: Tensor, scratch: Scratch) -> None:
     a, e = scratch.of(x)
-    _exponents(x, rule.max_logit, inverse_temperature, a)
+    _exponents(x, rule.max_logit, inverse_temperature, a, guard=not rule.is_finite)
     torch.exp(a, out=e)
     if rule.slope is None:
         a = rule.intercept[:, None]

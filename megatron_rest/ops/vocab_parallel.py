@@ -105,12 +105,13 @@ class _VocabParallel(torch.autograd.Function):
             5 if with_collision else 4, labels.numel(), dtype=compute_dtype(logits.dtype), device=logits.device
         )
         scratch = Scratch(partials.dtype, logits.device)
+        is_finite = True
         for matrix, at in _matrices(logits):
-            write_partials(matrix, flat_labels[at], shard, inverse_temperature, partials[:, at], scratch)
+            is_finite &= write_partials(matrix, flat_labels[at], shard, inverse_temperature, partials[:, at], scratch)
         stats = fold_partials(shard.all_gather(partials), inverse_temperature)
         ctx.save_for_backward(logits, labels, stats.max_logit, stats.log_sum, stats.entropy)
         ctx.shard, ctx.inverse_temperature, ctx.consume = shard, inverse_temperature, consume
-        ctx.is_consumed = False
+        ctx.is_consumed, ctx.is_finite = False, is_finite
         ctx.set_materialize_grads(False)
         collision = None if stats.collision is None else stats.collision.view(labels.shape).clone()
         if collision is not None:
@@ -138,6 +139,7 @@ class _VocabParallel(torch.autograd.Function):
             grad_log_probs=torch.zeros_like(entropy) if grad_log_probs is None else grad_log_probs.reshape(-1),
             grad_entropy=None if grad_entropy is None else grad_entropy.reshape(-1),
             inverse_temperature=ctx.inverse_temperature,
+            is_finite=ctx.is_finite,
         )
         ctx.is_consumed = ctx.consume
         grad_logits = logits.detach() if ctx.consume else torch.empty_like(logits)

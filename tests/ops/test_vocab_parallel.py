@@ -157,6 +157,24 @@ def test_tiles_of_any_size_agree_with_dense_float64(monkeypatch: pytest.MonkeyPa
     test_padding_and_rows_without_loss_get_exactly_zero(results)
 
 
+@pytest.mark.parametrize("mask", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("entropy_gradient", [0.3, 50.0])
+def test_masked_columns_get_zero_gradient_wherever_they_are(mask: float, entropy_gradient: float) -> None:
+    """In the last rows and the last column tile only: the guard against them is not on the path of the others."""
+    logits = torch.randn(9, 70_000, generator=torch.Generator().manual_seed(0))
+    logits[7, 69_000:] = mask
+    logits[8, :] = mask
+    logits[8, 3] = 1.0
+    labels, ones = torch.full((9,), 3), torch.ones(9)
+    leaf = logits.clone().requires_grad_()
+    tokens = vocab_parallel_log_probs_and_entropy(leaf, labels)
+    (gradient,) = torch.autograd.grad(tokens[:2], leaf, (ones, entropy_gradient * ones))
+    assert torch.count_nonzero(gradient[7, 69_000:]) == 0 and torch.count_nonzero(gradient[8]) == 0
+    expected = dense_head_gradient(logits, labels, ones, entropy_gradient * ones)
+    assert _relative_error(gradient, expected) <= _GRADIENT_TOLERANCE
+    assert _max_error(tokens.entropy.detach(), dense_tokens(logits, labels).entropy) <= _ABS_TOLERANCE
+
+
 def test_partition_order_reference(ranks: list[dict[Any, Any]]) -> None:
     """With the order of summation replicated, float64 must agree to far below 1e-8: no tolerance hides a wrong term."""
     case = head_case("float64")
