@@ -19,12 +19,13 @@ triton = pytest.importorskip("triton", reason="triton is not installed: the CUDA
 _SM90_SHARED_BYTES = 227 * 1024
 
 
-def _in_a_process(function: str, *, interpret: bool) -> str:
+def in_a_process(function: str, *, interpret: bool, module: str = __name__) -> str:
+    """Standard output of ``module.function()`` run by a fresh Python, with or without Triton's interpreter."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if interpret else {}
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
-            [sys.executable, "-c", f"from {__name__} import {function}; {function}()"],
+            [sys.executable, "-c", f"from {module} import {function}; {function}()"],
             env=env | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
@@ -34,7 +35,7 @@ def _in_a_process(function: str, *, interpret: bool) -> str:
 
 @pytest.mark.slow
 def test_kernels_agree_with_the_eager_passes() -> None:
-    assert "agreed on 20 cases" in _in_a_process("compare_with_eager", interpret=True)
+    assert "agreed on 20 cases" in in_a_process("compare_with_eager", interpret=True)
 
 
 def compare_with_eager() -> None:
@@ -94,7 +95,7 @@ def compare_with_eager() -> None:
 @pytest.mark.slow
 def test_kernels_compile_for_sm90_without_spills() -> None:
     pytest.importorskip("triton.backends.nvidia")
-    report = _in_a_process("compile_for_sm90", interpret=False)
+    report = in_a_process("compile_for_sm90", interpret=False)
     found = re.findall(r"(\w+) (\w+) registers (\d+) stack (\d+) shared (\d+)", report)
     assert len(found) == 8, report
     for kernel, dtype, registers, stack, shared in found:
