@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rest.ops.fp8 import Fp8Products
 from megatron_rest.ops.projection import accumulate_weight_gradient, default_block_size, hidden_gradient, project
 from megatron_rest.ops.row_blocks import (
     GradientRule,
@@ -48,6 +49,7 @@ def linear_log_probs_and_entropy(
     block_size: int | None = None,
     with_collision: bool = False,
     gradient_accumulation_fusion: bool = False,
+    fp8_gradients: bool = False,
 ) -> TokenLogProbs:
     """Log-prob of each label and entropy of each row of softmax(hidden @ weight^T / temperature), both differentiable.
 
@@ -71,17 +73,19 @@ def linear_log_probs_and_entropy(
             (fp32) in the backward pass, and if the weight has the attribute ``grad_added_to_main_grad`` it is set to
             True and a zero gradient is returned so that its hooks run.  Otherwise d_weight is summed in fp32 and
             returned in the dtype of the weight.
+        fp8_gradients: multiply d_hidden and d_weight in FP8 (e4m3, a scale a row); log-probs and entropy do not change.
 
     Returns:
         log_probs, entropy (nats), collision or None, each [...] like ``labels``, fp32 (float64 for float64 input).
 
     Raises:
         ValueError: shapes, dtypes, options or labels do not fit (labels on CUDA: a device-side assertion).
+        RuntimeError: ``fp8_gradients`` where the hardware or the torch release has no such products.
     """
     check_linear_arguments(hidden, weight, labels, temperature, tp_group if sequence_parallel else None)
     blocks = LogitBlocks.create(
         weight, labels, tp_group=tp_group, temperature=temperature, vocab_size=vocab_size, active_rows=active_rows,
-        sequence_parallel=sequence_parallel, block_size=block_size,
+        sequence_parallel=sequence_parallel, block_size=block_size, fp8_gradients=fp8_gradients,
     )  # fmt: skip
     main_grad_owner = weight if gradient_accumulation_fusion else None
     if main_grad_owner is not None:
@@ -93,7 +97,15 @@ class LogitBlocks:
     """What both fused operators share: the labels of the projected rows, and a loop over blocks of logits."""
 
     def __init__(
-        self, *, shard: VocabShard, route: RowRoute, labels: Tensor, shape: torch.Size, temperature: float, size: int
+        self,
+        *,
+        shard: VocabShard,
+        route: RowRoute,
+        labels: Tensor,
+        shape: torch.Size,
+        temperature: float,
+        size: int,
+        fp8: Fp8Products | None,
     ) -> None:
         self.shard = shard
         self.route = route
@@ -101,6 +113,7 @@ class LogitBlocks:
         self.shape = shape  # of the labels as the caller gave them
         self.inverse_temperature = 1.0 / temperature
         self.size = size
+        self.fp8 = fp8
 
     @classmethod
     def create(
@@ -114,6 +127,7 @@ class LogitBlocks:
         active_rows: Tensor | None,
         sequence_parallel: bool,
         block_size: int | None,
+        fp8_gradients: bool,
     ) -> LogitBlocks:
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be at least 1 row, got {block_size}; None picks one")
@@ -124,7 +138,12 @@ class LogitBlocks:
         projected = route.take(labels.reshape(-1))
         shard.check_labels(projected)
         size = block_size or default_block_size(len(weight), weight.device)
-        return cls(shard=shard, route=route, labels=projected, shape=labels.shape, temperature=temperature, size=size)
+        if fp8_gradients:
+            Fp8Products.check(weight)
+        fp8 = Fp8Products(weight) if fp8_gradients and torch.is_grad_enabled() else None  # none to score only
+        return cls(
+            shard=shard, route=route, labels=projected, shape=labels.shape, temperature=temperature, size=size, fp8=fp8
+        )
 
     def __call__(self, x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Scratch]]:
         """Place, fp32 logits ``[r, V/TP]`` (valid until the next block) and scratch of every block of ``x [A, H]``."""
@@ -144,6 +163,15 @@ class LogitBlocks:
         """Turn a block of logits into its gradient, in place."""
         write_gradient(logits, self.labels[at], self.shard, self.inverse_temperature, rule, logits, scratch)
         return logits
+
+    def hidden_gradient(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
+        """``[r, V/TP] @ [V/TP, H]`` in the dtype of the weight."""
+        return hidden_gradient(grad_logits, weight) if self.fp8 is None else self.fp8.hidden_gradient(grad_logits)
+
+    def accumulate_weight_gradient(self, grad_logits: Tensor, x: Tensor, total: Tensor) -> None:
+        """``total += grad_logits^T @ x``"""
+        accumulate = accumulate_weight_gradient if self.fp8 is None else self.fp8.accumulate_weight_gradient
+        accumulate(grad_logits, x, total)
 
     def to_caller(self, values: Tensor) -> Tensor:
         """``[A]`` -> the shape of the caller's labels, a tensor of its own."""
@@ -237,9 +265,9 @@ class _FusedLinear(torch.autograd.Function):
         for at, logits, scratch in blocks(x, weight):
             grad_logits = blocks.gradient(logits, at, rule[at], scratch)
             if needs_hidden:
-                grad_x[at] = hidden_gradient(grad_logits, weight)
+                grad_x[at] = blocks.hidden_gradient(grad_logits, weight)
             if grad_weight is not None:
-                accumulate_weight_gradient(grad_logits, x[at], grad_weight.total)
+                blocks.accumulate_weight_gradient(grad_logits, x[at], grad_weight.total)
         grad_hidden = blocks.route.give_back(grad_x, flat).view(hidden.shape) if needs_hidden else None
         return grad_hidden, None if grad_weight is None else grad_weight.finish(), None, None, None
 

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rest.ops.fused_linear import LogitBlocks, WeightGradient, check_linear_arguments
-from megatron_rest.ops.projection import accumulate_weight_gradient, hidden_gradient
 from megatron_rest.ops.row_blocks import GradientRule, compute_dtype, fold_partials
 from megatron_rest.ops.vocab_parallel import refuse_second_order
 
@@ -93,6 +92,7 @@ def policy_step(
     active_rows: Tensor | None = None,
     block_size: int | None = None,
     main_grad_scale: float | None = None,
+    fp8_gradients: bool = False,
 ) -> PolicyStep:
     """Sum of ``token_loss`` over the rows, differentiable once in ``hidden`` and ``weight``.
 
@@ -101,8 +101,8 @@ def policy_step(
     None in the backward pass.  Without gradient (``torch.no_grad``) only the scoring half runs.
 
     Args:
-        hidden, weight, labels, tp_group, temperature, vocab_size, sequence_parallel, active_rows, block_size:
-            as in ``linear_log_probs_and_entropy``.
+        hidden, weight, labels, tp_group, temperature, vocab_size, sequence_parallel, active_rows, block_size,
+            fp8_gradients: as in ``linear_log_probs_and_entropy``.
         token_loss: loss of each row from its own log-prob and entropy, e.g. :class:`ClippedTokenLoss`.
         main_grad_scale: None sums d_weight in fp32 and returns it through autograd.  A number is a promise that the
             gradient of ``loss_sum`` will be that constant (for Megatron: loss scale / denominator): d_weight then goes,
@@ -112,13 +112,14 @@ def policy_step(
 
     Raises:
         ValueError: shapes, dtypes, options or labels do not fit.
+        RuntimeError: ``fp8_gradients`` where the hardware or the torch release has no such products.
     """
     check_linear_arguments(hidden, weight, labels, temperature, tp_group if sequence_parallel else None)
     if main_grad_scale is not None:
         WeightGradient.check_main_grad(weight)
     blocks = LogitBlocks.create(
         weight, labels, tp_group=tp_group, temperature=temperature, vocab_size=vocab_size, active_rows=active_rows,
-        sequence_parallel=sequence_parallel, block_size=block_size,
+        sequence_parallel=sequence_parallel, block_size=block_size, fp8_gradients=fp8_gradients,
     )  # fmt: skip
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return PolicyStep(*_PolicyStep.apply(hidden, weight, blocks, token_loss, main_grad_scale, wants_grad))
@@ -197,9 +198,9 @@ class _Sweep:
             )
             grad_logits = self.blocks.gradient(logits, at, rule, scratch)
             if grad_x is not None:
-                grad_x[at] = hidden_gradient(grad_logits, self.weight)
+                grad_x[at] = self.blocks.hidden_gradient(grad_logits, self.weight)
             if grad_weight is not None:
-                accumulate_weight_gradient(grad_logits, self.x[at], grad_weight.total)
+                self.blocks.accumulate_weight_gradient(grad_logits, self.x[at], grad_weight.total)
         return grad_x
 
     def _losses(self, at: slice, log_probs: Tensor, entropy: Tensor) -> Tensor:
