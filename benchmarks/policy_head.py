@@ -1,6 +1,6 @@
 """Policy head side by side with its peers on CPU: time, extra memory, counted traffic, collectives.
 
-    python benchmarks/policy_head.py [--quick] [--json FILE] [--only SECTION] [--peers FOLDER]
+    python -m benchmarks.policy_head [--quick | --gpu] [--json FILE] [--only SECTION] [--peers FOLDER]
 
 Peers run from their released packages: megatron-core's cross-entropy, verl's Megatron entropy and fused linear, Liger's
 chunked GRPO, naive torch.  ``--peers`` names a folder of packages installed without their dependencies (``pip install
@@ -10,8 +10,11 @@ Rules.  Every case runs in a fresh process on one thread, and its results on a f
 it is timed.  Times are CPU time (best and median), because other work may share the machine.  Extra memory is the
 high-water mark over the region minus what was resident before it; logits, weights and main_grad exist beforehand for
 everyone.  Traffic counts the bytes that operators read from or write to buffers of the size of the logits, not scratch
-that stays in the L2 cache.  A peer without entropy or its gradient does less work and is marked "log-prob only".  GPU
-rows need a GPU: nothing here is derived by arithmetic.
+that stays in the L2 cache.  A peer without entropy or its gradient does less work and is marked "log-prob only".
+
+``--gpu`` runs on one CUDA device instead: copy bandwidth and the bare matrix products first, then the heads, each
+checked against float64 on a few rows before it is timed (events, caches flushed, cases in turn), with peak memory; no
+new row starts after seven minutes.  GPU numbers come from a GPU only: nothing here is derived by arithmetic.
 """
 
 from __future__ import annotations
@@ -223,7 +226,7 @@ class _Source(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, buffer: Tensor, sink: list[Tensor]) -> Tensor:
         ctx.sink = sink
-        lent = torch.empty(0, dtype=buffer.dtype)
+        lent = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
         lent.set_(buffer.untyped_storage(), buffer.storage_offset(), buffer.shape, buffer.stride())
         return lent
 
@@ -415,8 +418,9 @@ def _ours(task: Task) -> LinearHead:
             loss = problem.total(tokens.log_probs, tokens.entropy)
         else:
             loss = policy_step(
-                hidden, weight, problem.labels, problem.loss, active_rows=rows, main_grad_scale=1.0
-            ).loss_sum
+                hidden, weight, problem.labels, problem.loss, active_rows=rows, main_grad_scale=1.0,
+                fp8_gradients="fp8" in task.case,
+            ).loss_sum  # fmt: skip
         loss.backward()
         assert hidden.grad is not None
         return loss.detach(), hidden.grad, main_grad
@@ -592,9 +596,175 @@ def _print(section: Section, rows: list[dict[str, Any]]) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------------ on one GPU
+_GPU_SECONDS = 420.0  # no row starts later
+
+
+class _DeviceClock:
+    """Milliseconds of a call on the device, with the caches flushed before it; on CPU, for dry runs, wall time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_cuda = device.type == "cuda"
+        self._flush = torch.empty(1 << 27 if self.is_cuda else 1, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        self._flush.zero_()
+        if not self.is_cuda:
+            begin = time.perf_counter()
+            call()
+            return (time.perf_counter() - begin) * 1e3
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end))
+
+    def peak(self, call: Callable[[], Any]) -> int | None:
+        """Bytes allocated by the call at its peak, beyond what existed."""
+        if not self.is_cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def _gpu_logits(num_tokens: int, vocab: int, device: torch.device) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+    """Timed calls of the heads on bf16 logits, after each was checked; and what could not be run."""
+    gen = torch.Generator(device).manual_seed(0)
+    logits = (torch.randn(num_tokens, vocab, generator=gen, device=device, dtype=torch.float32) * 3).bfloat16()
+    g, h = (torch.randn(num_tokens, generator=gen, device=device) for _ in range(2))
+    problem = _LogitsProblem(logits, torch.randint(0, vocab, (num_tokens,), generator=gen, device=device), g, h * 0.1)
+    small = problem.head(_CHECKED_ROWS)
+    calls, missing = {}, []
+    for case in ("ours", "verl", "naive torch"):
+        task = Task(case=case, num_tokens=num_tokens, vocab=vocab, dtype="bf16")
+        try:
+            head = _logits_head(task)
+            _refuse_wrong(task, small.errors(small.run(head, small.logits.clone()), 1, 0))
+        except (ImportError, ArithmeticError) as error:
+            missing.append(f"{case}: {type(error).__name__}: {error}")
+            continue
+        buffer = logits if case != "ours" else logits.clone()  # ours writes its gradient over them: a copy of its own
+        calls[case] = lambda head=head, buffer=buffer: problem.run(head, buffer)
+    return calls, missing
+
+
+def _gpu_linear(
+    num_tokens: int, hidden: int, vocab: int, device: torch.device
+) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+    gen = torch.Generator(device).manual_seed(0)
+
+    def problem(n: int, active: float = 1.0) -> _LinearProblem:
+        made = _LinearProblem.create(
+            Task(case="", num_tokens=n, vocab=16, hidden=16, dtype="bf16", active=active)
+        )  # for the loss
+        on_device = {
+            name: getattr(made.loss, name).to(device)
+            for name in ("old_log_probs", "advantages", "weights", "entropy_weights")
+        }
+        x = torch.randn(n, hidden, generator=gen, device=device).bfloat16()
+        labels = torch.randint(0, vocab, (n,), generator=gen, device=device)
+        return _LinearProblem(x, weight, labels, replace(made.loss, **on_device), made.active_rows)
+
+    weight = (torch.randn(vocab, hidden, generator=gen, device=device) * hidden**-0.5 * 2).bfloat16()
+    main_grad = torch.zeros(vocab, hidden, device=device)
+    full, sparse, small = problem(num_tokens), problem(num_tokens, 0.2), problem(4 * _CHECKED_ROWS)
+    block = torch.empty(num_tokens, vocab, dtype=torch.bfloat16, device=device)
+    calls: dict[str, Callable[[], Any]] = {
+        "bare product, forward": lambda: torch.mm(full.hidden, weight.t(), out=block),
+        "bare product, d_hidden": lambda: torch.mm(block, weight),
+        "bare product, d_weight": lambda: torch.mm(block.t(), full.hidden),
+    }
+    missing = []
+    for case in ("ours policy_step", "ours recompute", "ours policy_step, active rows", "ours policy_step, fp8",
+                 "verl fused torch"):  # fmt: skip
+        task = Task(case=case, num_tokens=num_tokens, vocab=vocab, hidden=hidden, dtype="bf16")
+        try:
+            head = _linear_head(task)
+            limit = 6e-2 if "fp8" in case else _LIMITS["bf16"]
+            wrong = {k: e for k, e in small.errors(head(small, main_grad)).items() if not e <= limit}
+            if wrong:
+                raise ArithmeticError(f"disagrees with float64, not timed: {wrong}")
+        except (ImportError, ArithmeticError, RuntimeError) as error:
+            missing.append(f"{case}: {type(error).__name__}: {error}")
+            continue
+        rows = sparse if "active rows" in case else full
+        calls[case] = lambda head=head, rows=rows: head(rows, main_grad)
+    return calls, missing
+
+
+def _gpu_rows(
+    device: torch.device, logits_sizes: list[tuple[int, int]], linear_sizes: list[tuple[int, int, int]], repeats: int
+) -> list[dict[str, Any]]:
+    """Check and time every case; prints as it goes."""
+    clock, begin, results = _DeviceClock(device), time.monotonic(), []
+    source = torch.ones(1 << 28 if clock.is_cuda else 1 << 16, device=device)
+    target = torch.empty_like(source)
+    copied = min(clock(lambda: target.copy_(source)) for _ in range(repeats))
+    print(f"copy bandwidth {2 * source.nbytes / copied / 1e6:.0f} GB/s")
+    results.append({"section": "copy", "case": "copy", "ms": [copied], "bytes": 2 * source.nbytes})
+    source = target = torch.empty(0)
+    plans: list[tuple[str, Callable[[], tuple[dict[str, Callable[[], Any]], list[str]]], float]] = []
+    for n, vocab in logits_sizes:
+        plans.append((f"logits bf16 N={n} V={vocab}", lambda n=n, v=vocab: _gpu_logits(n, v, device), 6.0 * n * vocab))
+    for n, hidden, vocab in linear_sizes:
+        title = f"linear bf16 N={n} H={hidden} V={vocab}"
+        plans.append((title, lambda n=n, h=hidden, v=vocab: _gpu_linear(n, h, v, device), 0.0))
+    for title, prepare, traffic in plans:
+        if time.monotonic() - begin > _GPU_SECONDS:
+            print(f"\n== {title}\n   not measured: out of time")
+            continue
+        calls, missing = prepare()
+        print(f"\n== {title}\n   {'case':34s} {'best ms':>9s} {'median':>9s} {'extra MiB':>10s}")
+        peaks = {case: clock.peak(call) for case, call in calls.items()}  # also the warm-up
+        times: dict[str, list[float]] = {case: [] for case in calls}
+        for _ in range(repeats):
+            for case, call in calls.items():
+                times[case].append(clock(call))
+        for case, samples in times.items():
+            peak = "-" if peaks[case] is None else f"{peaks[case] / 2**20:.0f}"
+            speed = f"  {traffic / min(samples) / 1e6:.0f} GB/s of 6 B a logit" if traffic and case == "ours" else ""
+            print(f"   {case:34s} {min(samples):9.3f} {statistics.median(samples):9.3f} {peak:>10s}{speed}", flush=True)
+            results.append({"section": title, "case": case, "ms": samples, "extra_bytes": peaks[case]})
+        for line in missing:
+            print(f"   not measured: {line}")
+            results.append({"section": title, "error": line})
+        del calls
+        gc.collect()
+        if clock.is_cuda:
+            torch.cuda.empty_cache()
+    return results
+
+
+def _gpu_main(file: str, peers: str) -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("policy_head --gpu: no CUDA device here, nothing was measured")
+    device = torch.device("cuda")
+    if peers:
+        sys.path.append(peers)
+    machine = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(machine)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            results = _gpu_rows(
+                device, [(8192, 151936), (8192, 18992)], [(8192, 2560, 151936), (8192, 8192, 16032)], repeats=20
+            )
+        finally:
+            dist.destroy_process_group()
+    if file:
+        Path(file).write_text(json.dumps({**machine, "results": results}, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Policy head side by side with its peers, on CPU.")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, not the ratios")
+    parser.add_argument("--gpu", action="store_true", help="measure on one CUDA device instead, within 8 minutes")
     parser.add_argument("--json", default="", help="write every sample to this file")
     parser.add_argument("--only", default="", help="run the sections whose title contains this")
     parser.add_argument("--peers", default="", help="folder of peers installed with pip --no-deps --target")
@@ -604,6 +774,9 @@ def main() -> None:
     if args.worker:
         result = _worker(Task(**json.loads(args.worker)), int(args.rank), args.store)
         print("RESULT " + json.dumps(result), flush=True)
+        return
+    if args.gpu:
+        _gpu_main(args.json, args.peers)
         return
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
     print(f"CPU only, {machine}; GPU rows: not measured")

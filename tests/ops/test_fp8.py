@@ -71,7 +71,7 @@ def test_gradients_keep_their_direction_and_log_probs_their_bits(emulation: None
 
 
 def test_the_emulation_is_what_torch_computes() -> None:
-    """On CPU, where torch has this product since it has row-wise scales: arguments and layouts are the ones it takes."""
+    """On CPU, where torch has the same product: arguments and layouts are the ones it takes."""
     gen = torch.Generator().manual_seed(0)
     left, left_scale = fp8.quantise(torch.randn(32, 64, generator=gen), 1)
     right, right_scale = fp8.quantise(torch.randn(64, 48, generator=gen), 0)
