@@ -19,7 +19,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test test-gpu bench preprocess lint types arch clean
+.PHONY: help setup demo test test-gpu bench bench-gpu preprocess lint types arch clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@$(BIN)/python -m benchmarks.regions --json runs/bench/regions.json
 	@$(BIN)/python -m benchmarks.weight_sync --json runs/bench/weight_sync.json
 	@$(BIN)/python -m benchmarks.data --json runs/bench/data.json
+
+bench-gpu: ## the policy head on one GPU, checked before it is timed; in the environment that python3 is
+	@python3 -m benchmarks.policy_head --gpu
 
 preprocess: $(STAMP) ## rows of any Arrow, Parquet or JSON form to prompts: INPUT=... OUTPUT=... [TOKENIZER=...]
 	@test -n "$(TOKENIZER)" || test -d $(OUTPUT)-tokenizer || \
