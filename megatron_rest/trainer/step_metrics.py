@@ -56,7 +56,7 @@ def token_metrics(
     ``microbatches`` carry ``token_weights``.  Collectives: one SUM and one MAX all-reduce over the data-parallel group.
     """
     sums = torch.zeros(len(REGION_NAMES), 3, dtype=torch.float64)  # entropy, weight, tokens
-    mismatch = torch.zeros(2, dtype=torch.float64)  # sum, max of |rollout - training|
+    total_gap, worst_gap = torch.zeros(2, 1, dtype=torch.float64)  # of |rollout - training|
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
         regions, entropy = microbatch.region_ids[mask], score.entropy.cpu()[mask].double()
@@ -68,10 +68,9 @@ def token_metrics(
             sums[row] += table[regions == int(region)].sum(0)
         gap = (microbatch.rollout_log_probs - score.log_probs.cpu())[mask].abs().double()
         if len(gap):
-            mismatch += torch.stack([gap.sum(), torch.zeros(())])
-            mismatch[1] = torch.maximum(mismatch[1], gap.max())
+            total_gap += gap.sum()
+            worst_gap.clamp_(min=gap.max())
     dist.all_reduce(sums, group=dp_group)
-    total_gap, worst_gap = mismatch[:1].clone(), mismatch[1:].clone()
     dist.all_reduce(total_gap, group=dp_group)
     dist.all_reduce(worst_gap, op=dist.ReduceOp.MAX, group=dp_group)
     metrics = SumCount()
