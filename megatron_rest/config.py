@@ -25,11 +25,13 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "Fp8Recipe",
     "LossAggregation",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "RestConfig",
     "RewardConfig",
     "RolloutConfig",
@@ -65,6 +67,16 @@ class LossAggregation(StrEnum):
     SEQUENCE_MEAN = "sequence_mean"  # paper: mean over sequences of the mean over their tokens
     TOKEN_MEAN = "token_mean"  # one weighted mean over all tokens of the global batch
     REFERENCE_CODE = "reference_code"  # published code: weighted mean of each microbatch; for parity tests only
+
+
+class Fp8Recipe(StrEnum):
+    """How Transformer Engine scales FP8 tensors (see docs/fp8.md)."""
+
+    NONE = "none"  # no FP8: everything in model.dtype
+    DELAYED = "delayed"  # one scale a tensor, from the maxima of earlier steps
+    TENSORWISE = "tensorwise"  # one scale a tensor, from its own maximum
+    BLOCKWISE = "blockwise"  # one scale a block of 128
+    MXFP8 = "mxfp8"  # one power-of-two scale a block of 32
 
 
 class AdvantageEstimator(StrEnum):
@@ -125,6 +137,49 @@ class ParallelConfig:
                 f"start a multiple of {model} ranks or change the parallel section"
             )
         return world_size // model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """FP8 products of the transformer layers, through Transformer Engine.  The output layer never is FP8."""
+
+    recipe: Fp8Recipe = Fp8Recipe.NONE
+    """none, delayed, tensorwise, blockwise or mxfp8."""
+    format: str = "hybrid"
+    """hybrid: e4m3 forward, e5m2 gradients; e4m3: everywhere."""
+    parameters: bool = False
+    """Keep weights in FP8 and gather them in FP8 (needs parallel.distributed_optimizer, which holds the masters)."""
+    bf16_layers_start: int = 0
+    """First layers that stay in BF16; not with delayed."""
+    bf16_layers_end: int = 0
+    """Last layers that stay in BF16; not with delayed."""
+    margin: int = 0
+    """delayed: powers of two left free above the largest value seen."""
+    amax_history: int = 1024
+    """delayed: forward passes whose maxima are remembered."""
+    amax_algorithm: str = "max"
+    """delayed: max or most_recent of the history."""
+    max_mismatch: float = 0.1
+    """Largest mean |log-prob FP8 - log-prob BF16| of any region on the canary batch at start, nats; above it the run
+    ends."""
+
+    def __post_init__(self) -> None:
+        _one_of("precision.format", self.format, ("hybrid", "e4m3"))
+        _one_of("precision.amax_algorithm", self.amax_algorithm, ("max", "most_recent"))
+        for name, least in (("bf16_layers_start", 0), ("bf16_layers_end", 0), ("margin", 0), ("amax_history", 1)):
+            _at_least(f"precision.{name}", getattr(self, name), least)
+        if not 0 < self.max_mismatch < math.inf:
+            raise ConfigError(f"precision.max_mismatch is {self.max_mismatch}, expected a finite number > 0 (nats)")
+        if self.recipe is Fp8Recipe.NONE and (self.parameters or self.bf16_layers_start or self.bf16_layers_end):
+            raise ConfigError(
+                "precision.parameters and precision.bf16_layers_* speak of FP8, and precision.recipe is none: "
+                "choose a recipe or drop them"
+            )
+        if self.recipe is Fp8Recipe.DELAYED and (self.bf16_layers_start or self.bf16_layers_end):
+            raise ConfigError(
+                "precision.bf16_layers_start/end do not go with the delayed recipe (it reduces maxima once a pass over "
+                "all layers): set them to 0, or precision.recipe to tensorwise, blockwise or mxfp8"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -425,6 +480,8 @@ class RestConfig:
     """Model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """FP8."""
     data: DataConfig = field(default_factory=DataConfig)
     """Prompts."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -472,6 +529,16 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         raise ConfigError(
             f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one "
             f"sequence may be ({longest} tokens)"
+        )
+    if config.precision.recipe is not Fp8Recipe.NONE and config.model.dtype != "bfloat16":
+        raise ConfigError(
+            f"precision.recipe {config.precision.recipe} multiplies bfloat16 tensors in FP8, and model.dtype is "
+            f"{config.model.dtype}: set model.dtype=bfloat16 or precision.recipe=none"
+        )
+    if config.precision.parameters and not config.parallel.distributed_optimizer:
+        raise ConfigError(
+            "precision.parameters=true needs parallel.distributed_optimizer=true: it holds the float32 weights that "
+            "FP8 ones are made from"
         )
 
 

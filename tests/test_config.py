@@ -46,6 +46,19 @@ def test_yaml_round_trip_keeps_every_field() -> None:
     assert from_dict(RestConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
 
 
+def test_fp8_needs_bfloat16_and_fp8_weights_need_their_masters() -> None:
+    recipe = ["precision.recipe=blockwise"]
+    with pytest.raises(ConfigError, match="model.dtype is float32"):
+        validate(load(overrides=recipe), world_size=1)
+    validate(load(overrides=[*recipe, "model.dtype=bfloat16", "precision.bf16_layers_end=2"]), world_size=1)
+    weights = [*recipe, "model.dtype=bfloat16", "precision.parameters=true"]
+    with pytest.raises(ConfigError, match="distributed_optimizer"):
+        validate(load(overrides=weights), world_size=1)
+    validate(load(overrides=[*weights, "parallel.distributed_optimizer=true"]), world_size=1)
+    with pytest.raises(ConfigError, match="do not go with the delayed recipe"):
+        load(overrides=["precision.recipe=delayed", "precision.bf16_layers_start=1"])
+
+
 def test_a_file_lies_over_the_base_and_overrides_over_the_file(tmp_path: Path) -> None:
     base = RestConfig(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.3, clip_grad=2.0))
     path = write(tmp_path, "optimizer:\n  lr: 1e-4\n  weight_decay: 0.2\n")
@@ -78,6 +91,10 @@ def test_an_empty_file_or_section_changes_nothing(text: str, tmp_path: Path) -> 
         ("trainer.steps=null", "trainer.steps must be int, got None"),
         ("checkpoint.export_hf=1", "checkpoint.export_hf must be bool"),
         ("weighting.source=constnt", "did you mean constant?"),
+        ("precision.recipe=mxfp", "did you mean mxfp8?"),
+        ("precision.max_mismatch=0", "precision.max_mismatch is 0.0, expected a finite number > 0"),
+        ("precision.amax_history=0", "precision.amax_history is 0, expected at least 1"),
+        ("precision.parameters=true", "precision.recipe is none"),
         ("model.dtype=fp64", "model.dtype is 'fp64'"),
         ("trainer.steps=0", "trainer.steps is 0, expected at least 1"),
         ("rollout.temperature=0", "rollout.temperature is 0"),

@@ -1,0 +1,47 @@
+"""Lengths that packed microbatches must have, by FP8 recipe and layout.  Pure arithmetic: no torch, no FP8.
+
+The matrix product that Transformer Engine runs in FP8 takes tensors whose token dimension is a multiple of the
+recipe's block.  Under sequence parallelism the shard ``tokens / (CP x TP)`` of a rank is quantised *before* it is
+gathered, so the shard has to be a multiple, not the gathered tensor.  Context parallelism deals every sequence out in
+``2 x CP`` equal chunks.  Wrong lengths do not always fail: some corrupt the result silently.
+
+The blocks of 16, 32 and 128 are those of Transformer Engine 2.20 (``assert_dim_for_fp8_exec``, ``is_quantizable``);
+its forward check asks for 8 tokens only, but the weight gradient sums over tokens and wants 16.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rest.config import Fp8Recipe, ParallelConfig
+
+__all__ = ["TOKEN_BLOCK", "PackingAlignment", "packing_alignment"]
+
+TOKEN_BLOCK = {
+    Fp8Recipe.NONE: 1,
+    Fp8Recipe.DELAYED: 16,
+    Fp8Recipe.TENSORWISE: 16,
+    Fp8Recipe.MXFP8: 32,
+    Fp8Recipe.BLOCKWISE: 128,
+}
+"""Tokens a shard of a matrix product must be a multiple of; the same number holds for its other dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackingAlignment:
+    """Tokens: every sequence of a packed microbatch is padded to a multiple of ``sequence``, their sum to ``total``.
+
+    ``total`` is a multiple of ``sequence``, so that what fills up a microbatch is a valid sequence itself.
+    """
+
+    sequence: int
+    total: int
+
+
+def packing_alignment(recipe: Fp8Recipe, parallel: ParallelConfig) -> PackingAlignment:
+    """Least alignment at which every local shard of every product is a multiple of the recipe's block."""
+    context = parallel.context_parallel
+    shards = context * (parallel.tensor_parallel if parallel.sequence_parallel else 1)
+    sequence = 2 * context if context > 1 else 1
+    return PackingAlignment(sequence=sequence, total=math.lcm(sequence, TOKEN_BLOCK[recipe] * shards))
