@@ -48,7 +48,7 @@ def test_yaml_round_trip_keeps_every_field() -> None:
 
 def test_fp8_needs_bfloat16_and_fp8_weights_need_their_masters() -> None:
     recipe = ["precision.recipe=blockwise"]
-    with pytest.raises(ConfigError, match="model.dtype is float32"):
+    with pytest.raises(ConfigError, match=r"model\.dtype is float32"):
         validate(load(overrides=recipe), world_size=1)
     validate(load(overrides=[*recipe, "model.dtype=bfloat16", "precision.bf16_layers_end=2"]), world_size=1)
     weights = [*recipe, "model.dtype=bfloat16", "precision.parameters=true"]
