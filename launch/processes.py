@@ -10,8 +10,8 @@ from types import FrameType
 
 __all__ = ["GRACE_SECONDS", "Interrupted", "descendants", "raise_on_signals", "stop_tree"]
 
-GRACE_SECONDS = 20.0
-"""Time between SIGTERM and SIGKILL: torchrun passes SIGTERM on, and the ranks may finish a checkpoint."""
+GRACE_SECONDS = 30.0
+"""Time between SIGTERM and SIGKILL, as much as torchrun allows its ranks: they finish their step and save it."""
 
 
 class Interrupted(BaseException):

@@ -15,10 +15,17 @@ import psutil
 
 from megatron_rest.config import ConfigError, RestConfig, load
 
-__all__ = ["worker_main"]
+__all__ = ["STOPPED_STATUS", "StoppedEarly", "worker_main"]
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _TERMINATED = 143  # and for SIGTERM, which torchrun sends when a peer has failed
+STOPPED_STATUS = os.EX_TEMPFAIL
+"""Exit status 75 of a run that was asked to stop and has saved: not a success, since steps are left, and not a fault.
+What may only follow a finished run (``afterok``) does not start, the next link of a chain (``afterany``) does."""
+
+
+class StoppedEarly(Exception):
+    """The run stopped at a saved step before its last one; the message says which and how to go on."""
 
 
 def worker_main(run: Callable[[RestConfig], None], description: str | None, argv: list[str] | None) -> int:
@@ -34,6 +41,9 @@ def worker_main(run: Callable[[RestConfig], None], description: str | None, argv
     except (ConfigError, FileNotFoundError, PermissionError) as error:
         _say(f"error: {error}")
         status = 2
+    except StoppedEarly as outcome:
+        _say(str(outcome))
+        status = STOPPED_STATUS
     except KeyboardInterrupt:
         _say("interrupted; the last complete checkpoint is kept")
         status = _INTERRUPTED

@@ -13,6 +13,7 @@ from megatron_rest.mcore import checkpoint
 from megatron_rest.regions import token_bytes_table
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.trainer.console import Console
+from megatron_rest.trainer.entry import StoppedEarly
 from megatron_rest.trainer.export import export_hf
 from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.metrics import MetricsWriter
@@ -25,39 +26,55 @@ from megatron_rest.trainer.setup import (
     set_threads,
     weight_source,
 )
+from megatron_rest.trainer.stopping import StopRequest
 from megatron_rest.trainer.trainer import RestTrainer
 from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import RestWeighting
 
 __all__ = ["build_trainer", "train"]
 
+_FINISHED = "config.yaml"  # written last: what ran, and that it ran to its end
 _PROGRESS_SECONDS = 60.0  # between two progress lines in a log file: the step lines say enough in between
 
 
 def train(config: RestConfig) -> None:
     """Train until ``trainer.steps``.
 
-    Continue from the newest complete checkpoint of the run directory if there is one.
+    Continue from the newest complete checkpoint of the run directory if there is one; a run that is finished is left
+    alone.  SIGTERM ends it after the step that is running, saved: raises :class:`StoppedEarly` on every rank.
     """
+    run_dir = Path(config.trainer.run_dir)
+    if _is_finished(config):
+        Console(enabled=os.environ.get("RANK", "0") == "0").line(
+            f"{run_dir} holds this run, finished after {config.trainer.steps} steps: nothing to do"
+        )
+        return
     set_threads()
     trainer = build_trainer(config)
     context = trainer.context
-    run_dir = Path(config.trainer.run_dir)
     console = Console(enabled=context.rank == 0)
     writer = MetricsWriter(run_dir) if context.rank == 0 else None
     start = _resume(trainer, run_dir, console)
     if writer is not None:
         writer.resume(start)
     total = config.trainer.steps - start
-    with console.progress("ResT", total=total, unit="step", plain_interval=_PROGRESS_SECONDS) as progress:
+    with (
+        StopRequest(context.device) as stop,
+        console.progress("ResT", total=total, unit="step", plain_interval=_PROGRESS_SECONDS) as progress,
+    ):
         for step in range(start + 1, config.trainer.steps + 1):
             report = trainer.step(step)
             if writer is not None:
                 writer.write(report)
             console.step(report)
-            if _is_due(step, config):
+            is_stopping = stop.is_agreed() and step < config.trainer.steps
+            if is_stopping or _is_due(step, config):
                 trainer.save(step)
             progress.update()
+            if is_stopping:
+                raise StoppedEarly(
+                    f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
+                )
     _finish(trainer, config, console, writer)
 
 
@@ -107,6 +124,20 @@ def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
     return step
 
 
+def _is_finished(config: RestConfig) -> bool:
+    """Whether the run directory holds the end of a run with exactly this configuration."""
+    path = Path(config.trainer.run_dir) / _FINISHED
+    return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) == to_dict(config)
+
+
+def _mark_finished(config: RestConfig) -> None:
+    """Whole or not at all: a chain's next link takes the file for the end of the run."""
+    path = Path(config.trainer.run_dir) / _FINISHED
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    partial.replace(path)
+
+
 def _is_due(step: int, config: RestConfig) -> bool:
     every = config.checkpoint.save_every
     return step == config.trainer.steps or bool(every and step % every == 0)
@@ -121,7 +152,7 @@ def _finish(trainer: RestTrainer, config: RestConfig, console: Console, writer: 
     dist.all_gather_object(peaks, peak_memory_bytes())
     if writer is not None:
         writer.close()
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        _mark_finished(config)
         console.summary(run_dir, peak_memory_bytes=sum(p or 0 for p in peaks), files=files)
     dist.barrier()
     trainer.engine.close()

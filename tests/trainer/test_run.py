@@ -4,7 +4,8 @@ starts.
 1. warm start lowers the loss and leaves a folder that transformers loads
 2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
 3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass
-4. a run that continues from a checkpoint writes the same numbers as one that was never stopped
+4. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
+   as a run that was never stopped; a third start finds nothing to do
 5. what a user gets wrong is one clear line and a non-zero exit status
 """
 
@@ -15,15 +16,18 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.trainer.entry import STOPPED_STATUS
 from megatron_rest.weighting import RestWeighting, region_sums
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,8 +92,8 @@ def warm(base) -> tuple[Path, str]:
     return run_dir / "hf", done.stdout
 
 
-def rl(base: Path, run_dir: Path, model: Path, *overrides: str) -> None:
-    call(
+def rl_arguments(base: Path, run_dir: Path, model: Path) -> list[str]:
+    return [
         "megatron_rest.trainer",
         *settings(base, run_dir, model),
         "parallel.tensor_parallel=2",
@@ -102,9 +106,11 @@ def rl(base: Path, run_dir: Path, model: Path, *overrides: str) -> None:
         "checkpoint.save_every=1",
         "checkpoint.keep_last=3",
         f"trainer.steps={STEPS}",
-        *overrides,
-        ranks=4,
-    )
+    ]
+
+
+def rl(base: Path, run_dir: Path, model: Path, *overrides: str) -> None:
+    call(*rl_arguments(base, run_dir, model), *overrides, ranks=4)
 
 
 @pytest.fixture(scope="module")
@@ -207,21 +213,50 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
     assert len(np.unique(weights)) > 10, "not uniform"
 
 
-def test_resumed_run_equals_the_unbroken_one(base, warm, unbroken):
-    resumed = base / "resumed"
-    (resumed / "checkpoints").mkdir(parents=True)
-    shutil.copytree(unbroken / "checkpoints" / "step_000002", resumed / "checkpoints" / "step_000002")
-    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (resumed / "metrics.jsonl").write_text("".join(lines))  # step 3 is there already: it must be replaced, not doubled
-    rl(base, resumed, warm[0])
-    ours, theirs = metrics(resumed), metrics(unbroken)
+def stop_one_rank(base: Path, run_dir: Path, model: Path) -> str:
+    """Start the run of ``unbroken``, send SIGTERM to rank 2 once step 1 is in its metrics; what torchrun says."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
+    with subprocess.Popen(
+        [*command, *rl_arguments(base, run_dir, model), "checkpoint.save_every=0"],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 400
+            while not (run_dir / "metrics.jsonl").is_file():
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.05)
+            ranks = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "2"]
+            ranks[0].terminate()
+            assert process.stderr is not None
+            said = process.stderr.read()
+            assert process.wait(60) != 0
+            return said
+        finally:
+            process.kill()
+
+
+def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unbroken):
+    run_dir = base / "stopped"
+    said = stop_one_rank(base, run_dir, warm[0])
+    assert "is saved; the same command continues" in said
+    assert said.count(f"exitcode  : {STOPPED_STATUS}") == 4, said
+    [saved] = (run_dir / "checkpoints").iterdir()
+    assert saved.name in ("step_000001", "step_000002"), "the step that ran when the signal came"
+    assert [row["step"] for row in metrics(run_dir)][-1] == int(saved.name[-6:]), "every step done is saved"
+    # What a process killed later would have left: the steps after the checkpoint are replaced, not doubled.
+    shutil.copy(unbroken / "metrics.jsonl", run_dir / "metrics.jsonl")
+    rl(base, run_dir, warm[0])
+    ours, theirs = metrics(run_dir), metrics(unbroken)
     assert [row["step"] for row in ours] == [1, 2, 3]
     for row in (ours[2], theirs[2]):
         row.pop("seconds")
         row["metrics"].pop("sync/seconds")
     assert ours[2] == theirs[2], "bit for bit"
-    a, b = load_file(resumed / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
+    a, b = load_file(run_dir / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
+    again = call(*rl_arguments(base, run_dir, warm[0]))  # no torchrun: nothing is built
+    assert "finished after 3 steps: nothing to do" in again.stdout
 
 
 @pytest.mark.parametrize(
