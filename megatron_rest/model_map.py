@@ -13,6 +13,9 @@ Megatron's layouts, all along dimension 0 unless said otherwise:
 * VOCAB: rows padded with zeros up to a multiple of ``vocab_multiple * tp_size``; the padding never reaches HF.
 * PLAIN: cut along ``shard_dim`` (0 column parallel, 1 row parallel), or the same on every rank (``None``).
 
+Experts are never cut along TP (Megatron's ``expert_tensor_parallel_size`` is 1): expert ``e`` of ``E`` lies whole on
+rank ``e * EP // E`` of every expert-parallel group, and nowhere else in that group.
+
 Covered: Qwen3 (QK norm), Qwen2 / Qwen2.5 (QKV bias), Llama 2 / 3 and Qwen3-MoE, tied or untied embeddings.  Layer and
 expert numbers in the names are global: the caller adds its pipeline and expert offsets.
 """
@@ -31,6 +34,7 @@ __all__ = [
     "ModelShape",
     "ParameterKind",
     "ParameterSpec",
+    "expert_owner",
     "hf_shapes",
     "padded_vocab_size",
     "parameter_map",
@@ -75,6 +79,7 @@ class ModelShape:
     num_experts: int = 0  # 0 = dense
     moe_ffn_hidden_size: int = 0
     num_experts_per_token: int = 0
+    has_normalized_expert_probs: bool = False  # the chosen experts' router probabilities sum to 1
     dense_layers: tuple[int, ...] = ()  # layers without experts in a MoE model
 
     def __post_init__(self) -> None:
@@ -127,6 +132,7 @@ class ModelShape:
             num_experts=experts,
             moe_ffn_hidden_size=int(config.get("moe_intermediate_size") or 0) if experts else 0,
             num_experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+            has_normalized_expert_probs=bool(config.get("norm_topk_prob")) if experts else False,
             dense_layers=_dense_layers(config, layers) if experts else (),
         )
 
@@ -144,7 +150,8 @@ class ParameterSpec:
     megatron_name: str  # with the GLOBAL layer (and expert) number, in the local (non-TE) spelling
     hf_names: tuple[str, ...]  # QKV: q, k, v; GATE_UP: gate, up; else one
     kind: ParameterKind = ParameterKind.PLAIN
-    shard_dim: int | None = None  # dimension cut by TP; None = the same on every TP rank
+    shard_dim: int | None = None  # dimension cut by TP; None = whole on every rank that has it
+    expert: int | None = None  # GLOBAL number of the expert it belongs to; expert_owner() says which EP rank has it
     alternatives: tuple[str, ...] = ()  # what other Megatron specs (Transformer Engine) call the same parameter
     tied_copies: tuple[str, ...] = ()  # further Megatron parameters with the same values (tied head on the last stage)
 
@@ -249,13 +256,13 @@ def _moe_specs(shape: ModelShape, layer: int) -> list[ParameterSpec]:
                 alternatives=(f"{ours}.linear_fc1.weight{expert}",),
                 hf_names=(f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight"),
                 kind=ParameterKind.GATE_UP,
-                shard_dim=0,
+                expert=expert,
             ),
             ParameterSpec(
                 megatron_name=f"{ours}.local_experts.{expert}.linear_fc2.weight",
                 alternatives=(f"{ours}.linear_fc2.weight{expert}",),
                 hf_names=(f"{theirs}.down_proj.weight",),
-                shard_dim=1,
+                expert=expert,
             ),
         ]
     return specs
@@ -264,6 +271,11 @@ def _moe_specs(shape: ModelShape, layer: int) -> list[ParameterSpec]:
 def resolve_name(spec: ParameterSpec, names: Collection[str]) -> str | None:
     """Under which of its names ``names`` holds the parameter, or None.  Tied copies do not count."""
     return next((name for name in (spec.megatron_name, *spec.alternatives) if name in names), None)
+
+
+def expert_owner(expert: int, num_experts: int, ep_size: int) -> int:
+    """Rank, in every expert-parallel group, that holds global ``expert``: consecutive experts lie together."""
+    return expert * ep_size // num_experts
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int, multiple: int = 1) -> int:
@@ -302,8 +314,6 @@ def shard_shape(spec: ParameterSpec, shape: ModelShape, tp_size: int) -> tuple[i
     if spec.kind is ParameterKind.VOCAB:
         rows = padded_vocab_size(shape.vocab_size, tp_size, shape.vocab_multiple)
         return (rows // tp_size, *full[0][1:])
-    if spec.shard_dim is None:
-        return full[0]
     if spec.kind is ParameterKind.QKV and shape.num_query_groups % tp_size:
         raise ValueError(
             f"tensor_parallel {tp_size} does not divide {shape.num_query_groups} key/value heads: "
@@ -311,6 +321,8 @@ def shard_shape(spec: ParameterSpec, shape: ModelShape, tp_size: int) -> tuple[i
         )
     # Composite kinds stack their parts along dimension 0.
     whole = [sum(part[0] for part in full), *full[0][1:]]
+    if spec.shard_dim is None:
+        return tuple(whole)
     if any(part[spec.shard_dim] % tp_size for part in full):
         raise ValueError(f"{spec.megatron_name}: dimension {spec.shard_dim} of {full} is not divisible by TP {tp_size}")
     whole[spec.shard_dim] //= tp_size
@@ -336,7 +348,8 @@ def to_megatron(
         groups = _by_group(tensors, shape)
         return groups.chunk(tp_size, 0)[tp_rank].reshape(-1, *tensors[0].shape[1:]).contiguous()
     if spec.kind is ParameterKind.GATE_UP:
-        return torch.cat([t.chunk(tp_size, 0)[tp_rank] for t in tensors])
+        parts = tensors if spec.shard_dim is None else [t.chunk(tp_size, 0)[tp_rank] for t in tensors]
+        return torch.cat(parts)
     full = tensors[0]
     if spec.kind is ParameterKind.VOCAB:
         rows = padded_vocab_size(shape.vocab_size, tp_size, shape.vocab_multiple) // tp_size
@@ -355,14 +368,14 @@ def to_hf(spec: ParameterSpec, shards: Sequence[Tensor], *, shape: ModelShape) -
     results are contiguous and may share memory with ``shards``.  Raises ValueError when the shapes do not add up.
     """
     if spec.shard_dim is None:
-        parts = [shards[0]]
-    elif spec.kind is ParameterKind.QKV:
+        shards = shards[:1]
+    if spec.kind is ParameterKind.QKV:
         parts = _from_groups(torch.cat(list(shards)) if len(shards) > 1 else shards[0], shape)
     elif spec.kind is ParameterKind.GATE_UP:
         halves = [shard.chunk(2, 0) for shard in shards]
         parts = [torch.cat(list(half)) if len(half) > 1 else half[0] for half in zip(*halves, strict=True)]
     else:
-        full = torch.cat(list(shards), spec.shard_dim) if len(shards) > 1 else shards[0]
+        full = torch.cat(list(shards), spec.shard_dim or 0) if len(shards) > 1 else shards[0]
         parts = [full[: shape.vocab_size] if spec.kind is ParameterKind.VOCAB else full]
     expected = hf_shapes(spec, shape)
     if [tuple(p.shape) for p in parts] != list(expected):

@@ -8,6 +8,7 @@ import torch
 from megatron_rest.model_map import (
     ModelShape,
     ParameterKind,
+    expert_owner,
     hf_shapes,
     padded_vocab_size,
     parameter_map,
@@ -100,6 +101,16 @@ def test_gate_up_layout_by_hand() -> None:
     hf = {spec.hf_names[0]: torch.arange(4.0).view(4, 1), spec.hf_names[1]: torch.arange(10.0, 14).view(4, 1)}
     halves = [to_megatron(spec, hf, tp_rank=r, tp_size=2, shape=shape).flatten().tolist() for r in (0, 1)]
     assert halves == [[0, 1, 10, 11], [2, 3, 12, 13]]
+
+
+def test_experts_are_whole_and_dealt_out_in_order() -> None:
+    shape = ModelShape.from_hf_config(CONFIGS["qwen3_moe"])
+    experts = [s for s in parameter_map(shape) if s.expert is not None]
+    assert [s.expert for s in experts] == [0, 0, 1, 1, 2, 2, 3, 3], "gate_up and down of each, in layer 1 alone"
+    for spec in experts:
+        assert shard_shape(spec, shape, 4) == shard_shape(spec, shape, 1), "TP does not cut an expert"
+    assert [expert_owner(e, 4, 2) for e in range(4)] == [0, 0, 1, 1]
+    assert [expert_owner(e, 4, 4) for e in range(4)] == [0, 1, 2, 3]
 
 
 def test_padded_vocabulary_holds_zeros_and_is_cut_off() -> None:

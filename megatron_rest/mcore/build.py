@@ -37,6 +37,10 @@ class ParallelContext:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
+    ep_rank: int
+    ep_size: int
     device: torch.device
 
     @property
@@ -49,7 +53,22 @@ class ParallelContext:
 
     @property
     def dp_group(self) -> dist.ProcessGroup:
+        """Replicas that hold other sequences."""
         return self.pg_collection.dp
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.cp
+
+    @property
+    def dp_cp_group(self) -> dist.ProcessGroup:
+        """Ranks that hold other tokens: replicas and the shares of one sequence."""
+        return self.pg_collection.dp_cp
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup:
+        """Ranks of one stage that together hold all its experts; ``model_map.expert_owner`` says which holds which."""
+        return self.pg_collection.ep
 
     @property
     def is_last_stage(self) -> bool:
@@ -83,9 +102,10 @@ def initialize(config: RestConfig) -> ParallelContext:
         p.virtual_pipeline if p.virtual_pipeline > 1 else None,
         context_parallel_size=p.context_parallel,
         expert_model_parallel_size=p.expert_parallel,
+        expert_tensor_parallel_size=1,  # model_map: an expert is never cut
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    cpu.seed_model_parallel(config.trainer.seed, tp_rank=groups.tp.rank())
+    cpu.seed_model_parallel(config.trainer.seed, tp_rank=groups.tp.rank(), ep_rank=groups.ep.rank())
     return ParallelContext(
         pg_collection=groups,
         rank=dist.get_rank(),
@@ -96,17 +116,18 @@ def initialize(config: RestConfig) -> ParallelContext:
         pp_size=groups.pp.size(),
         dp_rank=groups.dp.rank(),
         dp_size=groups.dp.size(),
+        cp_rank=groups.cp.rank(),
+        cp_size=groups.cp.size(),
+        ep_rank=groups.ep.rank(),
+        ep_size=groups.ep.size(),
         device=torch.device("cpu") if is_cpu else torch.device("cuda", torch.cuda.current_device()),
     )
 
 
 def _refuse(config: RestConfig) -> None:
     p = config.parallel
-    if p.context_parallel > 1 or p.expert_parallel > 1:
-        raise ConfigError(
-            "parallel.context_parallel and parallel.expert_parallel must be 1: the trainer packs whole sequences of "
-            "dense models"
-        )
+    if p.context_parallel > 1:
+        raise ConfigError("parallel.context_parallel must be 1: the trainer packs whole sequences")
     if p.sequence_parallel and p.tensor_parallel == 1:
         raise ConfigError("parallel.sequence_parallel needs parallel.tensor_parallel > 1")
 
@@ -117,8 +138,6 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
 
     p = config.parallel
     dtype = getattr(torch, config.model.dtype)
-    if shape.num_experts:
-        raise ConfigError("model.path: mixture-of-experts models are not supported by the trainer yet")
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
     return TransformerConfig(
@@ -141,6 +160,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         tensor_model_parallel_size=p.tensor_parallel,
         pipeline_model_parallel_size=p.pipeline_parallel,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline if interleaved else None,
+        context_parallel_size=p.context_parallel,
         sequence_parallel=p.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -161,7 +181,49 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
+        **_expert_settings(shape, config),
     )
+
+
+def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
+    """Mixture of experts: every token goes to its ``top k`` experts, none is dropped.
+
+    No auxiliary loss: it is a mean over the tokens of one microbatch, so that how the work is split would change it.
+    """
+    from megatron_rest.mcore.specs import has_transformer_engine
+
+    p = config.parallel
+    if not shape.num_experts:
+        if p.expert_parallel > 1:
+            raise ConfigError(
+                f"parallel.expert_parallel is {p.expert_parallel}, but {config.model.path} has no experts: set it to 1"
+            )
+        return {}
+    if shape.num_experts % p.expert_parallel:
+        raise ConfigError(
+            f"parallel.expert_parallel {p.expert_parallel} does not divide the {shape.num_experts} experts of "
+            f"{config.model.path}"
+        )
+    if p.tensor_parallel > 1 and not p.sequence_parallel:
+        raise ConfigError(
+            "parallel.sequence_parallel must be true for a mixture of experts with parallel.tensor_parallel > 1: "
+            "without it every TP rank would send the same tokens to the experts"
+        )
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_layer_freq": [int(layer not in shape.dense_layers) for layer in range(shape.num_layers)],
+        "moe_router_topk": shape.num_experts_per_token,
+        # Softmax over all experts and then a choice, or a choice and then softmax over the chosen.
+        "moe_router_pre_softmax": not shape.has_normalized_expert_probs,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": has_transformer_engine(),  # one kernel for all experts; one product after the other without
+        "moe_permute_fusion": False,
+        "expert_model_parallel_size": p.expert_parallel,
+        "expert_tensor_parallel_size": 1,  # model_map: an expert is never cut
+    }
 
 
 def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext, megatron_config: Any) -> list[Any]:
@@ -177,7 +239,7 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
         stage = i if config.parallel.virtual_pipeline > 1 else None
         model = GPTModel(
             megatron_config,
-            block_spec(megatron_config, qk_layernorm=shape.has_qk_norm, vp_stage=stage),
+            block_spec(megatron_config, vp_stage=stage),
             vocab_size=padded_vocab_size(shape.vocab_size, context.tp_size, shape.vocab_multiple),
             max_sequence_length=config.model.max_sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

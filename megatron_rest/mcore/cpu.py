@@ -67,8 +67,24 @@ def enable() -> bool:
     # Activation recompute stores "the CUDA state" beside the CPU state.
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.empty(0, dtype=torch.uint8)
     megatron_random._set_cuda_rng_state = lambda *a, **k: None
+    _repair_experts()
     _enabled = True
     return True
+
+
+def _repair_experts() -> None:
+    """What the mixture-of-experts code of Megatron-Core 0.16 takes for granted: Transformer Engine and GPU tensors."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # asked for "is not None", defined only with Transformer Engine
+        moe_utils.te_general_gemm = None
+    token_dispatcher.maybe_move_tensor_to_cpu = _host_numbers
+
+
+def _host_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron turns the split sizes of an all-to-all into host numbers only where they come from a GPU."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def seed_model_parallel(seed: int, *, tp_rank: int, ep_rank: int = 0) -> None:

@@ -6,6 +6,7 @@ collective: every rank of the model calls them with its own data-parallel share.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -43,6 +44,10 @@ class UpdateReport:
     lr: float
     is_skipped: bool  # the optimiser refused the step (overflow)
     metrics: Mapping[str, tuple[float, float]]  # (sum, count) over the global batch
+
+
+_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)")
+_EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
 
 
 class MegatronPolicy:
@@ -122,13 +127,17 @@ class MegatronPolicy:
         )
 
     def named_shards(self) -> dict[str, Tensor]:
-        """This rank's parameter shards by Megatron name, with GLOBAL layer numbers; live tensors, not copies."""
-        shards: dict[str, Tensor] = {}
+        """This rank's parameter shards by Megatron name, with GLOBAL layer and expert numbers; live tensors, not
+        copies."""
+        return {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's parameters under the names of ``model_map``."""
         for module in self.modules:
-            offset = _layer_offset(module)
+            layers = _layer_offset(module)
+            experts = (module.config.num_moe_experts or 0) // self.context.ep_size * self.context.ep_rank
             for name, parameter in module.named_parameters():
-                shards[_global_name(name, offset)] = parameter.data
-        return shards
+                yield _global_name(name, layer_offset=layers, expert_offset=experts), parameter
 
     def _schedule(
         self, step: Callable[..., Any], microbatches: Sequence[MicroBatch], *, forward_only: bool
@@ -177,9 +186,6 @@ def _layer_offset(module: Any) -> int:
     return layers[0].layer_number - 1 if len(layers) else 0
 
 
-def _global_name(name: str, offset: int) -> str:
-    prefix = "decoder.layers."
-    if not name.startswith(prefix):
-        return name
-    local, _, rest = name[len(prefix) :].partition(".")
-    return f"{prefix}{int(local) + offset}.{rest}"
+def _global_name(name: str, *, layer_offset: int, expert_offset: int) -> str:
+    name = _LAYER.sub(lambda found: f"{found[1]}{int(found[2]) + layer_offset}", name)
+    return _EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + expert_offset}", name)

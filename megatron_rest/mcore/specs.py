@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import gpt_layer_specs
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rest.mcore.attention import PackedCoreAttention
@@ -23,20 +23,25 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and getattr(gpt_layer_specs, "HAVE_TE", False)
 
 
-def block_spec(config: TransformerConfig, *, qk_layernorm: bool, vp_stage: int | None = None) -> Any:
-    """Spec of the transformer block of one pipeline chunk."""
+def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Spec of the transformer block of one pipeline chunk; experts where ``config.moe_layer_freq`` has them."""
     if has_transformer_engine():
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    layer = copy.deepcopy(gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm"))
-    submodules = layer.submodules
-    submodules.input_layernorm = RMSNorm
-    submodules.pre_mlp_layernorm = RMSNorm
-    submodules.self_attention.submodules.core_attention = PackedCoreAttention
-    if qk_layernorm:
-        submodules.self_attention.submodules.q_layernorm = RMSNorm
-        submodules.self_attention.submodules.k_layernorm = RMSNorm
-    layers = [layer] * get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+        return gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    block = copy.deepcopy(
+        gpt_layer_specs.get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        )
+    )
+    for layer in block.layer_specs:
+        submodules = layer.submodules
+        submodules.input_layernorm = RMSNorm
+        submodules.pre_mlp_layernorm = RMSNorm
+        submodules.self_attention.submodules.core_attention = PackedCoreAttention
+        if config.qk_layernorm:
+            submodules.self_attention.submodules.q_layernorm = RMSNorm
+            submodules.self_attention.submodules.k_layernorm = RMSNorm
+    block.layer_norm = RMSNorm
+    return block
 
 
 class RMSNorm(torch.nn.RMSNorm):
