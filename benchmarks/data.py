@@ -206,8 +206,7 @@ def measure_open(prepared: Path, folder: Path, *, mebibytes: int) -> dict[str, f
             for batch in batches:
                 large.add(EncodedChunk(batch.num_rows, batch))
                 size += batch.nbytes
-        large.close_shard()
-        large.finish({**source.manifest, "outputs": large.progress.shards}, overwrite=True)
+        large.finish(source.manifest, overwrite=True)
     allocated, start = pa.total_allocated_bytes(), time.perf_counter()
     dataset = PromptDataset.open(folder / "large")
     opened = time.perf_counter() - start

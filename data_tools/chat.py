@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import DataError, RowError
-from data_tools.line_cache import LineEncoder, cuts_are_exact
+from data_tools.word_cache import WordEncoder, cuts_are_exact
 from megatron_rest.data import prompt_files
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
@@ -44,7 +44,7 @@ class ChatTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = _compile(self.template_text)
-        self._lines = LineEncoder(self._tokenizer, exact=cuts_are_exact(self._spec))
+        self._words = WordEncoder(self._tokenizer, exact=cuts_are_exact(self._spec))
 
     @cached_property
     def _spec(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class ChatTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 token ids, nothing added."""
-        return self._lines.encode(texts)
+        return self._words.encode(texts)
 
     def token_starts(self, ids: np.ndarray, text: str) -> np.ndarray | None:
         """int32 [len(ids) + 1]: byte of ``text`` where each token starts, then its end; None if not byte-exact."""

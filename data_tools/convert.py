@@ -87,9 +87,7 @@ def convert_rows(options: ConvertOptions) -> dict[str, Any]:
         folder.close_shard()
         if folder.progress.num_out == 0:
             raise DataError(_nothing_usable(folder))
-        manifest = _manifest(identity, folder, options)
-        folder.finish(manifest, overwrite=options.overwrite)
-    return manifest
+        return folder.finish(identity, overwrite=options.overwrite)
 
 
 def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) -> None:
@@ -218,24 +216,6 @@ def _notes(encode: EncodeOptions) -> list[str]:
             "ground_truth is the original"
         )
     return notes
-
-
-def _manifest(identity: dict[str, Any], folder: OutputFolder, options: ConvertOptions) -> dict[str, Any]:
-    progress = folder.progress
-    if progress.num_in != progress.num_out + progress.num_quarantined:
-        raise AssertionError(f"rows do not add up: {progress}")
-    quarantine = folder.partial / QUARANTINE_NAME
-    return {
-        **identity,
-        "counts": {
-            "rows_in": progress.num_in,
-            "rows_out": progress.num_out,
-            "rows_quarantined": progress.num_quarantined,
-            "quarantine_reasons": dict(sorted(progress.reasons.items())),
-        },
-        "outputs": progress.shards,
-        "quarantine": {"name": QUARANTINE_NAME, "bytes": quarantine.stat().st_size, "sha256": sha256_file(quarantine)},
-    }
 
 
 def _nothing_usable(folder: OutputFolder) -> str:

@@ -15,6 +15,7 @@ from data_tools.errors import RowError
 from data_tools.layouts import Columns, Example, normalise
 from data_tools.readers import Chunk
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
+from megatron_rest.regions import region_spans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +87,7 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
     prompts, replies = ids[: len(ready)], ids[len(ready) :]
     # the end of turn starts where the text ends
     starts = [tokenizer.token_starts(reply, item.answer) for reply, item in zip(replies, ready, strict=True)]
+    spans = [region_spans(item.answer.encode()) for item in ready]
     end_of_turn = np.array([tokenizer.end_of_turn_id], dtype=np.int32)
     columns = {
         "prompt_id": [item.example.prompt_id for item in ready],
@@ -94,6 +96,8 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
         "answer_text": [item.answer for item in ready],
         "answer_token_ids": _lists([np.concatenate([reply, end_of_turn]) for reply in replies]),
         "answer_token_starts": _lists(starts),
+        "answer_region_ends": _lists([ends for ends, _ in spans]),
+        "answer_region_ids": _lists([region_ids for _, region_ids in spans], np.int8),
         "ground_truth": [item.example.ground_truth for item in ready],
         "tools": [item.example.tools_json for item in ready],
         "calls": [item.example.calls_json for item in ready],
@@ -104,10 +108,10 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
     return pa.RecordBatch.from_arrays(arrays, schema=PROMPT_SCHEMA)
 
 
-def _lists(rows: Sequence[np.ndarray | None]) -> pa.Array:
-    """list<int32> without a Python object per number; None is null."""
+def _lists(rows: Sequence[np.ndarray | None], dtype: type[np.signedinteger] = np.int32) -> pa.Array:
+    """list<int32> (or of another type) without a Python object per number; None is null."""
     lengths = [0 if row is None else len(row) for row in rows]
     offsets = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(lengths, dtype=np.int32)])
-    values = np.concatenate([np.zeros(0, dtype=np.int32), *(row for row in rows if row is not None)])
+    values = np.concatenate([np.zeros(0, dtype=dtype), *(row for row in rows if row is not None)])
     mask = pa.array([row is None for row in rows], pa.bool_()) if any(row is None for row in rows) else None
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=mask)

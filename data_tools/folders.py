@@ -14,7 +14,7 @@ import pyarrow as pa
 from data_tools.encode import EncodedChunk, Refused
 from data_tools.errors import DataError
 from data_tools.writer import OutputFolder, sha256_file
-from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, map_shard, read_manifest
+from megatron_rest.data.prompt_files import MANIFEST_NAME, map_shard, read_manifest
 
 
 def is_prepared(path: str | Path) -> bool:
@@ -33,10 +33,14 @@ class PreparedFolder:
             raise DataError(str(error)) from error
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All record batches, in order; nothing is copied."""
+        """All record batches, in order, checked so that reading them is safe; nothing is copied."""
         for entry in self.manifest["outputs"]:
             try:
-                yield from map_shard(self.path, entry)
+                for batch in map_shard(self.path, entry):
+                    batch.validate(full=True)
+                    yield batch
+            except pa.ArrowInvalid as error:
+                raise DataError(f"{self.path / entry['name']} is damaged: {error}") from error
             except ValueError as error:
                 raise DataError(str(error)) from error
 
@@ -72,25 +76,7 @@ def write_subset(
     ) as folder:
         for batch, removed in chunks:
             folder.add(EncodedChunk(batch.num_rows + len(removed), batch, removed))
-        folder.close_shard()
-        progress = folder.progress
-        manifest = {
-            **identity,
-            "counts": {
-                "rows_in": progress.num_in,
-                "rows_out": progress.num_out,
-                "rows_quarantined": progress.num_quarantined,
-                "quarantine_reasons": dict(sorted(progress.reasons.items())),
-            },
-            "outputs": progress.shards,
-            "quarantine": {
-                "name": QUARANTINE_NAME,
-                "bytes": progress.quarantine_bytes,
-                "sha256": sha256_file(folder.partial / QUARANTINE_NAME),
-            },
-        }
-        folder.finish(manifest, overwrite=overwrite)
-    return manifest
+        return folder.finish(identity, overwrite=overwrite)
 
 
 def lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from data_tools.answers import dumps
@@ -12,6 +12,7 @@ from data_tools.errors import DataError, RowError
 from data_tools.folders import PreparedFolder, is_prepared
 from data_tools.layouts import Columns, normalise
 from data_tools.readers import read_chunks, resolve_inputs
+from megatron_rest.regions import region_spans
 
 _RESET, _BOLD, _DIM = "\x1b[0m", "\x1b[1m", "\x1b[2m"
 # by the number of the region: CONTEXT, FORMAT, THINK, TOOL_NAME, TOOL_ARGS, RESPONSE
@@ -38,7 +39,8 @@ def _prepared_rows(path: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
             title = f"{values['source_file']} row {values['source_row']}  prompt_id {values['prompt_id']}"
             tokens = f"  {len(values['prompt_token_ids'])} + {len(values['answer_token_ids'])} tokens"
             row = {name: json.loads(values[name]) for name in ("messages", "tools", "calls")}
-            yield title + tokens, {**row, "answer": values["answer_text"], "starts": values["answer_token_starts"]}
+            regions = (values["answer_region_ends"], values["answer_region_ids"])
+            yield title + tokens, {**row, "answer": values["answer_text"], "regions": regions}
 
 
 def _raw_rows(path: str, columns: Columns | None, split: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -59,7 +61,7 @@ def _raw_rows(path: str, columns: Columns | None, split: str) -> Iterator[tuple[
                     "tools": example.tools,
                     "calls": example.calls,
                     "answer": example.ground_truth,
-                    "starts": None,
+                    "regions": region_spans(example.ground_truth.encode()),
                 },
             )
 
@@ -74,25 +76,19 @@ def show(row: dict[str, Any], *, colour: bool) -> str:
         names = ", ".join(tool["parameters"]) if isinstance(tool["parameters"], dict) else "?"
         lines.append(f"  {tool['name']}({names})")
     lines += ["", _paint(f"[reference answer] {len(row['calls'])} calls", _BOLD, colour)]
-    lines.append(colour_answer(row["answer"], row["starts"]) if colour else row["answer"])
+    lines.append(colour_answer(row["answer"], *row["regions"]) if colour else row["answer"])
     if not colour:
         lines += [f"  call: {dumps(call)}" for call in row["calls"]]
     return "\n".join(lines) + "\n"
 
 
-def colour_answer(text: str, starts: Sequence[int] | None) -> str:
-    """The answer with a colour per region; plain where the region grammar is not installed."""
-    try:
-        from megatron_rest.regions import label_regions
-    except ImportError as error:
-        return f"{text}\n{_DIM}(regions are not coloured: {error}){_RESET}"
+def colour_answer(text: str, ends: Sequence[int], region_ids: Sequence[int]) -> str:
+    """The answer with a colour per region."""
     data = text.encode()
-    bounds = [*starts] if starts else [len(text[:i].encode()) for i in range(len(text) + 1)]
-    pieces = [data[a:b] for a, b in pairwise(bounds)]
-    regions = [int(region) for region in label_regions(pieces)]
-    painted = []
-    for region, group in groupby(zip(regions, pieces, strict=True), key=lambda pair: pair[0]):
-        painted.append(_COLOURS[region] + b"".join(piece for _, piece in group).decode(errors="replace") + _RESET)
+    painted = [
+        _COLOURS[region] + data[start:end].decode(errors="replace") + _RESET
+        for region, (start, end) in zip(region_ids, pairwise((0, *ends)), strict=True)
+    ]
     legend = "  ".join(f"{colour}{name}{_RESET}" for colour, name in zip(_COLOURS, _NAMES, strict=True))
     return "".join(painted) + f"\n{_DIM}regions:{_RESET} {legend}"
 

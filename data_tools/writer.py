@@ -152,8 +152,10 @@ class OutputFolder:
         self.progress.quarantine_bytes = self._quarantine.tell()
         write_atomically(self.partial / _PROGRESS, json.dumps(asdict(self.progress)).encode())
 
-    def finish(self, manifest: dict[str, Any], *, overwrite: bool) -> None:
-        """Write the manifest and put the folder in its place."""
+    def finish(self, identity: dict[str, Any], *, overwrite: bool) -> dict[str, Any]:
+        """Write the manifest (``identity``, counts, hashes), put the folder in its place; returns the manifest."""
+        self.close_shard()
+        manifest = {**identity, **self._counts()}
         write_atomically(
             self.partial / MANIFEST_NAME, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
         )
@@ -169,6 +171,27 @@ class OutputFolder:
         self.partial.rename(self.output)
         _sync_folder(self.output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
+        return manifest
+
+    def _counts(self) -> dict[str, Any]:
+        """The part of the manifest that tells what was written."""
+        progress = self.progress
+        if progress.num_in != progress.num_out + progress.num_quarantined:
+            raise AssertionError(f"rows do not add up: {progress}")
+        return {
+            "counts": {
+                "rows_in": progress.num_in,
+                "rows_out": progress.num_out,
+                "rows_quarantined": progress.num_quarantined,
+                "quarantine_reasons": dict(sorted(progress.reasons.items())),
+            },
+            "outputs": progress.shards,
+            "quarantine": {
+                "name": QUARANTINE_NAME,
+                "bytes": progress.quarantine_bytes,
+                "sha256": sha256_file(self.partial / QUARANTINE_NAME),
+            },
+        }
 
     def _load_progress(self, fingerprint: str, resume: bool) -> Progress:
         """The progress of an earlier run with the same inputs and options; otherwise start afresh."""

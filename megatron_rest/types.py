@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_rest.token_region import TokenRegion
 
 __all__ = [
     "BatchTotals",
@@ -34,17 +36,6 @@ __all__ = [
     "TrainBatch",
     "TrainSample",
 ]
-
-
-class TokenRegion(IntEnum):
-    """What a token is for.  Every token belongs to exactly one region; the order is stable (it is stored in files)."""
-
-    CONTEXT = 0  # prompt, tool outputs, padding: never trained on
-    FORMAT = 1  # tags, JSON glue, newlines between sections, end of turn
-    THINK = 2  # reasoning between the think tags
-    TOOL_NAME = 3  # characters of a called tool's name
-    TOOL_ARGS = 4  # the arguments object of a call, braces included
-    RESPONSE = 5  # text for the user
 
 
 class StopReason(StrEnum):

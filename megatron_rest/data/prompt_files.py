@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -29,6 +29,8 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("answer_text", pa.string(), nullable=False),  # reference answer to imitate
         pa.field("answer_token_ids", pa.list_(pa.int32()), nullable=False),  # answer_text + end of turn
         pa.field("answer_token_starts", pa.list_(pa.int32())),  # byte of answer_text where each token starts
+        pa.field("answer_region_ends", pa.list_(pa.int32()), nullable=False),  # byte of answer_text where a run ends
+        pa.field("answer_region_ids", pa.list_(pa.int8()), nullable=False),  # TokenRegion of each run
         pa.field("ground_truth", pa.string(), nullable=False),  # the reference as it came, for the reward
         pa.field("tools", pa.string(), nullable=False),  # JSON list of {"name", "description", "parameters"}
         pa.field("calls", pa.string(), nullable=False),  # JSON list of {"name", "parameters"}
@@ -105,14 +107,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, outputs = manifest["schema_version"], manifest["outputs"]
-        names = [(entry["name"], entry["rows"], entry["bytes"]) for entry in outputs]
-    except (ValueError, KeyError, TypeError) as error:
+        for part in ("counts", "tokenizer", "quarantine"):
+            if not isinstance(manifest.get(part, {}), dict):
+                raise ValueError(f"{part} is not an object")
+        numbers = [entry[key] for entry in outputs for key in ("rows", "bytes")]
+        if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError("rows and bytes must be whole numbers")
+        names = [entry["name"] for entry in outputs] + [manifest.get("quarantine", {}).get("name", QUARANTINE_NAME)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): convert the data again") from error
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: convert the data again"
         )
-    for name, _, _ in names:
+    for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"{path}: {name!r} is not a plain file name")
     return dict(manifest)

@@ -57,21 +57,26 @@ class PromptDataset:
     def __getitem__(self, index: int) -> PromptSample:
         batch, row = self._locate(index)
         return PromptSample(
-            prompt_id=batch.column("prompt_id")[row].as_py(),
-            token_ids=_int32(batch, "prompt_token_ids", row),
-            ground_truth=batch.column("ground_truth")[row].as_py(),
+            prompt_id=self._text(batch, "prompt_id", row),
+            token_ids=self._ids(batch, "prompt_token_ids", row),
+            ground_truth=self._text(batch, "ground_truth", row),
             index=int(self._rows[index]),
         )
 
     def reference_token_ids(self, index: int) -> np.ndarray:
         """int32 [A]: the reference answer, end of turn included."""
         batch, row = self._locate(index)
-        return _int32(batch, "answer_token_ids", row)
+        return self._ids(batch, "answer_token_ids", row)
 
     def record(self, index: int) -> dict[str, Any]:
         """Every column of one prompt as plain values, for people and reports."""
         batch, row = self._locate(index)
-        return dict(batch.slice(row, 1).to_pylist()[0])
+        one = batch.slice(row, 1)
+        try:
+            one.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise self._damaged(row) from error
+        return dict(one.to_pylist()[0])
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -111,6 +116,26 @@ class PromptDataset:
         left_out = self.num_left_out + len(self) - len(fitting)
         rows = fitting[:max_prompts] if max_prompts else fitting
         return PromptDataset(self._batches, rows=rows, num_left_out=left_out, name=self._name)
+
+    def _ids(self, batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
+        column = batch.column(name)
+        return self._slice(_offsets(column), column.values.to_numpy(zero_copy_only=True), row)
+
+    def _text(self, batch: pa.RecordBatch, name: str, row: int) -> str:
+        column = batch.column(name)
+        _, offsets, data = column.buffers()
+        starts = np.frombuffer(offsets, dtype=np.int32)[column.offset :]
+        return self._slice(starts, np.frombuffer(data or b"", dtype=np.uint8), row).tobytes().decode()
+
+    def _slice(self, offsets: np.ndarray, values: np.ndarray, row: int) -> np.ndarray:
+        """A view of one row's values.  pyarrow trusts the offsets of a file; a flipped bit would read elsewhere."""
+        start, end = int(offsets[row]), int(offsets[row + 1])
+        if not 0 <= start <= end <= len(values):
+            raise self._damaged(row)
+        return values[start:end]
+
+    def _damaged(self, row: int) -> ValueError:
+        return ValueError(f"{self._name}: row {row} of a batch is damaged: run `megatron-rest-data validate` on it")
 
     def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < len(self._rows):
@@ -175,7 +200,3 @@ def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str
 
 def _offsets(column: pa.ListArray) -> np.ndarray:
     return np.asarray(column.offsets.to_numpy(zero_copy_only=True))
-
-
-def _int32(batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
-    return np.asarray(batch.column(name)[row].values.to_numpy(zero_copy_only=True))

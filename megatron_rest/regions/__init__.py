@@ -12,9 +12,9 @@ from megatron_rest.regions.dialect import Dialect, Section
 from megatron_rest.regions.dialects.hermes import HERMES
 from megatron_rest.regions.dialects.llama3 import LLAMA3_JSON
 from megatron_rest.regions.dialects.toolrl import TOOLRL, TOOLRL_TAGS_ONLY
-from megatron_rest.regions.label import label_regions, label_rollout
+from megatron_rest.regions.label import label_regions, label_rollout, region_spans
 from megatron_rest.regions.tokens import token_bytes_table
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = [
     "HERMES",
@@ -26,5 +26,6 @@ __all__ = [
     "TokenRegion",
     "label_regions",
     "label_rollout",
+    "region_spans",
     "token_bytes_table",
 ]

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["Dialect", "Section"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Iterator, Sequence
 
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["call_spans"]
 

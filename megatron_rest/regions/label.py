@@ -18,9 +18,9 @@ import numpy as np
 from megatron_rest.regions.dialect import Dialect, Section, end_pattern, tag_pattern
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 from megatron_rest.regions.json_calls import call_spans
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
-__all__ = ["label_regions", "label_rollout"]
+__all__ = ["label_regions", "label_rollout", "region_spans"]
 
 Span = tuple[int, int, TokenRegion]
 
@@ -58,13 +58,30 @@ def label_regions(tokens: Sequence[bytes], *, starts_in_think: bool = False, dia
     region_ids = np.full(len(tokens), dialect.glue, dtype=np.int8)
     if not text:
         return region_ids
-    codes = np.full(len(text), _PRIORITY[dialect.glue], dtype=np.uint8)
-    for start, end, region in _scan(text, starts_in_think, dialect):
-        codes[start:end] = _PRIORITY[region]
+    codes = _paint(text, starts_in_think, dialect)
     has_bytes = lengths > 0
     starts = (np.cumsum(lengths) - lengths)[has_bytes]
     region_ids[has_bytes] = _REGION_OF_PRIORITY[np.maximum.reduceat(codes, starts)]
     return region_ids
+
+
+def region_spans(
+    text: bytes, *, starts_in_think: bool = False, dialect: Dialect = TOOLRL
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same regions as runs of bytes, for storing: they hold for every tokenizer.
+
+    Args:
+        text: the bytes of one turn (or of several).
+        starts_in_think: as in :func:`label_regions`.
+        dialect: as in :func:`label_regions`.
+
+    Returns:
+        (ends, region_ids): int32 and int8 ``[n]``.  Run ``i`` covers bytes ``ends[i - 1] .. ends[i]`` (from 0 for the
+        first, up to ``len(text)`` for the last); neighbours differ.  Both are empty for an empty text.
+    """
+    codes = _paint(text, starts_in_think, dialect)
+    ends = np.append(np.flatnonzero(codes[1:] != codes[:-1]) + 1, len(text))[: len(text)].astype(np.int32)
+    return ends, _REGION_OF_PRIORITY[codes[ends - 1]]
 
 
 def label_rollout(
@@ -93,6 +110,14 @@ def label_rollout(
     for start, end in edges.reshape(-1, 2):
         region_ids[start:end] = label_regions(tokens[start:end], starts_in_think=starts_in_think, dialect=dialect)
     return region_ids
+
+
+def _paint(text: bytes, starts_in_think: bool, dialect: Dialect) -> np.ndarray:
+    """uint8 [bytes]: the priority of each byte's region."""
+    codes = np.full(len(text), _PRIORITY[dialect.glue], dtype=np.uint8)
+    for start, end, region in _scan(text, starts_in_think, dialect):
+        codes[start:end] = _PRIORITY[region]
+    return codes
 
 
 def _scan(text: bytes, starts_in_think: bool, dialect: Dialect) -> Iterator[Span]:

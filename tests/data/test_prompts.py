@@ -116,10 +116,24 @@ def test_damaged_folders_are_refused(folders: tuple[Path, Path], tmp_path: Path)
     (copy / name).write_bytes(b"x" * manifest["outputs"][1]["bytes"])
     with pytest.raises(ValueError, match="is damaged"):
         PromptDataset.open(copy)
+    shutil.copy(folders[1] / name, copy / name)
+    flipped = PromptDataset.open(copy)
+    offsets = np.frombuffer(flipped._batches[1].column("ground_truth").buffers()[1], dtype=np.int32)
+    with open(copy / name, "r+b") as file:
+        file.seek(file.read().rindex(offsets[3:20].tobytes()))  # answer_text, before it, has the same offsets
+        file.write(np.int32(1 << 30).tobytes())
+    flipped = PromptDataset.open(copy)
+    with pytest.raises(ValueError, match="row 2 of a batch is damaged"):
+        flipped[512 + 2]
+    with pytest.raises(ValueError, match="row 3 of a batch is damaged"):
+        flipped.record(512 + 3)
     for change, message in (
         ({"schema_version": 99}, "schema version 99"),
         ({"outputs": [{"name": "../x", "rows": 1, "bytes": 1}]}, "not a plain file name"),
         ({"outputs": [{}]}, "damaged"),
+        ({"outputs": [{"name": "x", "rows": -1, "bytes": 1}]}, "whole numbers"),
+        ({"quarantine": {"name": "../../x"}}, "not a plain file name"),
+        ({"counts": 3}, "counts is not an object"),
     ):
         (copy / "manifest.json").write_text(json.dumps(manifest | change))
         with pytest.raises(ValueError, match=message):

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from data_tools.chat import ChatTokenizer
 from data_tools.errors import DataError, RowError
 from data_tools.layouts import normalise
-from data_tools.line_cache import LineEncoder, cuts_are_exact
 from data_tools.train_tokenizer import TAG_TOKENS, texts_of, train_and_save
+from data_tools.word_cache import WordEncoder, cuts_are_exact
 from megatron_rest.data.prompt_files import chat_template, template_identity, tokenizer_identity
 from tests.data_tools.conftest import SAMPLES
 
@@ -77,10 +77,10 @@ TEXT = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.one_of(TEXT, st.text(max_size=40)), max_size=4))
-def test_lines_encode_like_whole_texts(tokenizer: ChatTokenizer, texts: list[str]) -> None:
-    lines = tokenizer._lines
-    assert lines._exact
-    assert [ids.tolist() for ids in lines.encode(texts)] == lines.encode_whole(texts)
+def test_cut_texts_encode_like_whole_ones(tokenizer: ChatTokenizer, texts: list[str]) -> None:
+    words = tokenizer._words
+    assert words._exact
+    assert [ids.tolist() for ids in words.encode(texts)] == words.encode_whole(texts)
 
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -88,7 +88,7 @@ QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}
 
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
-def test_lines_encode_like_whole_texts_with_qwens_pattern(tokenizer: ChatTokenizer, text: str) -> None:
+def test_cut_texts_encode_like_whole_ones_with_qwens_pattern(tokenizer: ChatTokenizer, text: str) -> None:
     import tokenizers
 
     spec = json.loads((tokenizer.folder / "tokenizer.json").read_text())
@@ -97,8 +97,8 @@ def test_lines_encode_like_whole_texts_with_qwens_pattern(tokenizer: ChatTokeniz
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytelevel]}
     assert cuts_are_exact(spec)
-    lines = LineEncoder(tokenizers.Tokenizer.from_str(json.dumps(spec)), exact=True)
-    assert lines.encode([text])[0].tolist() == lines.encode_whole([text])[0]
+    words = WordEncoder(tokenizers.Tokenizer.from_str(json.dumps(spec)), exact=True)
+    assert words.encode([text])[0].tolist() == words.encode_whole([text])[0]
 
 
 def test_unknown_tokenizers_are_encoded_whole(tokenizer: ChatTokenizer) -> None:

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from data_tools.convert import ConvertOptions, convert_rows
 from data_tools.encode import EncodeOptions
 from data_tools.errors import DataError
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA, map_shard
+from megatron_rest.token_region import TokenRegion
 from tests.data_tools.conftest import SAMPLES
 
 Rows = list[dict[str, Any]]
@@ -39,6 +42,15 @@ def options(inputs: list[Path], output: Path, tokenizer: Path, **changes: Any) -
 def rows_of(output: Path) -> Rows:
     manifest = json.loads((output / "manifest.json").read_text())
     return [row for entry in manifest["outputs"] for batch in map_shard(output, entry) for row in batch.to_pylist()]
+
+
+def regions_of(row: dict[str, Any]) -> dict[TokenRegion, list[str]]:
+    """The stored runs of answer_text by region."""
+    text, runs = row["answer_text"].encode(), {region: [] for region in TokenRegion}
+    for region, (start, end) in zip(row["answer_region_ids"], pairwise([0, *row["answer_region_ends"]]), strict=True):
+        runs[TokenRegion(region)].append(text[start:end].decode())
+    assert sum(len(piece.encode()) for pieces in runs.values() for piece in pieces) == len(text)
+    return runs
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -73,7 +85,13 @@ def test_columns_hold_what_they_promise(tokenizer: ChatTokenizer, tmp_path: Path
             piece = text[starts[index] : starts[index + 1]]
             assert tokenizer.decode([row["answer_token_ids"][index]]) == piece.decode(errors="replace")
         body = source["output"].split("</think>")[-1]
-        assert json.loads(row["calls"]) == [json.loads(x) for x in body.splitlines() if x.startswith("{")]
+        calls = [json.loads(x) for x in body.splitlines() if x.startswith("{")]
+        assert json.loads(row["calls"]) == calls
+        runs = regions_of(row)
+        assert [json.loads(f'"{run}"') for run in runs[TokenRegion.TOOL_NAME]] == [call["name"] for call in calls]
+        assert [json.loads(run) for run in runs[TokenRegion.TOOL_ARGS]] == [call["parameters"] for call in calls]
+        assert runs[TokenRegion.THINK] == [source["output"].split("</think>")[0].removeprefix("<think>")]
+        assert runs[TokenRegion.RESPONSE] == re.findall(r"<response>(.*?)</response>", body, re.DOTALL)
         assert len(json.loads(row["tools"])) == source["instruction"].count("\nDescription: ")
     assert len({row["prompt_id"] for row in rows}) == 229
 
@@ -84,7 +102,7 @@ def test_file_maps_without_a_copy(tokenizer: ChatTokenizer, tmp_path: Path) -> N
     (batch,) = map_shard(tmp_path / "out", manifest["outputs"][0])
     assert pa.total_allocated_bytes() - before < 1 << 16
     assert batch.schema.equals(PROMPT_SCHEMA)
-    assert batch.schema.metadata[b"megatron_rest.schema_version"] == b"1"
+    assert batch.schema.metadata[b"megatron_rest.schema_version"] == b"2"
     assert batch.schema.metadata[b"megatron_rest.tokenizer"].decode() == tokenizer.identity
 
 

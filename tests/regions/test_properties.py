@@ -15,7 +15,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rest.regions import HERMES, LLAMA3_JSON, TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, label_regions
+from megatron_rest.regions import (
+    HERMES,
+    LLAMA3_JSON,
+    TOOLRL,
+    TOOLRL_TAGS_ONLY,
+    Dialect,
+    TokenRegion,
+    label_regions,
+    region_spans,
+)
 from tests.regions.golden import TEXTS
 from tests.regions.samples import sample_answers
 
@@ -111,3 +120,15 @@ def test_a_megabyte_of_hostile_text_takes_linear_time() -> None:
     for unit in (b"{", b'{"a":', b'"', b"\\", b"[", b"<think>", b"</tool_call>", b'{"name":"', b"<tool_call>{", b"}{"):
         text = b"<tool_call>" + unit * (300_000 // len(unit))
         assert len(label_regions([text[i : i + 4] for i in range(0, len(text), 4)])) == -(-len(text) // 4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts, starts_in_think=st.booleans())
+def test_spans_are_the_labels_of_single_bytes(text: bytes, starts_in_think: bool) -> None:
+    ends, region_ids = region_spans(text, starts_in_think=starts_in_think)
+    assert (ends.dtype, region_ids.dtype) == (np.int32, np.int8)
+    assert (
+        np.repeat(region_ids, np.diff(ends, prepend=0)).tolist()
+        == label_regions(single_bytes(text), starts_in_think=starts_in_think).tolist()
+    )
+    assert (np.diff(region_ids) != 0).all(), "runs are as long as they can be"

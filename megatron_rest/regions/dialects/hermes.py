@@ -1,7 +1,7 @@
 """Hermes, Qwen3: a ``<tool_call>`` block per call, ``{"name": ..., "arguments": {...}}``; other text is the answer."""
 
 from megatron_rest.regions.dialect import Dialect, Section
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["HERMES"]
 

@@ -5,7 +5,7 @@ for models that were taught to reason in them.
 """
 
 from megatron_rest.regions.dialect import Dialect, Section
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["LLAMA3_JSON"]
 

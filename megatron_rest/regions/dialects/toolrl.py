@@ -8,7 +8,7 @@ block is no part of the format, so it counts as FORMAT like the newlines there.
 from dataclasses import replace
 
 from megatron_rest.regions.dialect import Dialect, Section
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["TOOLRL", "TOOLRL_TAGS_ONLY"]
 
