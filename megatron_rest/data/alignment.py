@@ -5,8 +5,7 @@ recipe's block.  Under sequence parallelism the shard ``tokens / (CP x TP)`` of 
 gathered, so the shard has to be a multiple, not the gathered tensor.  Context parallelism deals every sequence out in
 ``2 x CP`` equal chunks.  Wrong lengths do not always fail: some corrupt the result silently.
 
-The blocks of 16, 32 and 128 are those of Transformer Engine 2.20 (``assert_dim_for_fp8_exec``, ``is_quantizable``);
-its forward check asks for 8 tokens only, but the weight gradient sums over tokens and wants 16.
+Transformer Engine's forward check asks for 8 tokens only, but the weight gradient sums over tokens and wants 16.
 """
 
 from __future__ import annotations
@@ -15,17 +14,12 @@ import math
 from dataclasses import dataclass
 
 from megatron_rest.config import Fp8Recipe, ParallelConfig
+from megatron_rest.fp8_support import REQUIREMENTS
 
 __all__ = ["TOKEN_BLOCK", "PackingAlignment", "packing_alignment"]
 
-TOKEN_BLOCK = {
-    Fp8Recipe.NONE: 1,
-    Fp8Recipe.DELAYED: 16,
-    Fp8Recipe.TENSORWISE: 16,
-    Fp8Recipe.MXFP8: 32,
-    Fp8Recipe.BLOCKWISE: 128,
-}
-"""Tokens a shard of a matrix product must be a multiple of; the same number holds for its other dimensions."""
+TOKEN_BLOCK = {Fp8Recipe.NONE: 1, **{recipe: need.block for recipe, need in REQUIREMENTS.items()}}
+"""Tokens a shard of a matrix product must be a multiple of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

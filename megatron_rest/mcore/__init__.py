@@ -3,6 +3,8 @@
 cpu.py          what Megatron-Core needs to run on a machine without CUDA (inert where CUDA is available)
 attention.py    core attention for packed sequences where Transformer Engine is not there
 specs.py        layer specs: Transformer Engine where installed, local modules otherwise
+precision.py    FP8: Megatron's settings, delayed scales of scoring and training kept apart
+accelerations.py  which fused parts run: Transformer Engine's, Apex's, torch's
 build.py        process groups, model, optimiser: configuration in, objects out
 output.py       log-probs and entropy in the place of Megatron's cross-entropy
 forward_step.py Megatron's ``forward_step`` / ``loss_func`` contract for policy losses

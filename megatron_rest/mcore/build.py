@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig, validate
-from megatron_rest.mcore import cpu
+from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
+from megatron_rest.mcore import accelerations, cpu, precision
 from megatron_rest.model_map import ModelShape, padded_vocab_size
 
 __all__ = ["ParallelContext", "build_chunks", "build_optimizer", "initialize", "transformer_config", "wrap"]
@@ -83,8 +83,10 @@ class ParallelContext:
 def initialize(config: RestConfig) -> ParallelContext:
     """Start torch.distributed if need be (torchrun's environment) and Megatron's groups; seed; check the layout.
 
-    Raises :class:`ConfigError` if the world size does not fit the layout.
+    Raises :class:`ConfigError` if the world size does not fit the layout, or this machine lacks the FP8 recipe.
     """
+    if config.precision.recipe is not Fp8Recipe.NONE:
+        precision.require(config.precision.recipe, precision.this_machine())
     is_cpu = cpu.enable()
     if not is_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -140,6 +142,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     dtype = getattr(torch, config.model.dtype)
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
+    precision.check_sizes(shape, config)
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -165,13 +168,13 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=True,
+        use_cpu_initialization=is_cpu,
         calculate_per_token_loss=True,  # Megatron divides by the global token count: no split changes the gradient
         variable_seq_lengths=True,  # packed microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # Megatron ties variable_seq_lengths to this name, dense models too
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=not is_cpu,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=accelerations.has_apex_weight_gradients(),
         persist_layer_norm=False,
         apply_rope_fusion=False,
         bias_activation_fusion=True,
@@ -182,6 +185,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
         **_expert_settings(shape, config),
+        **precision.transformer_settings(config.precision),
     )
 
 
@@ -252,6 +256,7 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
             vp_stage=stage,
         )
         attach(model, vocab_size=shape.vocab_size, temperature=config.rollout.temperature)
+        accelerations.fuse_weight_gradients(model)
         chunks.append(model.to(context.device))
     return chunks
 
@@ -282,13 +287,15 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=True,
+        **precision.ddp_settings(config.precision),
     )
     wrapped = [
         DistributedDataParallel(megatron_config, settings, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
+    if not config.precision.parameters:  # collectives take no FP8 tensors; every replica quantised the same values
+        for chunk in wrapped:
+            chunk.broadcast_params()
     return wrapped
 
 
@@ -316,6 +323,7 @@ def build_optimizer(
             bf16=megatron_config.bf16,
             params_dtype=megatron_config.params_dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            **precision.optimizer_settings(config.precision),
         ),
         chunks,
     )

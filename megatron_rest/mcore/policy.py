@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
+from megatron_rest.mcore.precision import settle_scales, untouched_scales, without_fp8
 from megatron_rest.types import LossInputs, LossOutput, MicroBatch, TrainBatch
 
 __all__ = ["MegatronPolicy", "Scores", "UpdateReport"]
@@ -72,19 +73,27 @@ class MegatronPolicy:
         return [getattr(chunk, "module", chunk) for chunk in self.chunks]
 
     def score(
-        self, microbatches: Sequence[MicroBatch], *, with_beta: bool = False, temperature: float | None = None
+        self,
+        microbatches: Sequence[MicroBatch],
+        *,
+        with_beta: bool = False,
+        temperature: float | None = None,
+        in_bf16: bool = False,
     ) -> list[Scores]:
         """Log-probs and entropy of every label, without gradients; the same list on every pipeline and tensor rank.
 
         ``with_beta`` adds the score norms that :func:`megatron_rest.mcore.output.measuring_beta` defines;
-        ``temperature`` replaces the sampling temperature.
+        ``temperature`` replaces the sampling temperature; ``in_bf16`` leaves FP8 products out.  FP8 scales are used as
+        training left them, and left as they are.
 
         Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage (two
         with beta under sequence parallelism), one broadcast of ``[2, sum T]`` float32 over PP (``[3, sum T]``).
         """
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad(), ExitStack() as measuring:
+        with torch.no_grad(), untouched_scales(self.modules), ExitStack() as measuring:
+            if in_bf16:
+                measuring.enter_context(without_fp8(self.modules))
             for module in self.modules:
                 if with_beta:
                     measuring.enter_context(measuring_beta(module))
@@ -101,6 +110,15 @@ class MegatronPolicy:
             Scores(log_probs=part[0], entropy=part[1], beta=part[2] if with_beta else None)
             for part in flat.split(lengths, dim=1)
         ]
+
+    def settle_scales(self, microbatches: Sequence[MicroBatch]) -> None:
+        """First scales of delayed FP8 scaling, from two forward passes (``mcore.precision.settle_scales``).
+
+        Called once before anything is scored; harmless where scales have a history already.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        settle_scales(self.modules, lambda: self._schedule(score_step, microbatches, forward_only=True))
 
     def update(self, batch: TrainBatch, loss: PolicyLoss) -> UpdateReport:
         """One optimiser step over the global batch of which ``batch`` is this replica's share."""

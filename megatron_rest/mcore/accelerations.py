@@ -1,0 +1,61 @@
+"""Which fused parts of Transformer Engine and NVIDIA Apex run in this process, chosen by what is there.
+
+* Layers and norms: Transformer Engine's where it is installed with a GPU (``specs.py``), else Megatron's and torch's.
+* Adam: Megatron takes Transformer Engine's, else Apex's, else torch's, when it is imported.
+* Weight gradients added to ``main_grad`` inside the matrix product: Apex's extension ``fused_weight_gradient_mlp_cuda``
+  switches it on for the whole model.  Transformer Engine's layers can do it alone; Megatron's one flag for both would
+  then fail in the output layer, so the layers are switched one by one (:func:`fuse_weight_gradients`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_rest.mcore.specs import has_transformer_engine
+
+__all__ = ["describe", "fuse_weight_gradients", "has_apex_weight_gradients"]
+
+_TE_SWITCH = "fuse_wgrad_accumulation"  # attribute of Transformer Engine's linear layers, read at every forward pass
+
+
+def has_apex_weight_gradients() -> bool:
+    """Whether Megatron's own linear layers can add weight gradients to ``main_grad`` (Apex's extension, with a GPU)."""
+    from megatron.core.tensor_parallel import layers
+
+    return torch.cuda.is_available() and layers._grad_accum_fusion_available
+
+
+def fuse_weight_gradients(model: Any) -> int:
+    """Let Transformer Engine's layers of ``model`` add weight gradients to ``main_grad``; returns how many there are.
+
+    The layers look for ``weight.main_grad``, which Megatron's DistributedDataParallel makes: wrap before training.
+    """
+    parts = [part for part in model.modules() if hasattr(part, _TE_SWITCH)]
+    for part in parts:
+        setattr(part, _TE_SWITCH, True)
+    return len(parts)
+
+
+def describe() -> str:
+    """One line for people: what runs the layers, the optimiser and the weight gradients."""
+    from megatron.core import optimizer
+
+    layers = (
+        f"Transformer Engine {_te_version()}" if has_transformer_engine() else "Megatron's local layers, torch norms"
+    )
+    adam = f"{optimizer.Adam.__module__.split('.')[0]} {optimizer.Adam.__name__}"
+    if has_apex_weight_gradients():
+        gradients = "fused everywhere (Apex)"
+    elif has_transformer_engine():
+        gradients = "fused in the layers (Transformer Engine)"
+    else:
+        gradients = "added after the product"
+    return f"layers: {layers}; optimiser: {adam}; weight gradients: {gradients}"
+
+
+def _te_version() -> str:
+    import transformer_engine
+
+    return str(transformer_engine.__version__)
