@@ -27,10 +27,10 @@ import megatron_rest
 from data_tools.chat import ChatTokenizer
 from data_tools.encode import EncodedChunk, EncodeOptions, encode_chunk
 from data_tools.errors import DataError
-from data_tools.prompt_style import STYLES
 from data_tools.readers import Chunk, Source, count_rows, read_chunks, resolve_inputs
 from data_tools.writer import OutputFolder, sha256_file
 from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, SCHEMA_VERSION
+from megatron_rest.data.prompt_style import STYLES
 
 FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
 _STYLE_NOTES = {

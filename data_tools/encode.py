@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_tools import answers, prompt_style
+from data_tools import answers
 from data_tools.chat import ChatTokenizer
 from data_tools.errors import RowError
 from data_tools.layouts import Columns, Example, normalise
 from data_tools.readers import Chunk
+from megatron_rest.data import prompt_style
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
 from megatron_rest.regions import region_spans
 
@@ -23,7 +24,7 @@ class EncodeOptions:
     """What decides the content of a converted row, beside the tokenizer."""
 
     prompt_style: str = "original"
-    """original, compact or slim (see :mod:`data_tools.prompt_style`)."""
+    """original, compact or slim (see :mod:`megatron_rest.data.prompt_style`)."""
     max_think_words: int = 0
     """Shorten the thought of answer_text to so many words; 0 = keep.  ground_truth is never touched."""
     columns: Columns | None = None

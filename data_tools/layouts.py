@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools import answers, prompt_style
+from data_tools import answers
 from data_tools.errors import DataError, RowError
+from megatron_rest.data import prompt_style
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -269,12 +270,14 @@ def _build(messages: list[Message], ground_truth: str, tools: Any) -> Example:
         raise RowError("the prompt ends with an assistant message: nothing is left to answer")
     answer = answers.parse_answer(ground_truth)
     listed = answers.check_tools(tools)
+    tools_json = _json_text(listed)  # before they are written anywhere: what JSON cannot hold is refused
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     if listed and (system is None or "**Available Tools**" not in system):
         text = prompt_style.write_tools(system or prompt_style.ROLE_SENTENCE, listed)
         messages = [{"role": "system", "content": text}, *messages[0 if system is None else 1 :]]
     elif not listed and system is not None:
         listed = answers.parse_tools(system)
+        tools_json = _json_text(listed)
     return Example(
         messages=messages,
         ground_truth=ground_truth,
@@ -283,7 +286,7 @@ def _build(messages: list[Message], ground_truth: str, tools: Any) -> Example:
         think=answer.think,
         response=answer.response,
         calls_json=_json_text(answer.calls),
-        tools_json=_json_text(listed),
+        tools_json=tools_json,
         prompt_id=_content_hash(messages, ground_truth),
     )
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from data_tools import prompt_style
 from data_tools.answers import PLACEHOLDER_THOUGHT
 from data_tools.errors import DataError, RowError
 from data_tools.layouts import Columns, load_columns, normalise
+from megatron_rest.data import prompt_style
 
 TOOLS = [{"name": "f", "description": "does f", "parameters": {"a": {"type": "int"}}}]
 SYSTEM = prompt_style.write_tools(prompt_style.ROLE_SENTENCE, TOOLS)

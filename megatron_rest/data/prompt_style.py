@@ -14,8 +14,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_tools.answers import dumps
-from data_tools.errors import RowError
+__all__ = [
+    "HISTORY_HEADING",
+    "INSTRUCTIONS",
+    "ROLE_SENTENCE",
+    "STYLES",
+    "TOOLS_HEADING",
+    "apply_style",
+    "compact",
+    "slim",
+    "write_tools",
+]
 
 STYLES = ("original", "compact", "slim")
 ROLE_SENTENCE = (
@@ -51,11 +60,15 @@ needed, leave the "parameters" field an empty dictionary.
 `<response>`, and any tool feedback noted as `<obs>` (if exists)."""
 
 
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
 def write_tools(role: str, tools: Sequence[dict[str, Any]]) -> str:
     """A system message in ToolRL's form."""
     entries = []
     for number, tool in enumerate(tools, start=1):
-        parameters = tool["parameters"] if isinstance(tool["parameters"], str) else dumps(tool["parameters"])
+        parameters = tool["parameters"] if isinstance(tool["parameters"], str) else _dumps(tool["parameters"])
         entries.append(f"{number}. Name: {tool['name']}\nDescription: {tool['description']}\nParameters: {parameters}")
     return f"{role}\n\n{TOOLS_HEADING}" + "\n".join(entries) + f"\n\n{INSTRUCTIONS}"
 
@@ -100,7 +113,7 @@ def _slim_tool(entry: re.Match[str]) -> str:
         types = {key: str(field["type"]) if isinstance(field, dict) else str(field) for key, field in fields.items()}
     except (ValueError, KeyError, AttributeError, RecursionError):
         return entry.group()
-    return f"{dumps({'name': name, 'parameters': types})} {description.strip()}"
+    return f"{_dumps({'name': name, 'parameters': types})} {description.strip()}"
 
 
 def apply_style(messages: Sequence[dict[str, str]], style: str) -> list[dict[str, str]]:
@@ -110,5 +123,5 @@ def apply_style(messages: Sequence[dict[str, str]], style: str) -> list[dict[str
     if style == "slim":
         return slim(messages)
     if style != "original":
-        raise RowError(f"unknown prompt style {style!r}, expected one of {', '.join(STYLES)}")
+        raise ValueError(f"unknown prompt style {style!r}, expected one of {', '.join(STYLES)}")
     return list(messages)
