@@ -530,6 +530,7 @@ def validate(config: RestConfig, *, world_size: int) -> None:
             f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one "
             f"sequence may be ({longest} tokens)"
         )
+    _check_layout(config, dp)
     if config.precision.recipe is not Fp8Recipe.NONE and config.model.dtype != "bfloat16":
         raise ConfigError(
             f"precision.recipe {config.precision.recipe} multiplies bfloat16 tensors in FP8, and model.dtype is "
@@ -539,6 +540,26 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         raise ConfigError(
             "precision.parameters=true needs parallel.distributed_optimizer=true: it holds the float32 weights that "
             "FP8 ones are made from"
+        )
+
+
+def _check_layout(config: RestConfig, dp: int) -> None:
+    p, loss = config.parallel, config.loss
+    sharing = p.tensor_parallel * p.context_parallel * dp
+    if sharing % p.expert_parallel:
+        raise ConfigError(
+            f"parallel.expert_parallel {p.expert_parallel} does not divide the {sharing} ranks of a pipeline stage "
+            f"(tensor_parallel {p.tensor_parallel} x context_parallel {p.context_parallel} x data parallel {dp})"
+        )
+    if p.context_parallel > 1 and loss.aggregation is LossAggregation.REFERENCE_CODE:
+        raise ConfigError(
+            "loss.aggregation=reference_code averages over what a microbatch holds, which context parallelism cuts: "
+            "set parallel.context_parallel=1, or loss.aggregation to sequence_mean or token_mean"
+        )
+    if p.context_parallel > 1 and loss.tis_cap is not None and loss.tis_level == "sequence":
+        raise ConfigError(
+            "loss.tis_level=sequence multiplies over all tokens of a sequence, which context parallelism cuts: set "
+            "parallel.context_parallel=1 or loss.tis_level=token"
         )
 
 

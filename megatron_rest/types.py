@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +147,11 @@ class MicroBatch:
     """Packed sequences [T] of one pipeline microbatch (batch dimension 1, Megatron's THD layout).
 
     Sequence ``i`` occupies ``cu_seqlens[i]:cu_seqlens[i + 1]``; padding positions have label 0 and loss_mask False.
+    Padding that fills up a sequence comes after its tokens, where a causal model cannot see it, and belongs to no
+    sequence in ``sequence_ids``.
+
+    With ``cp_size`` > 1 the tensors hold one context-parallel rank's tokens (``mcore/context_parallel.py`` cuts them),
+    and ``cu_seqlens`` still the bounds of the whole sequences.
     """
 
     token_ids: Tensor  # int64 [T]
@@ -160,6 +166,7 @@ class MicroBatch:
     rollout_log_probs: Tensor  # float32 [T]
     old_log_probs: Tensor | None = None  # float32 [T], from the scoring pass
     token_weights: Tensor | None = None  # float32 [T]; None = uniform
+    cp_size: int = 1  # ranks that share every sequence
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -176,8 +183,10 @@ class MicroBatch:
             "token_weights",
         ):
             _same_length("MicroBatch", n, **{name: getattr(self, name)})
-        if int(self.cu_seqlens[-1]) != n:
-            raise ValueError(f"MicroBatch.cu_seqlens ends at {int(self.cu_seqlens[-1])}, but there are {n} tokens")
+        if int(self.cu_seqlens[-1]) != n * self.cp_size:
+            raise ValueError(
+                f"MicroBatch.cu_seqlens ends at {int(self.cu_seqlens[-1])}, but there are {n * self.cp_size} tokens"
+            )
 
     @property
     def num_sequences(self) -> int:
@@ -185,8 +194,11 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same microbatch on ``device``."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        return MicroBatch(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def with_scores(self, *, old_log_probs: Tensor, token_weights: Tensor | None) -> MicroBatch:
         """The same microbatch after the scoring pass."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_rest.config import Fp8Recipe, ParallelConfig
 from megatron_rest.fp8_support import REQUIREMENTS
 
-__all__ = ["TOKEN_BLOCK", "PackingAlignment", "packing_alignment"]
+__all__ = ["TOKEN_BLOCK", "UNALIGNED", "PackingAlignment", "packing_alignment"]
 
 TOKEN_BLOCK = {Fp8Recipe.NONE: 1, **{recipe: need.block for recipe, need in REQUIREMENTS.items()}}
 """Tokens a shard of a matrix product must be a multiple of."""
@@ -31,6 +31,9 @@ class PackingAlignment:
 
     sequence: int
     total: int
+
+
+UNALIGNED = PackingAlignment(sequence=1, total=1)
 
 
 def packing_alignment(recipe: Fp8Recipe, parallel: ParallelConfig) -> PackingAlignment:

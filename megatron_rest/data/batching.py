@@ -9,10 +9,12 @@ nor gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
 from megatron_rest.types import BatchTotals, MicroBatch, TokenRegion, TrainBatch, TrainSample
 
 __all__ = ["batch_totals", "make_microbatch", "make_train_batch", "pack"]
@@ -24,7 +26,7 @@ def make_train_batch(
     max_tokens: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-    alignment: int = 1,
+    alignment: PackingAlignment = UNALIGNED,
     num_microbatches_multiple: int = 1,
     min_microbatches: int = 1,
 ) -> TrainBatch:
@@ -32,8 +34,9 @@ def make_train_batch(
 
     Args:
         samples: of ALL data-parallel ranks, in the same order everywhere.
-        max_tokens: most tokens of one microbatch; a longer sample raises ``ValueError`` (nothing is cut).
-        alignment: microbatch lengths are padded to a multiple (TP size under sequence parallelism).
+        max_tokens: most tokens of one microbatch, rounded up to ``alignment``; a longer sample raises ``ValueError``
+            (nothing is cut).
+        alignment: multiples that sequences and microbatches are padded to.
         num_microbatches_multiple: pipeline size under interleaved schedules, else 1.
         min_microbatches: microbatches that every replica should get if there are samples enough: a pipeline idles
             less with
@@ -41,9 +44,10 @@ def make_train_batch(
     """
     if not samples:
         raise ValueError("no samples to train on")
-    lengths = [len(s.token_ids) - 1 for s in samples]
+    lengths = [_round_up(len(s.token_ids) - 1, alignment.sequence) for s in samples]
     wanted = max(min_microbatches, 1) * dp_size
-    bins = pack(lengths, min(max_tokens, max(-(-sum(lengths) // wanted), max(lengths))))
+    limit = _round_up(max_tokens, alignment.sequence)
+    bins = pack(lengths, min(limit, max(-(-sum(lengths) // wanted), max(lengths))))
     per_rank = -(-len(bins) // dp_size)
     per_rank = -(-per_rank // num_microbatches_multiple) * num_microbatches_multiple
     # Bins come sorted by size, so dealing them round robin balances the replicas.
@@ -86,16 +90,25 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return [bins[b] for b in sorted(range(len(bins)), key=lambda b: (room[b], b))]
 
 
-def make_microbatch(samples: Sequence[TrainSample], *, alignment: int = 1) -> MicroBatch:
-    """Pack ``samples`` into one microbatch; a last, masked sequence fills up to ``alignment``."""
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def make_microbatch(samples: Sequence[TrainSample], *, alignment: PackingAlignment = UNALIGNED) -> MicroBatch:
+    """Pack ``samples`` into one microbatch.
+
+    Every sequence is padded to ``alignment.sequence``; a last, masked one fills up to ``alignment.total``.
+    """
     lengths = [len(s.token_ids) - 1 for s in samples]
-    total = sum(lengths)
-    padding = -total % alignment if total else max(alignment, 1)
+    spans = [_round_up(n, alignment.sequence) for n in lengths]
+    total = sum(spans)
+    padding = -total % alignment.total if total else alignment.total
+    bounds = np.cumsum([0, *spans, *([padding] if padding else [])])
     size = total + padding
     columns = {
         "token_ids": np.zeros(size, np.int64),
         "labels": np.zeros(size, np.int64),
-        "position_ids": np.zeros(size, np.int64),
+        "position_ids": np.arange(size) - np.repeat(bounds[:-1], np.diff(bounds)),
         "loss_mask": np.zeros(size, bool),
         "region_ids": np.full(size, int(TokenRegion.CONTEXT), np.int64),
         "sequence_ids": np.full(size, -1, np.int64),
@@ -103,21 +116,15 @@ def make_microbatch(samples: Sequence[TrainSample], *, alignment: int = 1) -> Mi
         "advantages": np.zeros(size, np.float32),
         "rollout_log_probs": np.zeros(size, np.float32),
     }
-    start = 0
-    for sample, n in zip(samples, lengths, strict=True):
+    for sample, n, start in zip(samples, lengths, bounds, strict=False):
         here = slice(start, start + n)
         columns["token_ids"][here] = sample.token_ids[:-1]
         columns["labels"][here] = sample.token_ids[1:]
-        columns["position_ids"][here] = np.arange(n)
         columns["loss_mask"][here] = sample.loss_mask[1:]
         columns["region_ids"][here] = sample.region_ids[1:]
         columns["sequence_ids"][here] = sample.sequence_id
         columns["sequence_lengths"][here] = max(int(sample.loss_mask.sum()), 1)
         columns["advantages"][here] = sample.advantage
         columns["rollout_log_probs"][here] = sample.rollout_log_probs[1:]
-        start += n
-    columns["position_ids"][start:] = np.arange(padding)
-    bounds = np.cumsum([0, *lengths, *([padding] if padding else [])])
-    return MicroBatch(
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)), **{k: torch.from_numpy(v) for k, v in columns.items()}
-    )
+    tensors: dict[str, Any] = {name: torch.from_numpy(column) for name, column in columns.items()}
+    return MicroBatch(cu_seqlens=torch.from_numpy(bounds.astype(np.int32)), **tensors)

@@ -1,7 +1,8 @@
 """The seam into Megatron-Core.  The only package that imports ``megatron``; ``build.py`` alone reads its global state.
 
 cpu.py          what Megatron-Core needs to run on a machine without CUDA (inert where CUDA is available)
-attention.py    core attention for packed sequences where Transformer Engine is not there
+context_parallel.py  which tokens lie on which rank: cut microbatches, gather scores
+attention.py    core attention for packed sequences and context parallelism where Transformer Engine is not there
 specs.py        layer specs: Transformer Engine where installed, local modules otherwise
 precision.py    FP8: Megatron's settings, delayed scales of scoring and training kept apart
 accelerations.py  which fused parts run: Transformer Engine's, Apex's, torch's

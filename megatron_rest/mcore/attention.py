@@ -1,21 +1,29 @@
-"""Causal core attention over packed sequences without Transformer Engine.
+"""Causal core attention over packed sequences and context-parallel ranks without Transformer Engine.
 
-Megatron's local ``DotProductAttention`` refuses packed sequences.  This module takes its place through ``ModuleSpec``
-and runs one causal ``scaled_dot_product_attention`` per packed sequence, so that no [T, T] mask is ever made.
+Megatron's local ``DotProductAttention`` refuses both.  This module takes its place through ``ModuleSpec`` and runs one
+causal ``scaled_dot_product_attention`` per packed sequence, so that no [T, T] mask is ever made.
+
+Context-parallel ranks hold their tokens in zigzag order (``context_parallel.py``).  Keys and values are gathered, once
+a layer and as one tensor, before grouped heads are repeated; their gradients are reduce-scattered.  Each of the two
+chunks that a rank holds of a sequence then attends to the keys up to its own end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 from torch import Tensor
+
+from megatron_rest.mcore.context_parallel import zigzag_order
 
 __all__ = ["PackedCoreAttention"]
 
@@ -37,15 +45,12 @@ class PackedCoreAttention(MegatronModule):
         super().__init__(config=config)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-        if pg_collection.cp.size() > 1:
-            raise ValueError(
-                "PackedCoreAttention does not split sequences: context parallelism needs Transformer Engine"
-            )
         if (attention_dropout or config.attention_dropout) > 0:
             raise ValueError("attention dropout must be 0: RL compares log-probs of the same network")
         tp = pg_collection.tp.size()
         self.heads_per_group = divide(config.num_attention_heads, tp) // divide(config.num_query_groups or tp, tp)
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -57,29 +62,57 @@ class PackedCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """``query`` [s, b, h, d] or [t, h, d].
+        """``query`` [s, b, h, d] or [t, h, d], of this context-parallel rank.
 
-        ``key``, ``value`` with h / group heads.  Returns [s, b, h*d] or [t, h, d].
+        ``key``, ``value`` with h / group heads.  Returns [s, b, h*d] or [t, h, d].  Collectives: with CP > 1 one
+        all-gather of keys and values, in the backward pass one reduce-scatter.
         """
         if attention_bias is not None or attention_mask is not None:
             raise ValueError("PackedCoreAttention is causal only: attention_mask and attention_bias must be None")
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            bounds = packed_seq_params.cu_seqlens_q.tolist()
+            bounds = packed_seq_params.cu_seqlens_q
         else:
-            bounds = [0, query.size(0)]
+            bounds = torch.tensor([0, query.size(0) * self.cp_group.size()])
+        if self.cp_group.size() > 1:
+            key, value = self._whole_sequences(key, value, bounds)
         if self.heads_per_group > 1:
             key = key.repeat_interleave(self.heads_per_group, dim=2)
             value = value.repeat_interleave(self.heads_per_group, dim=2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, h, s, d]
-        outs = [
-            F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, scale=self.scale)
-            for a, b in pairwise(bounds)
-        ]
+        outs = []
+        for queries, keys in _spans(bounds.tolist(), self.cp_group.rank(), self.cp_group.size()):
+            outs.append(_causal_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], self.scale))
         out = torch.cat(outs, dim=2).permute(2, 0, 1, 3).contiguous()  # [s, b, h, d]
         return out.squeeze(1) if packed else out.view(out.size(0), out.size(1), -1)
+
+    def _whole_sequences(self, key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all ranks, [s * CP, b, h, d], in sequence order."""
+        both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
+        place = zigzag_order(bounds.diff(), self.cp_group.size()).flatten().argsort()
+        key, value = both.index_select(0, place.to(both.device)).chunk(2, dim=-1)
+        return key, value
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save: there are no parameters."""
         return {}
+
+
+def _spans(bounds: list[int], cp_rank: int, cp_size: int) -> Iterator[tuple[slice, slice]]:
+    """(local positions of queries, positions of the keys up to the last of them) of every sequence or chunk of it."""
+    for start, end in pairwise(bounds):
+        if cp_size == 1:
+            yield slice(start, end), slice(start, end)
+            continue
+        chunk, local = (end - start) // (2 * cp_size), start // cp_size
+        for i, number in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
+            first = local + i * chunk
+            yield slice(first, first + chunk), slice(start, start + (number + 1) * chunk)
+
+
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[b, h, n, d]: the queries are the last n positions of the keys."""
+    n, m = query.size(2), key.size(2)
+    mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)

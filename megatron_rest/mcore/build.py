@@ -128,8 +128,6 @@ def initialize(config: RestConfig) -> ParallelContext:
 
 def _refuse(config: RestConfig) -> None:
     p = config.parallel
-    if p.context_parallel > 1:
-        raise ConfigError("parallel.context_parallel must be 1: the trainer packs whole sequences")
     if p.sequence_parallel and p.tensor_parallel == 1:
         raise ConfigError("parallel.sequence_parallel needs parallel.tensor_parallel > 1")
 

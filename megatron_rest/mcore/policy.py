@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rest.mcore.build import ParallelContext
+from megatron_rest.mcore.context_parallel import gather, shard
 from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.mcore.precision import settle_scales, untouched_scales, without_fp8
@@ -87,7 +88,8 @@ class MegatronPolicy:
         training left them, and left as they are.
 
         Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage (two
-        with beta under sequence parallelism), one broadcast of ``[2, sum T]`` float32 over PP (``[3, sum T]``).
+        with beta under sequence parallelism), one all-gather of ``[2, sum T / CP]`` float32 over CP and one broadcast
+        of ``[2, sum T]`` over PP (``[3, ...]``).
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -100,12 +102,14 @@ class MegatronPolicy:
                 if temperature is not None:
                     measuring.enter_context(at_temperature(module, temperature))
             outputs = self._schedule(score_step, microbatches, forward_only=True)
+        context = self.context
         lengths = [len(m.token_ids) for m in microbatches]
-        flat = torch.empty(3 if with_beta else 2, sum(lengths), dtype=torch.float32, device=self.context.device)
-        if self.context.is_last_stage:
-            torch.cat(outputs, dim=1, out=flat)
-        if self.context.pp_size > 1:
-            dist.broadcast(flat, src=self.context.last_stage_rank, group=self.context.pp_group)
+        flat = torch.empty(3 if with_beta else 2, sum(lengths), dtype=torch.float32, device=context.device)
+        if context.is_last_stage:
+            sequences = torch.cat([m.cu_seqlens.diff() for m in microbatches])
+            flat.copy_(gather(torch.cat(outputs, dim=1), sequences, context.cp_group))
+        if context.pp_size > 1:
+            dist.broadcast(flat, src=context.last_stage_rank, group=context.pp_group)
         return [
             Scores(log_probs=part[0], entropy=part[1], beta=part[2] if with_beta else None)
             for part in flat.split(lengths, dim=1)
@@ -160,7 +164,10 @@ class MegatronPolicy:
     def _schedule(
         self, step: Callable[..., Any], microbatches: Sequence[MicroBatch], *, forward_only: bool
     ) -> list[Any]:
-        on_device = [m.to(self.context.device) for m in microbatches]
+        context = self.context
+        on_device = [
+            shard(m, cp_rank=context.cp_rank, cp_size=context.cp_size).to(context.device) for m in microbatches
+        ]
         iterators: list[Iterator[MicroBatch]] = [iter(on_device) for _ in self.chunks]
         interleaved = len(self.chunks) > 1
         return get_forward_backward_func()(
@@ -175,7 +182,7 @@ class MegatronPolicy:
         )
 
     def _reduce_metrics(self, results: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[float, float]]:
-        """Sum (sum, count) pairs over microbatches and DP on the last stage, then tell the other stages."""
+        """Sum (sum, count) pairs over microbatches, DP and CP on the last stage, then tell the other stages."""
         context = self.context
         payload: list[Any] = [None]
         if context.is_last_stage:
@@ -186,7 +193,7 @@ class MegatronPolicy:
                     sums[name] = sums[name] + pair if name in sums else pair
             names = sorted(sums)
             table = torch.stack([sums[n] for n in names]).to(context.device)
-            dist.all_reduce(table, group=context.dp_group)
+            dist.all_reduce(table, group=context.dp_cp_group)
             payload = [{n: (float(a), float(b)) for n, (a, b) in zip(names, table.tolist(), strict=True)}]
         if context.pp_size > 1:
             dist.broadcast_object_list(payload, src=context.last_stage_rank, group=context.pp_group)

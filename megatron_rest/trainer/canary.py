@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.rollout.engine import RolloutEngine
@@ -39,7 +40,7 @@ class Canary:
     num_tokens: int
     tolerance: float
 
-    def check(self, engine: RolloutEngine, policy: MegatronPolicy, *, alignment: int = 1) -> float:
+    def check(self, engine: RolloutEngine, policy: MegatronPolicy, *, alignment: PackingAlignment = UNALIGNED) -> float:
         """Largest |engine - trainer| log-prob over all ranks' engines; raises :class:`CanaryError` above the tolerance.
 
         Collective over all ranks: one broadcast of token ids, a scoring pass, one MAX all-reduce.
@@ -63,7 +64,9 @@ class Canary:
             )
         return worst
 
-    def _trainer_log_probs(self, policy: MegatronPolicy, sequence: np.ndarray, alignment: int) -> torch.Tensor:
+    def _trainer_log_probs(
+        self, policy: MegatronPolicy, sequence: np.ndarray, alignment: PackingAlignment
+    ) -> torch.Tensor:
         n = len(sequence)
         sample = TrainSample(
             token_ids=sequence,

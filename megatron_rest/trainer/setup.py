@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
-from megatron_rest.data.alignment import packing_alignment
+from megatron_rest.data.alignment import PackingAlignment, packing_alignment
 from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.prompts import PromptDataset
 from megatron_rest.mcore import build
@@ -44,7 +44,7 @@ class PolicyParts:
     policy: MegatronPolicy
     shape: ModelShape
     context: build.ParallelContext
-    alignment: int  # microbatch lengths are multiples of this
+    alignment: PackingAlignment  # what sequences and microbatches are padded to
     num_microbatches_multiple: int
     min_microbatches: int  # fewer would leave pipeline stages idle
 
@@ -67,7 +67,7 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
         policy=MegatronPolicy(chunks=wrapped, optimizer=adam, scheduler=scheduler, context=context),
         shape=shape,
         context=context,
-        alignment=packing_alignment(config.precision.recipe, config.parallel).total,
+        alignment=packing_alignment(config.precision.recipe, config.parallel),
         num_microbatches_multiple=context.pp_size if config.parallel.virtual_pipeline > 1 else 1,
         min_microbatches=2 * context.pp_size if context.pp_size > 1 else 1,
     )

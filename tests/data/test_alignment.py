@@ -72,8 +72,9 @@ def test_known_values():
 @given(recipes, layouts, st.integers(0, 12), st.integers(0, 99))
 def test_packed_microbatches_have_that_length(recipe, parallel, count, seed):
     alignment = packing_alignment(recipe, parallel)
-    microbatch = make_microbatch(random_samples(64, count=count, seed=seed), alignment=alignment.total)
+    microbatch = make_microbatch(random_samples(64, count=count, seed=seed), alignment=alignment)
     assert len(microbatch.token_ids) % alignment.total == 0
     assert len(microbatch.token_ids) > 0
     assert int(microbatch.cu_seqlens[-1]) == len(microbatch.token_ids)
     assert np.all(np.diff(microbatch.cu_seqlens.numpy()) > 0)
+    assert np.all(np.diff(microbatch.cu_seqlens.numpy()) % alignment.sequence == 0)

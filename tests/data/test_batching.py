@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rest.data.alignment import PackingAlignment
 from megatron_rest.data.batching import make_microbatch, make_train_batch, pack
 from megatron_rest.types import TokenRegion
 from tests.helpers.policies import random_samples
@@ -51,15 +52,17 @@ def expected_tokens() -> Counter:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
-@pytest.mark.parametrize(("max_tokens", "alignment", "multiple"), [(64, 1, 1), (64, 4, 2), (2000, 8, 1)])
-def test_every_loss_token_once(dp_size, max_tokens, alignment, multiple):
+@pytest.mark.parametrize(
+    ("max_tokens", "sequence", "alignment", "multiple"), [(64, 1, 1, 1), (64, 1, 4, 2), (64, 4, 8, 1), (2000, 8, 24, 1)]
+)
+def test_every_loss_token_once(dp_size, max_tokens, sequence, alignment, multiple):
     batches = [
         make_train_batch(
             SAMPLES,
             max_tokens=max_tokens,
             dp_rank=r,
             dp_size=dp_size,
-            alignment=alignment,
+            alignment=PackingAlignment(sequence=sequence, total=alignment),
             num_microbatches_multiple=multiple,
         )
         for r in range(dp_size)
@@ -67,6 +70,7 @@ def test_every_loss_token_once(dp_size, max_tokens, alignment, multiple):
     assert len({len(b.microbatches) for b in batches}) == 1
     assert all(len(b.microbatches) % multiple == 0 for b in batches)
     assert all(len(m.token_ids) % alignment == 0 for b in batches for m in b.microbatches)
+    assert all((m.cu_seqlens.diff() % sequence == 0).all() for b in batches for m in b.microbatches)
     assert loss_tokens(m for b in batches for m in b.microbatches) == expected_tokens()
     totals = {b.totals for b in batches}
     assert len(totals) == 1, "denominators are global"
@@ -81,7 +85,7 @@ def test_label_is_the_next_token():
 
 
 def test_empty_microbatch_takes_part_without_loss():
-    microbatch = make_microbatch([], alignment=4)
+    microbatch = make_microbatch([], alignment=PackingAlignment(sequence=2, total=4))
     assert len(microbatch.token_ids) == 4
     assert not microbatch.loss_mask.any()
     assert (microbatch.region_ids == int(TokenRegion.CONTEXT)).all()

@@ -301,8 +301,8 @@ def misfit(rank: int, world_size: int, model: str, layouts: list[dict]) -> list[
 
 
 def test_layouts_that_cannot_run_are_refused_by_name(tied_model):
-    layouts = [{"tp": 2, "pp": 2}, {"overrides": ("parallel.context_parallel=2",)}, {"sp": True}]
-    for fit, context, sequence in run_distributed(misfit, 2, str(tied_model), layouts):
+    layouts = [{"tp": 2, "pp": 2}, {"overrides": ("parallel.expert_parallel=2",)}, {"sp": True}]
+    for fit, experts, sequence in run_distributed(misfit, 2, str(tied_model), layouts):
         assert "world size 2 does not fit tensor_parallel 2 x pipeline_parallel 2" in fit
-        assert "context_parallel" in context
+        assert "has no experts" in experts
         assert "sequence_parallel needs" in sequence
