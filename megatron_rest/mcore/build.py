@@ -91,7 +91,9 @@ def initialize(config: RestConfig) -> ParallelContext:
     if not is_cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if is_cpu else "nccl", timeout=timedelta(minutes=config.trainer.timeout_minutes))
+        # Numbers that live on the host (metrics, flags) are reduced as CPU tensors, over the same groups.
+        backend = "gloo" if is_cpu else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=timedelta(minutes=config.trainer.timeout_minutes))
     validate(config, world_size=dist.get_world_size())
     _refuse(config)
     from megatron.core import parallel_state

@@ -76,6 +76,7 @@ class Canary:
             advantage=0.0,
             sequence_id=0,
         )
-        # Engines score given tokens with the model's own distribution, whatever the sampling temperature is.
-        [scores] = policy.score([make_microbatch([sample], alignment=alignment)], temperature=1.0)
+        # Engines score given tokens with the model's own distribution, whatever the sampling temperature is, and in
+        # their own precision: what FP8 products change is the certificate's business, not a sign of wrong weights.
+        [scores] = policy.score([make_microbatch([sample], alignment=alignment)], temperature=1.0, in_bf16=True)
         return scores.log_probs.cpu()[: n - 1]

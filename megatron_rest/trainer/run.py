@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-from megatron_rest.config import ConfigError, RestConfig, to_dict
-from megatron_rest.mcore import checkpoint
+from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
+from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.regions import token_bytes_table
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.trainer.console import Console
@@ -54,7 +54,10 @@ def train(config: RestConfig) -> None:
     context = trainer.context
     console = Console(enabled=context.rank == 0)
     writer = MetricsWriter(run_dir) if context.rank == 0 else None
+    console.line(accelerations.describe())
+    trainer.settle_precision()  # the first weight transfer scores already
     start = _resume(trainer, run_dir, console)
+    _certify(trainer, console)
     if writer is not None:
         writer.resume(start)
     total = config.trainer.steps - start
@@ -136,6 +139,17 @@ def _mark_finished(config: RestConfig) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     partial.replace(path)
+
+
+def _certify(trainer: RestTrainer, console: Console) -> None:
+    """Print what FP8 does to the log-probs; end the run if it is too much."""
+    section = trainer.config.precision
+    if section.recipe is Fp8Recipe.NONE:
+        return
+    certificate = trainer.certify_precision()
+    for text in certificate.lines():
+        console.line(text)
+    certificate.check(section.max_mismatch)
 
 
 def _is_due(step: int, config: RestConfig) -> bool:

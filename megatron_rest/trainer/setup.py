@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
 from megatron_rest.data.alignment import PackingAlignment, packing_alignment
 from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.prompts import PromptDataset
-from megatron_rest.mcore import build
+from megatron_rest.mcore import build, precision
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.model_map import ModelShape, parameter_map
@@ -58,7 +59,7 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
     chunks = build.build_chunks(shape, config, context, megatron_config)
     # Weights go in before DDP and the optimiser look at them: replicas and master copies start right.
     bare = MegatronPolicy(chunks=chunks, optimizer=None, scheduler=None, context=context)
-    load_hf_weights(bare.named_shards(), config.model.path, shape, tp_rank=context.tp_rank, tp_size=context.tp_size)
+    _load_weights(bare, config, shape)
     wrapped = build.wrap(chunks, megatron_config, config, context)
     adam, scheduler = build.build_optimizer(
         wrapped, megatron_config, config, optimizer=optimizer, num_updates=num_updates
@@ -71,6 +72,20 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
         num_microbatches_multiple=context.pp_size if config.parallel.virtual_pipeline > 1 else 1,
         min_microbatches=2 * context.pp_size if context.pp_size > 1 else 1,
     )
+
+
+def _load_weights(policy: MegatronPolicy, config: RestConfig, shape: ModelShape) -> None:
+    """``model.path`` into the parameters, and into what the optimiser will make the masters of FP8 ones of."""
+    context = policy.context
+    load = partial(
+        load_hf_weights, folder=config.model.path, shape=shape, tp_rank=context.tp_rank, tp_size=context.tp_size
+    )
+    parameters: dict[str, torch.Tensor] = dict(policy.named_parameters())
+    masters = precision.master_values(parameters)
+    if masters:
+        load(masters)
+        precision.fit_weight_scales(parameters, masters, margin=config.precision.margin)
+    load(parameters)
 
 
 def _check_lengths(config: RestConfig, shape: ModelShape) -> None:

@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.algorithms import rest_policy_loss
-from megatron_rest.config import RestConfig, TrainerConfig
+from megatron_rest.config import Fp8Recipe, RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.mcore import checkpoint
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.rollout.engine import RolloutEngine
 from megatron_rest.trainer.canary import Canary
+from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
 from megatron_rest.trainer.exchange import all_gather_groups, all_token_scores, share_of
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
@@ -45,6 +46,7 @@ from megatron_rest.weighting import RestWeighting, region_sums
 __all__ = ["RestTrainer"]
 
 _CANARY_FLOAT32 = 1e-3  # 1e-6 is seen: rounding in another order; a stale or misplaced tensor makes 0.1 and more
+_CERTIFICATE_PROMPTS = 16  # with answers of a hundred tokens: a mean of each region that holds
 _CANARY_16_BIT = 0.1  # up to 0.06 is seen between two bfloat16 implementations of the same small model
 
 
@@ -211,6 +213,26 @@ class RestTrainer:
             scores=values,
         )
         write_rollouts(self.config.trainer.run_dir, rollouts)
+
+    def settle_precision(self) -> None:
+        """First scales of delayed FP8 scaling; nothing for other recipes.  Before anything is scored."""
+        if self.config.precision.recipe is Fp8Recipe.DELAYED:
+            self.policy.settle_scales(self.canary_batch().microbatches)
+
+    def certify_precision(self) -> MismatchCertificate:
+        """FP8 against BF16 on prompts with their reference answers; two scoring passes."""
+        microbatches = self.canary_batch().microbatches
+        log_probs, reference = (
+            [s.log_probs for s in self.policy.score(microbatches, in_bf16=in_bf16)] for in_bf16 in (False, True)
+        )
+        name = f"{self.config.precision.recipe} against bf16"
+        return certify(name, microbatches, log_probs, reference, group=self.context.dp_group)
+
+    def canary_batch(self) -> TrainBatch:
+        """This replica's share of what precision is judged on."""
+        longest = min(self.config.model.max_sequence_length, self.config.trainer.max_tokens_per_microbatch)
+        count = max(_CERTIFICATE_PROMPTS, self.context.dp_size)
+        return self.batch(canary_samples(self.prompts, self.judge, count=count, max_tokens=longest))
 
     def sync_weights(self, *, version: int) -> dict[str, float]:
         """Push the policy's weights into every engine and let the canary sing."""
