@@ -1,7 +1,9 @@
 """``megatron-rest doctor``: what is installed, which accelerations are active, what each missing one would need.
 
 Imports are tried in processes of their own: a broken package may end the interpreter, and some of them change it.
-Exit status 1 if something is broken (installed, but in the way), 0 otherwise; what is merely absent is not an error.
+What is said of accelerations, FP8 recipes and transports is what the trainer itself finds in such a process
+(doctor_device.py).  Exit status 1 if something is broken (installed, but in the way), 0 otherwise; what is merely
+absent is not an error.
 """
 
 from __future__ import annotations
@@ -17,24 +19,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from megatron_rest import doctor_device
+from megatron_rest.finding import BROKEN, OFF, OK, Finding
 
 __all__ = ["Finding", "examine", "main"]
 
-OK, OFF, BROKEN = "ok", "off", "broken"
 _IMPORT_SECONDS = 180  # vLLM's first import on a busy machine
-_TE_PARTS = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One line of the table."""
-
-    name: str
-    state: str  # ok, off (absent, works without) or broken (in the way)
-    detail: str
-    mend: str = ""
+TE_PARTS = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13", "transformer-engine-torch")
 
 
 def examine(*, imports: bool = True) -> list[Finding]:
@@ -47,6 +42,10 @@ def examine(*, imports: bool = True) -> list[Finding]:
         _machine(),
         *(check(results) for check in (_torch, _megatron, _transformer_engine)),
         _apex(),
+        _checkpoint_writer(),
+        *doctor_device.accelerations(_json(results, "megatron")),
+        *doctor_device.recipes(_json(results, "precision")),
+        *doctor_device.transports(_json(results, "torch")),
         _vllm(results),
         _torchvision(),
         _package("triton", "CUDA kernels; torch's CUDA build brings it", "only of use with a GPU"),
@@ -59,10 +58,16 @@ def examine(*, imports: bool = True) -> list[Finding]:
     return findings
 
 
+# Each prints one line, which the finding shows; those of JSON are what the trainer itself asks.
 _PROBES = {
-    "torch": "import torch; c = torch.cuda; print(torch.__version__, '| CUDA', torch.version.cuda, '|', "
-    "', '.join(c.get_device_name(i) for i in range(c.device_count())) or 'no GPU')",
-    "megatron": "import megatron.core as m; from megatron.core import parallel_state; print(m.__version__)",
+    "torch": "import json, torch, torch.distributed as d; c = torch.cuda; "
+    "gpus = [c.get_device_name(i) for i in range(c.device_count())]; "
+    "print(json.dumps({'cuda': torch.version.cuda, 'gpus': gpus, 'gloo': d.is_gloo_available(), "
+    "'nccl': d.is_nccl_available()}))",
+    "megatron": "import json, dataclasses, megatron.core; from megatron_rest.mcore.accelerations import active; "
+    "print(json.dumps({'version': megatron.core.__version__, **dataclasses.asdict(active())}))",
+    "precision": "import json, dataclasses; from megatron_rest.mcore.precision import this_machine; "
+    "print(json.dumps(dataclasses.asdict(this_machine())))",
     "te": "import transformer_engine.pytorch as te; import transformer_engine as t; print(t.__version__)",
     "vllm": "import os; os.environ.setdefault('VLLM_LOGGING_LEVEL', 'ERROR'); from vllm import LLM; "
     "from vllm.platforms import current_platform as p; print(p.device_type)",
@@ -84,6 +89,12 @@ def _try(code: str) -> tuple[bool, str]:
 
 
 Results = dict[str, tuple[bool, str]]
+
+
+def _json(results: Results, key: str) -> dict[str, Any] | None:
+    """What a probe that prints JSON found; None if it failed or was not tried."""
+    worked, text = results.get(key, (False, ""))
+    return dict(json.loads(text)) if worked else None
 
 
 def _imported(
@@ -118,6 +129,10 @@ def _machine() -> Finding:
 
 
 def _torch(results: Results) -> Finding:
+    found = _json(results, "torch")
+    if found is not None:
+        text = f"CUDA {found['cuda']} | {', '.join(found['gpus']) or 'no GPU'}"
+        results = {**results, "torch": (True, text)}
     return _imported(
         "torch", "torch", ["torch"], results,
         absent="make setup (CPU), or pip install -e '.[gpu]'",
@@ -127,10 +142,17 @@ def _torch(results: Results) -> Finding:
 
 def _megatron(results: Results) -> Finding:
     def mend(text: str) -> str:
+        if "triton" in text.lower():
+            return (
+                "megatron-core 0.18 and newer import triton, also on CPU: pip install triton, or megatron-core==0.16.1"
+            )
         if "transformer" in text.lower() or "cudnn" in text.lower():
-            return f"Transformer Engine fails and takes megatron-core with it: pip uninstall {' '.join(_TE_PARTS)}"
+            return f"Transformer Engine fails and takes megatron-core with it: pip uninstall {' '.join(TE_PARTS)}"
         return "pip install megatron-core==0.16.1"
 
+    found = _json(results, "megatron")
+    if found is not None:
+        results = {**results, "megatron": (True, found["version"])}
     return _imported(
         "Megatron-Core", "megatron", ["megatron-core"], results,
         absent="pip install -e '.[train]'", mend=mend,
@@ -138,11 +160,25 @@ def _megatron(results: Results) -> Finding:
 
 
 def _transformer_engine(results: Results) -> Finding:
+    versions = {dist: _version(dist) for dist in TE_PARTS if _version(dist)}
+    if len(set(versions.values())) > 1:
+        detail = ", ".join(f"{dist} {version}" for dist, version in versions.items())
+        mend = f"its parts must have one version: pip install the same of {' '.join(versions)}"
+        return Finding(name="Transformer Engine", state=BROKEN, detail=detail, mend=mend)
+    if versions and not set(versions) & {"transformer-engine-cu12", "transformer-engine-cu13"}:
+        return Finding(
+            name="Transformer Engine",
+            state=BROKEN,
+            detail=", ".join(f"{dist} {version}" for dist, version in versions.items()) + ": no library in it",
+            mend="this package alone cannot be imported, and megatron-core fails with it: pip install "
+            "--no-build-isolation 'transformer-engine[pytorch]' where the CUDA toolkit is, else pip uninstall "
+            f"{' '.join(versions)}",
+        )
     return _imported(
-        "Transformer Engine", "te", _TE_PARTS, results,
+        "Transformer Engine", "te", TE_PARTS, results,
         absent="FP8 and fused layers on GPU: pip install --no-build-isolation 'transformer-engine[pytorch]' "
         "on a machine with the CUDA toolkit, or NVIDIA's container",
-        mend=lambda text: f"needs a GPU, cuDNN and all its parts; on CPU: pip uninstall {' '.join(_TE_PARTS)}",
+        mend=lambda text: f"needs a GPU, cuDNN and all its parts; on CPU: pip uninstall {' '.join(TE_PARTS)}",
     )  # fmt: skip
 
 
@@ -166,6 +202,15 @@ def _apex() -> Finding:
             name=name, state=BROKEN, detail=detail, mend="build it with its CUDA extensions, or uninstall it"
         )
     return Finding(name=name, state=OK, detail=detail)
+
+
+def _checkpoint_writer() -> Finding:
+    """Megatron-Core needs psutil to save, does not ask for it, and hangs without: the writers die, the parent waits."""
+    version = _version("psutil")
+    if version or not _version("megatron-core"):
+        return Finding(name="psutil", state=OK, detail=version or "not needed: no Megatron-Core here")
+    detail = "not installed: the first checkpoint would hang"
+    return Finding(name="psutil", state=BROKEN, detail=detail, mend="pip install psutil")
 
 
 def _vllm(results: Results) -> Finding:

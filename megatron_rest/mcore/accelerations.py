@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_rest.mcore.specs import has_transformer_engine
 
-__all__ = ["describe", "fuse_weight_gradients", "has_apex_weight_gradients"]
+__all__ = ["Accelerations", "active", "fuse_weight_gradients", "has_apex_weight_gradients"]
 
 _TE_SWITCH = "fuse_wgrad_accumulation"  # attribute of Transformer Engine's linear layers, read at every forward pass
 
@@ -38,21 +39,38 @@ def fuse_weight_gradients(model: Any) -> int:
     return len(parts)
 
 
-def describe() -> str:
-    """One line for people: what runs the layers, the optimiser and the weight gradients."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accelerations:
+    """What runs in this process, in words; ``is_X_fused`` says whether it is the fused one."""
+
+    layers: str
+    are_layers_fused: bool
+    optimizer: str
+    is_optimizer_fused: bool
+    weight_gradients: str
+    are_weight_gradients_fused: bool
+
+    def __str__(self) -> str:
+        return f"layers: {self.layers}; optimiser: {self.optimizer}; weight gradients: {self.weight_gradients}"
+
+
+def active() -> Accelerations:
+    """What Megatron and we chose here.  Imports Megatron; no process group is needed."""
     from megatron.core import optimizer
 
-    layers = (
-        f"Transformer Engine {_te_version()}" if has_transformer_engine() else "Megatron's local layers, torch norms"
+    has_te, has_apex_gradients = has_transformer_engine(), has_apex_weight_gradients()
+    return Accelerations(
+        layers=f"Transformer Engine {_te_version()}" if has_te else "Megatron's local layers, torch norms",
+        are_layers_fused=has_te,
+        optimizer=f"{optimizer.Adam.__module__.split('.')[0]} {optimizer.Adam.__name__}",
+        is_optimizer_fused=not optimizer.USING_PYTORCH_OPTIMIZER,
+        weight_gradients="fused everywhere (Apex)"
+        if has_apex_gradients
+        else "fused in the layers (Transformer Engine)"
+        if has_te
+        else "added after the product",
+        are_weight_gradients_fused=has_apex_gradients or has_te,
     )
-    adam = f"{optimizer.Adam.__module__.split('.')[0]} {optimizer.Adam.__name__}"
-    if has_apex_weight_gradients():
-        gradients = "fused everywhere (Apex)"
-    elif has_transformer_engine():
-        gradients = "fused in the layers (Transformer Engine)"
-    else:
-        gradients = "added after the product"
-    return f"layers: {layers}; optimiser: {adam}; weight gradients: {gradients}"
 
 
 def _te_version() -> str:

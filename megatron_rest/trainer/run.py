@@ -54,7 +54,7 @@ def train(config: RestConfig) -> None:
     context = trainer.context
     console = Console(enabled=context.rank == 0)
     writer = MetricsWriter(run_dir) if context.rank == 0 else None
-    console.line(accelerations.describe())
+    console.line(str(accelerations.active()))
     trainer.settle_precision()  # the first weight transfer scores already
     start = _resume(trainer, run_dir, console)
     _certify(trainer, console)

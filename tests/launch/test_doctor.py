@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rest import cli, doctor
+from megatron_rest import cli, doctor, doctor_device
 
 from .conftest import ROOT
 
@@ -46,7 +46,7 @@ def environment_with(folder: Path, *distributions: tuple[str, str], modules: tup
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     for name in modules:
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         (folder / name / "__init__.py").write_text("")
     done = subprocess.run(
         [sys.executable, "-m", "megatron_rest.doctor", "--fast", "--json"],
@@ -65,6 +65,14 @@ def environment_with(folder: Path, *distributions: tuple[str, str], modules: tup
         ((("apex", "0.9.10.dev0"),), ("apex",), "Apex", "not NVIDIA Apex"),
         ((("vllm", "0.32.0"),), (), "vLLM", "one of them"),
         ((("torchvision", "0.28.0"),), (), "torchvision etc.", "pip uninstall torchvision"),
+        ((("transformer-engine", "2.20.2"),), (), "Transformer Engine", "this package alone cannot be imported"),
+        (
+            (("transformer-engine", "2.20.2"), ("transformer-engine-cu13", "2.19.0")),
+            (),
+            "Transformer Engine",
+            "its parts must have one version",
+        ),
+        ((), ("apex", "apex/normalization"), "Apex", "build it with its CUDA extensions"),
     ],
 )
 def test_known_traps_are_found(
@@ -73,6 +81,88 @@ def test_known_traps_are_found(
     broken = environment_with(tmp_path, *distributions, modules=modules)
     assert list(broken) == [name]
     assert mend in broken[name]
+
+
+def test_nvidia_apex_with_its_kernels_is_accepted(tmp_path: Path) -> None:
+    assert environment_with(tmp_path, modules=("apex", "apex/normalization", "amp_C", "fused_layer_norm_cuda")) == {}
+
+
+def test_an_empty_transformer_engine_takes_the_real_megatron_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron guards its import against ImportError only, and Transformer Engine raises RuntimeError."""
+    (tmp_path / "transformer_engine").mkdir()
+    message = "Found empty `transformer-engine` meta package installed"
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(f"raise RuntimeError({message!r})\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    results = {key: doctor._try(doctor._PROBES[key]) for key in ("megatron", "precision")}
+    megatron = doctor._megatron(results)
+    assert megatron.state == doctor.BROKEN
+    assert message in megatron.detail
+    assert "pip uninstall transformer-engine" in megatron.mend
+    recipes = doctor_device.recipes(doctor._json(results, "precision"))
+    assert {finding.state for finding in recipes} == {doctor.OFF}
+    assert all(f"does not import ({message})" in finding.detail for finding in recipes)
+
+
+def test_what_the_trainer_finds_is_what_is_printed() -> None:
+    """The probes' own words, from real processes of this environment."""
+    results = {key: doctor._try(doctor._PROBES[key]) for key in ("torch", "megatron", "precision")}
+    assert all(worked for worked, _ in results.values()), results
+    found = [
+        *doctor_device.accelerations(doctor._json(results, "megatron")),
+        *doctor_device.recipes(doctor._json(results, "precision")),
+        *doctor_device.transports(doctor._json(results, "torch")),
+    ]
+    by_name = {finding.name: finding for finding in found}
+    assert {"fused Adam", "fused layers and norms", "fused weight gradients", "gloo", "NCCL"} <= by_name.keys()
+    assert {f"FP8 {recipe}" for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")} <= by_name.keys()
+    assert all(finding.mend for finding in found if finding.state != doctor.OK)
+    assert by_name["gloo"].state == doctor.OK
+    assert "megatron-core 0.16.1" in doctor._megatron(results).detail
+    if "+cpu" in doctor._version("torch"):
+        assert by_name["fused Adam"].detail == "torch AdamW"
+        assert {by_name[name].state for name in by_name if name != "gloo" and name != "InfiniBand"} == {doctor.OFF}
+
+
+H100 = {"transformer_engine": "2.20.2", "transformer_engine_fault": "", "gpu": "H100", "cuda": "13.0"}
+
+
+def test_recipes_of_other_machines() -> None:
+    def states(capability: list[int], **changes: str) -> dict[str, str]:
+        found = doctor_device.recipes({**H100, "capability": capability, **changes})
+        return {finding.name.removeprefix("FP8 "): finding.state for finding in found}
+
+    ok, off = doctor.OK, doctor.OFF
+    assert states([9, 0]) == {"delayed": ok, "tensorwise": ok, "blockwise": ok, "mxfp8": off}
+    assert states([10, 0]) == dict.fromkeys(("delayed", "tensorwise", "blockwise", "mxfp8"), ok)
+    assert states([9, 0], cuda="12.8")["blockwise"] == off
+    assert set(states([9, 0], transformer_engine="").values()) == {off}
+    assert doctor_device.recipes(None) == []
+
+
+def test_transports_of_other_machines() -> None:
+    def states(**found: object) -> dict[str, str]:
+        return {finding.name: finding.state for finding in doctor_device.transports(found)}
+
+    assert states(gloo=True, nccl=True, gpus=["H100"] * 8)["NCCL"] == doctor.OK
+    assert states(gloo=True, nccl=True, gpus=[])["NCCL"] == doctor.OFF
+    assert states(gloo=False, nccl=False, gpus=[])["gloo"] == doctor.OFF
+
+
+def test_megatron_without_psutil_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"megatron-core": "0.16.1", "psutil": ""}
+    monkeypatch.setattr(doctor, "_version", lambda dist: versions.get(dist, ""))
+    finding = doctor._checkpoint_writer()
+    assert (finding.state, finding.mend) == (doctor.BROKEN, "pip install psutil")
+    versions["megatron-core"] = ""
+    assert doctor._checkpoint_writer().state == doctor.OK
+
+
+def test_newer_megatron_without_triton_says_so() -> None:
+    finding = doctor._megatron({"megatron": (False, "ModuleNotFoundError: No module named 'triton'")})
+    assert finding.state == doctor.BROKEN
+    assert "pip install triton" in finding.mend
 
 
 def test_a_package_that_does_not_import_is_broken_and_its_error_shown(tmp_path: Path) -> None:

@@ -267,7 +267,9 @@ def test_weight_gradient_fusion_switches_what_has_the_switch() -> None:
 def test_description_says_what_runs_here() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    layers, adam, gradients = accelerations.describe().split("; ")
-    assert layers == "layers: Megatron's local layers, torch norms"
-    assert adam == "optimiser: torch AdamW"
-    assert gradients == "weight gradients: added after the product"
+    found = accelerations.active()
+    assert str(found) == (
+        "layers: Megatron's local layers, torch norms; optimiser: torch AdamW; "
+        "weight gradients: added after the product"
+    )
+    assert not (found.are_layers_fused or found.is_optimizer_fused or found.are_weight_gradients_fused)
