@@ -1,0 +1,168 @@
+"""Answers to scores: one file of answers in, one file of verdicts and one summary out.
+
+    RUN/answers.jsonl     {"case_id", "answer"}                        written while the model answers
+    RUN/verdicts.jsonl    {"case_id", "category", "is_correct", ...}   one line a case, in the benchmark's order
+    RUN/summary.json      counts, accuracies with intervals, kinds of errors, by category
+
+A case without an answer counts as wrong and is named: a run that stopped early must not look better than it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rest.eval import api_bank, bfcl
+from megatron_rest.eval.cases import EvalCase, Score
+from megatron_rest.eval.statistics import wilson_interval
+
+__all__ = [
+    "BENCHMARKS",
+    "Verdict",
+    "judge",
+    "load_cases",
+    "read_answers",
+    "read_verdicts",
+    "summarise",
+    "summary_lines",
+    "write_json",
+    "write_lines",
+]
+
+BENCHMARKS = {"api-bank": api_bank, "bfcl": bfcl}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """The score of one case."""
+
+    case_id: str
+    category: str
+    score: Score
+
+
+def load_cases(benchmark: str, categories: Sequence[str] = (), *, limit: int = 0) -> list[EvalCase]:
+    """Cases of a benchmark; ``limit`` keeps the first so many of each category (0 = all)."""
+    module = BENCHMARKS[benchmark]
+    cases: list[EvalCase] = module.load(categories=tuple(categories) or module.CATEGORIES)
+    if not limit:
+        return cases
+    seen: Counter[str] = Counter()
+    kept = []
+    for case in cases:
+        seen[case.category] += 1
+        if seen[case.category] <= limit:
+            kept.append(case)
+    return kept
+
+
+def judge(cases: Sequence[EvalCase], answers: Mapping[str, str]) -> list[Verdict]:
+    """Verdicts in the order of the cases.  Answers to cases that are not among them are an error of the caller."""
+    unknown = sorted(answers.keys() - {case.case_id for case in cases})
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} answers are to cases that were not asked for, such as {unknown[0]!r}: other categories?"
+        )
+    return [
+        Verdict(
+            case_id=case.case_id,
+            category=case.category,
+            score=case.score(answers[case.case_id]) if case.case_id in answers else _no_answer(case),
+        )
+        for case in cases
+    ]
+
+
+def _no_answer(case: EvalCase) -> Score:
+    """Wrong in every score that the case has, and also where silence would be right."""
+    return Score(
+        is_correct=False,
+        outcome="no answer",
+        detail="the file of answers has no line for this case",
+        is_soft_correct=None if case.score("").is_soft_correct is None else False,
+    )
+
+
+def summarise(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Counts, accuracy with its interval and kinds of errors, in all and by category."""
+    categories: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        categories.setdefault(verdict.category, []).append(verdict)
+    return {"all": _summary(verdicts), "categories": {name: _summary(part) for name, part in categories.items()}}
+
+
+def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    correct = sum(v.score.is_correct for v in verdicts)
+    soft = [v.score.is_soft_correct for v in verdicts if v.score.is_soft_correct is not None]
+    return {
+        "cases": len(verdicts),
+        "correct": correct,
+        "accuracy": asdict(wilson_interval(correct, len(verdicts))),
+        "soft_accuracy": asdict(wilson_interval(sum(soft), len(soft))) if soft else None,
+        "outcomes": dict(Counter(v.score.outcome for v in verdicts).most_common()),
+    }
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The summary as a table for people."""
+    rows = [*summary["categories"].items(), ("all", summary["all"])]
+    lines = [f"{'category':<24}{'cases':>6}  {'accuracy':>8}  {'95 % interval':<16}{'soft':>7}  most frequent errors"]
+    for name, part in rows:
+        accuracy, soft = part["accuracy"], part["soft_accuracy"]
+        wrong = [f"{outcome} {count}" for outcome, count in part["outcomes"].items() if outcome != "correct"][:3]
+        interval = f"{accuracy['low']:.1%} to {accuracy['high']:.1%}"
+        lines.append(
+            f"{name:<24}{part['cases']:>6}  {accuracy['estimate']:>8.1%}  {interval:<16}"
+            f"{format(soft['estimate'], '.1%') if soft else '-':>7}  {', '.join(wrong) or '-'}"
+        )
+    return lines
+
+
+def read_answers(path: str | Path) -> dict[str, str]:
+    """``{case_id: answer}`` of a file of answers; a case answered twice is an error, since one would be dropped."""
+    answers: dict[str, str] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            case_id, answer = row["case_id"], row["answer"]
+            if not isinstance(case_id, str) or not isinstance(answer, str):
+                raise TypeError("case_id and answer must be text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not an answer ({type(error).__name__}: {error})") from error
+        if case_id in answers:
+            raise ValueError(f"{path}, line {number}: case {case_id!r} is answered twice")
+        answers[case_id] = answer
+    return answers
+
+
+def read_verdicts(folder: str | Path) -> dict[str, Verdict]:
+    """``verdicts.jsonl`` of a run by case."""
+    path = Path(folder) / "verdicts.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no verdicts.jsonl: score it with `megatron-rest eval run` or `... score`")
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {
+        row["case_id"]: Verdict(case_id=row["case_id"], category=row["category"], score=Score(**row["score"]))
+        for row in rows
+    }
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSON lines, whole or not at all."""
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document, whole or not at all."""
+    _replace(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
