@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.errors import DataError, RowError
-from data_tools.word_cache import WordEncoder, cuts_are_exact
+from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data import prompt_files
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
@@ -30,8 +30,9 @@ class ChatTokenizer:
         except ImportError as error:
             raise DataError(f"tokenizing needs the package tokenizers: {_INSTALL}") from error
         self.folder = Path(folder)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise DataError(f"--tokenizer: {folder} has no tokenizer.json: give a Hugging Face folder (fast tokenizer)")
         try:
-            self.identity = prompt_files.tokenizer_identity(folder)
             self.template_text = prompt_files.chat_template(folder)
             self.template_identity = prompt_files.template_identity(folder)
             self._config = prompt_files.tokenizer_config(folder)
@@ -44,7 +45,15 @@ class ChatTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = _compile(self.template_text)
-        self._words = WordEncoder(self._tokenizer, exact=cuts_are_exact(self._spec))
+        self._words = WordEncoder(self._tokenizer, exact=cuts_are_exact(self._spec), separator=separator(self._spec))
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of what decides token ids; of a large vocabulary it takes a second, which worker processes spare."""
+        try:
+            return prompt_files.tokenizer_identity(self.folder)
+        except ValueError as error:
+            raise DataError(f"--tokenizer: {error}") from error
 
     @cached_property
     def _spec(self) -> dict[str, Any]:

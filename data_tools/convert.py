@@ -6,6 +6,7 @@ the output.  At most ``processes + 2`` chunks are under way, so memory does not 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -33,6 +34,7 @@ from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, SCHE
 from megatron_rest.data.prompt_style import STYLES
 
 FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
+GC_THRESHOLD = 100_000  # rows of a chunk are thousands of objects without cycles: looking for some costs a tenth
 _STYLE_NOTES = {
     "original": "messages as they came",
     "compact": "constant instruction blocks dropped, headings shortened, for toy models; tools and dialogue untouched",
@@ -152,6 +154,8 @@ def _start_worker(tokenizer_folder: Path, options: EncodeOptions) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     pa.set_cpu_count(1)
     tokenizer = ChatTokenizer(tokenizer_folder)
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
     _encode = lambda chunk: encode_chunk(chunk, tokenizer, options)  # noqa: E731
 
 

@@ -24,7 +24,9 @@ import pyarrow as pa
 
 MAX_WORDS = 1 << 18  # remembered words; when it is full, the memory starts anew
 MAX_WORD_BYTES = 64  # longer words seldom repeat
+WORDS_PER_TEXT = 64  # new words that the tokenizer gets at once
 GROUP_BYTES = 8 << 20  # texts of one pass, whose scratch arrays are a few times as large
+_ID_BYTES = 4
 _CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -64,12 +66,31 @@ def _splits_at_space(pre: dict[str, Any]) -> bool:
     )
 
 
+def separator(spec: dict[str, Any]) -> str:
+    """A control token that words can be joined by without changing their ids; empty if there is none.
+
+    Control tokens are cut out before anything else happens, so what is between two of them is encoded by itself.  A
+    token that another one contains, or whose beginning another one ends with, might not be found.
+    """
+    tokens = [token["content"] for token in spec["added_tokens"]]
+    for token in spec["added_tokens"]:
+        text = token["content"]
+        beginnings = tuple(text[:length] for length in range(1, len(text)))
+        if token.get("special") and not token.get("normalized"):
+            others = [other for other in tokens if other != text]
+            if not any(text in other or other.endswith(beginnings) for other in others):
+                return str(text)
+    return ""
+
+
 class WordEncoder:
     """``encode(texts)`` with a memory of words; ``exact=False`` encodes whole texts."""
 
-    def __init__(self, tokenizer: Any, *, exact: bool) -> None:
+    def __init__(self, tokenizer: Any, *, exact: bool, separator: str = "") -> None:
         self._encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
         self._exact = exact
+        self._separator = separator.encode()
+        self._separator_id = tokenizer.token_to_id(separator) if separator else None
         self._memory: dict[bytes, bytes] = {}  # UTF-8 of a word -> its int32 ids
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -100,14 +121,28 @@ class WordEncoder:
         if len(self._memory) > MAX_WORDS:
             self._memory.clear()
         new = [word for word in words if word not in self._memory]
-        for word, ids in zip(new, self.encode_whole([word.decode() for word in new]), strict=True):
-            self._memory[word] = np.array(ids, dtype=np.int32).tobytes()
+        self._memory.update(self._encode_new(new))
         found = [self._memory[word] for word in words]
         for word in new:
             if len(word) > MAX_WORD_BYTES:
                 del self._memory[word]
-        offsets = np.cumsum([0, *map(len, found)]) // np.int32().itemsize
+        offsets = np.cumsum([0, *map(len, found)]) // _ID_BYTES
         return pa.ListArray.from_arrays(offsets.astype(np.int32), np.frombuffer(b"".join(found), dtype=np.int32))
+
+    def _encode_new(self, words: list[bytes]) -> dict[bytes, bytes]:
+        """Many words are one text with control tokens between: a call of the tokenizer costs more than a word."""
+        joined = [word for word in words if self._separator and self._separator not in word]
+        rows = [joined[start : start + WORDS_PER_TEXT] for start in range(0, len(joined), WORDS_PER_TEXT)]
+        rows += [[word] for word in words if not self._separator or self._separator in word]
+        encoded: dict[bytes, bytes] = {}
+        for row, ids in zip(rows, self.encode_whole([self._separator.join(row).decode() for row in rows]), strict=True):
+            array = np.array(ids, dtype=np.int32)
+            ends = [*np.flatnonzero(array == self._separator_id), len(array)] if len(row) > 1 else [len(array)]
+            starts = [0, *(end + 1 for end in ends[:-1])]
+            data = array.tobytes()
+            pieces = (data[a * _ID_BYTES : b * _ID_BYTES] for a, b in zip(starts, ends, strict=True))
+            encoded.update(zip(row, pieces, strict=True))
+        return encoded
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[bytes]]:

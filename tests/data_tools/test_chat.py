@@ -16,7 +16,7 @@ from data_tools.chat import ChatTokenizer
 from data_tools.errors import DataError, RowError
 from data_tools.layouts import normalise
 from data_tools.train_tokenizer import TAG_TOKENS, texts_of, train_and_save
-from data_tools.word_cache import WordEncoder, cuts_are_exact
+from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data.prompt_files import chat_template, template_identity, tokenizer_identity
 from tests.data_tools.conftest import SAMPLES
 
@@ -70,7 +70,7 @@ def test_training_is_deterministic_and_tags_are_single_tokens(tokenizer: ChatTok
 TEXT = st.lists(
     st.sampled_from(["\n", "\n\n", " \n", " ", "  ", "5", "a", "Z9", " the", "'s", "}", '{"x":',
                      "é", "日本", "\u0301", "\u200b", "\x85", "\x1c",
-                     "\t", "\r\n", "<think>", "</tool_call>", "<|im_end|>", "🙂", "!"]),
+                     "\t", "\r\n", "<think>", "</tool_call>", "<|im_end|>", "<|endoftext|>", "🙂", "!"]),
     max_size=30,
 ).map("".join)  # fmt: skip
 
@@ -97,8 +97,17 @@ def test_cut_texts_encode_like_whole_ones_with_qwens_pattern(tokenizer: ChatToke
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytelevel]}
     assert cuts_are_exact(spec)
-    words = WordEncoder(tokenizers.Tokenizer.from_str(json.dumps(spec)), exact=True)
-    assert words.encode([text])[0].tolist() == words.encode_whole([text])[0]
+    for joined in ("", separator(spec)):
+        words = WordEncoder(tokenizers.Tokenizer.from_str(json.dumps(spec)), exact=True, separator=joined)
+        assert words.encode([text])[0].tolist() == words.encode_whole([text])[0]
+
+
+def test_separator_cannot_be_mistaken(tokenizer: ChatTokenizer) -> None:
+    assert separator(tokenizer._spec) == "<|endoftext|>"
+    for texts in (["<a>"], ["<a>", "<a>b"], ["<a>", "b<"], ["<a>", "b<a"], ["<a>", ">"]):
+        tokens = [{"content": text, "special": text == "<a>"} for text in texts]
+        assert separator({"added_tokens": tokens}) == ("<a>" if texts in (["<a>"], ["<a>", ">"]) else "")
+    assert separator({"added_tokens": [{"content": "<a>", "special": True, "normalized": True}]}) == ""
 
 
 def test_unknown_tokenizers_are_encoded_whole(tokenizer: ChatTokenizer) -> None:
@@ -108,6 +117,7 @@ def test_unknown_tokenizers_are_encoded_whole(tokenizer: ChatTokenizer) -> None:
         {"normalizer": {"type": "Lowercase"}},
         {"model": {**spec["model"], "byte_fallback": True}},
         {"added_tokens": [{"content": "x", "rstrip": True}]},
+        {"added_tokens": [{"content": "<tool call>"}]},
     ):
         assert not cuts_are_exact({**spec, **change})
 
@@ -138,5 +148,5 @@ def test_bad_folders_are_named(tokenizer: ChatTokenizer, tmp_path: Path) -> None
     with pytest.raises(DataError, match="does not compile"):
         ChatTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="does not load"):
         ChatTokenizer(tmp_path)
