@@ -83,7 +83,9 @@ def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("--licence", default="", metavar="TEXT", help="licence and attribution, kept in the manifest")
     p.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     p.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
-    p.add_argument("--processes", type=int, default=0, metavar="N", help="worker processes (default: 0, all cores)")
+    p.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="worker processes (default: 0, all cores up to 16)"
+    )
     p.add_argument(
         "--rows-per-shard", type=int, default=1 << 16, metavar="N", help="rows of one output file (default 65536)"
     )

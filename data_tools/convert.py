@@ -34,6 +34,7 @@ from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, SCHE
 from megatron_rest.data.prompt_style import STYLES
 
 FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
+MOST_PROCESSES = 16  # unless asked for: one process reads and writes for all, and is busy with about ten of them
 GC_THRESHOLD = 100_000  # rows of a chunk are thousands of objects without cycles: looking for some costs a tenth
 _STYLE_NOTES = {
     "original": "messages as they came",
@@ -93,11 +94,9 @@ def convert_rows(options: ConvertOptions) -> dict[str, Any]:
 
 
 def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) -> None:
-    totals = [count_rows(source) for source in sources]
-    total = sum(t for t in totals if t is not None) if None not in totals else None
     chunks = islice(read_chunks(sources), folder.progress.num_chunks, None)
     with tqdm(
-        total=total,
+        total=sum(count_rows(source) for source in sources),
         initial=folder.progress.num_in,
         desc="convert",
         unit="row",
@@ -113,7 +112,7 @@ def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) 
 
 def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator[EncodedChunk]:
     """Encode in order; in this process while there are few chunks, in a pool beyond that."""
-    processes = options.processes or available_cores()
+    processes = options.processes or min(available_cores(), MOST_PROCESSES)
     remaining = iter(chunks)
     head = list(islice(remaining, FEWEST_CHUNKS_FOR_A_POOL)) if processes > 1 else []
     if len(head) < FEWEST_CHUNKS_FOR_A_POOL:

@@ -20,6 +20,6 @@ def read_chunks(sources: Iterable[Source]) -> Iterator[Chunk]:
         yield from read_json(source) if source.form in _JSON_FORMS else read_arrow(source)
 
 
-def count_rows(source: Source) -> int | None:
-    """Rows of a source where that is cheap to know (for the progress bar); None otherwise."""
+def count_rows(source: Source) -> int:
+    """Rows of a source, for the progress bar."""
     return count_json_rows(source) if source.form in _JSON_FORMS else count_arrow_rows(source)

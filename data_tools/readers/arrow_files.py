@@ -38,13 +38,14 @@ def read_arrow(source: Source) -> Iterator[Chunk]:
                 first += piece.num_rows
 
 
-def count_arrow_rows(source: Source) -> int | None:
-    """Number of rows, from metadata (Parquet) or batch headers (IPC)."""
-    if source.compression:
-        return None
+def count_arrow_rows(source: Source) -> int:
+    """Number of rows, from metadata (Parquet, IPC file) or by walking through a stream's batches."""
     with _named(source):
         if source.form is Form.PARQUET:
             return int(pq.read_metadata(source.path).num_rows)
+        if source.form is Form.IPC_FILE:
+            with pa.memory_map(str(source.path)) as mapped:
+                return int(pa.ipc.open_file(mapped).count_rows())
         return sum(batch.num_rows for batch in _batches(source))
 
 

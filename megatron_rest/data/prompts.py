@@ -125,7 +125,11 @@ class PromptDataset:
         column = batch.column(name)
         _, offsets, data = column.buffers()
         starts = np.frombuffer(offsets, dtype=np.int32)[column.offset :]
-        return self._slice(starts, np.frombuffer(data or b"", dtype=np.uint8), row).tobytes().decode()
+        text = self._slice(starts, np.frombuffer(data or b"", dtype=np.uint8), row).tobytes()
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(row) from error
 
     def _slice(self, offsets: np.ndarray, values: np.ndarray, row: int) -> np.ndarray:
         """A view of one row's values.  pyarrow trusts the offsets of a file; a flipped bit would read elsewhere."""

@@ -75,7 +75,10 @@ def test_inspect_colours_regions(prepared: Path, capsys: pytest.CaptureFixture[s
     raw = capsys.readouterr().out
     assert '\x1b[1;33mcalculate_investment_return\x1b[0m\x1b[90m", "parameters":' in raw
     assert main(["inspect", str(prepared), "--row", "3", "--color", "always"]) == 0
-    assert "\x1b[36m" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    stored = out[out.index("[reference answer]") :]
+    assert "\x1b[90m<think>\x1b[0m\x1b[36m" in stored
+    assert stored.count("\x1b[1;33m") == 1 + stored.count("\x1b[32m{") > 1, "a name for every arguments object; legend"
 
 
 def test_validate_accepts_what_convert_wrote(
@@ -128,6 +131,29 @@ def test_stats_are_right_and_list_over_long_prompts(
     assert stats["prompt_tokens"]["p100"] == max(lengths)
     assert sum(stats["calls_per_row"].values()) == stats["rows"] == 229
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_list_duplicates(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((SAMPLES / "rlla_sft.json").read_text())[:3]
+    other_answer = {**rows[1], "output": rows[1]["output"].replace("<think>", "<think> Well.")}
+    for name, some in (("a.json", [rows[0], rows[1], rows[0]]), ("b.json", [rows[2], rows[1], other_answer])):
+        (tmp_path / name).write_text(json.dumps(some))
+    command = [
+        "convert",
+        "--input",
+        str(tmp_path / "a.json"),
+        str(tmp_path / "b.json"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main([*command, "--tokenizer", str(tokenizer_folder)]) == 0
+    capsys.readouterr()
+    assert main(["stats", str(tmp_path / "o"), "--json", str(tmp_path / "s.json")]) == 0
+    out = capsys.readouterr().out
+    assert "6 rows: 2 exact duplicates, 3 prompts repeated" in out
+    assert "  a.json row 2 = a.json row 0\n  b.json row 1 = a.json row 1\n" in out
+    duplicates = json.loads((tmp_path / "s.json").read_text())["duplicates"]
+    assert duplicates[1] == {"file": "b.json", "row": 1, "same_as_file": "a.json", "same_as_row": 1}
 
 
 def test_split_is_a_partition_by_prompt(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,56 @@ def test_bad_rows_are_quarantined_and_counts_add_up(tokenizer_folder: Path, mixe
     assert [row["source_row"] for row in rows_of(tmp_path / "out")] == [0, 5, 6]
 
 
+def test_nulls_clashing_types_and_unknown_columns_cost_their_rows_only(
+    tokenizer_folder: Path, tmp_path: Path, sft_rows: Rows
+) -> None:
+    import pyarrow.parquet as pq
+
+    good = {
+        "messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "<response> r </response>"}]
+    }
+    nulls = [
+        good,
+        {"messages": None},
+        {"messages": [None, good["messages"][1]]},
+        {"messages": [{"role": None, "content": "u"}, good["messages"][1]]},
+        {"messages": [{"role": "user", "content": None}, good["messages"][1]]},
+        {"messages": [good["messages"][0], {"role": "assistant", "content": None}]},
+        good,
+    ]
+    pq.write_table(pa.Table.from_pylist(nulls), tmp_path / "a.parquet")
+    clashes: Rows = [
+        {**sft_rows[0], "extra": 1},
+        {**sft_rows[1], "extra": {"deep": ["x"]}},  # pyarrow.json refuses such a file
+        {**sft_rows[2], "output": {"think": "t"}},
+        {**sft_rows[3], "input": 5},
+        {**sft_rows[4], "tools": {"name": "f"}},
+        {"frage": "?", "antwort": "!"},
+    ]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clashes))
+    inputs = [tmp_path / "a.parquet", tmp_path / "b.jsonl"]
+    counts = convert_rows(options(inputs, tmp_path / "out", tokenizer_folder))["counts"]
+    assert (counts["rows_in"], counts["rows_out"], counts["rows_quarantined"]) == (13, 4, 9)
+    assert [(row["source_file"], row["source_row"]) for row in rows_of(tmp_path / "out")] == [
+        *(("a.parquet", row) for row in (0, 6)),
+        *(("b.jsonl", row) for row in (0, 1)),
+    ]
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    expected = [
+        "needs at least a prompt and a reference answer",
+        "role 'None'",
+        "role 'None'",
+        "content of a user message is NoneType",
+        "neither tool calls nor a response",
+        "output is dict, expected text",
+        "content of a user message is int",
+        "tools are dict, expected a list",
+        "no known layout has the columns antwort, frage: name them with --column",
+    ]
+    for reason, part in zip(reasons, expected, strict=True):
+        assert part in reason
+
+
 def test_strict_stops_at_the_first_bad_row(tokenizer_folder: Path, mixed: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--strict: mixed\.jsonl row 1: the line is not JSON"):
         convert_rows(options([mixed], tmp_path / "out", tokenizer_folder, strict=True))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_tools.fuzzing import fuzz
-from tests.data_tools.test_forms import WRITERS
+from tests.data_tools.fuzzing import fuzz_target, write_targets
 
-FORMS = [
+TARGETS = [
     "stream.arrow",
     "file.arrow",
     "file_zstd.arrow",
@@ -17,13 +16,19 @@ FORMS = [
     "lines.jsonl",
     "list.json",
     "lines.jsonl.gz",
+    "save_to_disk",
+    "prepared",
 ]
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_mutated_files_never_crash(name: str, tmp_path: Path) -> None:
-    WRITERS[name](tmp_path / name)
-    outcome = fuzz((tmp_path / name).read_bytes(), tmp_path / f"mutated-{name}", cases=60, seed=1)
-    assert outcome["cases"] == 60
-    assert outcome["read"] + outcome["refused"] == 60
+@pytest.fixture(scope="module")
+def targets(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_targets(tmp_path_factory.mktemp("targets"), tokenizer_folder)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_mutated_files_never_crash(name: str, targets: dict[str, Path], tokenizer_folder: Path, tmp_path: Path) -> None:
+    outcome = fuzz_target(targets[name], tokenizer_folder, tmp_path / "scratch", cases=40, seed=1)
     assert outcome["unexpected"] == []
+    assert outcome["read"] + outcome["refused"] == outcome["cases"] == 40
+    assert outcome["refused"] > 0

@@ -48,6 +48,36 @@ def test_every_layout_gives_the_same_example(name: str) -> None:
     assert example.prompt_id == normalise(LAYOUTS["verl"]).prompt_id
 
 
+# As the three files of API-Bank have them: two spellings of the tool list, an answer with and without a list, a heading
+# with a star too many.
+HISTORY = (
+    "Dialogue Records History**\n<user>Salary of a doctor?</user>\n\n<user> please only make one tool call</user>\n"
+)
+SALARY = {"occupation": {"type": "str", "description": "The occupation's name."}}
+SALARY_CALL = {"name": "GetSalary", "parameters": {"occupation": "Doctor"}}
+API_BANK = [
+    (
+        f"1. Name: GetSalary\nDescription: Look it up.\nParameters: {SALARY}",
+        "**",
+        [SALARY_CALL],
+        {"file": "f", "id": 0},
+    ),
+    (f"1. Name: GetSalary\nDescription: Look it up.\nParameters: {SALARY}", "***", SALARY_CALL, {"file": "f", "id": 1}),
+    (f"1. GetSalary: Look it up.\nParameters: {SALARY}", "**", [SALARY_CALL], {"sample_id": 44, "api_id": 1}),
+]
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_levels_of_api_bank(level: int) -> None:
+    tools, stars, answer, other = API_BANK[level - 1]
+    system = f"{prompt_style.ROLE_SENTENCE}\n\n{prompt_style.TOOLS_HEADING}{tools}\n\n{prompt_style.INSTRUCTIONS}"
+    example = normalise({"system": system, "user": stars + HISTORY, "answer": answer, "other": other})
+    assert example.tools == [{"name": "GetSalary", "description": "Look it up.", "parameters": SALARY}]
+    assert example.calls == [SALARY_CALL]
+    assert [message["content"] for message in example.messages] == [system, stars + HISTORY]
+    assert example.think == PLACEHOLDER_THOUGHT
+
+
 def test_own_columns_give_the_same_example() -> None:
     row = {"meta": {"q": "do f"}, "functions": json.dumps(TOOLS), "gold": json.dumps([CALL])}
     columns = Columns.from_pairs({"user": "meta.q", "tools": "functions", "calls": "gold"})
