@@ -45,8 +45,9 @@ demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
 test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
-test-gpu: ## tests that need a CUDA device, in the environment that python3 is (not .venv, which is for CPU)
-	@python3 -m pytest -m gpu $(TEST_ARGS)
+test-gpu: ## tests that need a CUDA device, FP8 certificates, step time and memory; 8 minutes; in the environment that python3 is
+	@status=0; python3 -m pytest -m gpu -s $(TEST_ARGS) $$(grep -rl --include='*.py' 'pytest.mark.gpu' tests) || status=$$?; \
+	  python3 -m benchmarks.fp8_step --minutes 3 || status=$$?; exit $$status
 
 bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@mkdir -p runs/bench

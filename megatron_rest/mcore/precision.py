@@ -50,6 +50,7 @@ __all__ = [
     "without_fp8",
 ]
 
+_INPUT = 0  # a layer's input comes first among the scales of its forward pass, the gradient of its output backward
 _E4M3_MAX = 448.0  # largest finite e4m3 value: weights are e4m3 in both formats
 
 
@@ -204,7 +205,7 @@ def settle_scales(modules: Sequence[Any], forward: Callable[[], object]) -> None
     Collectives: those of ``forward``, and one MAX all-reduce a pass over Megatron's amax group; every rank calls it.
     Raises RuntimeError if the model shows no delayed scales: this Transformer Engine keeps them elsewhere.
     """
-    if any(bool(state.amax_history.any()) for state in _delayed_states(modules)):
+    if any(float(state.scale[_INPUT]) != 1.0 for state in _delayed_states(modules)):
         return
     for is_last in (False, True):
         forward()

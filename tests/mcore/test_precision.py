@@ -194,6 +194,7 @@ def test_first_scales_come_from_a_forward_pass(monkeypatch: pytest.MonkeyPatch) 
     seen = (x @ layers[0].weight.t()).abs().max()
     assert second.amax_history.max() == pytest.approx(float(seen), rel=0.05)  # not the distorted first pass's
     scales = second.scale.clone()
+    assert scales[0] != 1
     precision.settle_scales([layers], lambda: layers(1000 * x))
     assert torch.equal(second.scale, scales), "scales that have a history are left alone"
 
