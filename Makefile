@@ -19,7 +19,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test test-gpu bench bench-gpu preprocess lint types arch clean
+.PHONY: help setup demo test test-gpu oracle bench bench-gpu preprocess lint types arch clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,12 @@ test: $(STAMP) ## all tests
 test-gpu: ## tests that need a CUDA device, FP8 certificates, step time and memory; 8 minutes; in the environment that python3 is
 	@status=0; python3 -m pytest -m gpu -s $(TEST_ARGS) $$(grep -rl --include='*.py' 'pytest.mark.gpu' tests) || status=$$?; \
 	  python3 -m benchmarks.fp8_step --minutes 3 || status=$$?; exit $$status
+
+oracle: $(STAMP) ## mbridge in an environment of its own (.oracle): tests/mcore/test_mbridge.py then compares with it
+	@$(BIN)/python -m venv .oracle
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])" \
+	  > $$(.oracle/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/zz_venv.pth
+	@.oracle/bin/python -m pip install --quiet --no-deps -r requirements/oracle.txt
 
 bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@mkdir -p runs/bench
