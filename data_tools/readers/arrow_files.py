@@ -1,7 +1,11 @@
-"""Arrow IPC (stream and file) and Parquet, one small record batch at a time."""
+"""Arrow IPC (stream and file) and Parquet, one small record batch at a time.
+
+IPC is mapped and given back to the system as it has been read: a batch may be as large as the file, memory must not be.
+"""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +18,8 @@ from data_tools.readers.sources import Form, Source
 
 # A Parquet row group is decompressed page by page, but its claimed size tells a bomb from data.
 MAX_ROW_GROUP_BYTES = 16 << 30
+RELEASE_BYTES = 32 << 20  # mapped bytes that count as this process's memory before they are given back
+_PARQUET_BUFFER = 1 << 20  # bytes of a column chunk read ahead; without it a whole one is read
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
@@ -29,13 +35,19 @@ def _named(source: Source) -> Iterator[None]:
 
 def read_arrow(source: Source) -> Iterator[Chunk]:
     """Chunks of at most :data:`CHUNK_ROWS` rows."""
-    first = 0
+    first, held = 0, 0
     with _named(source):
-        for batch in _batches(source):
+        mapped = None if source.form is Form.PARQUET or source.compression else _map(source)
+        for batch in _batches(source, mapped):
             for start in range(0, batch.num_rows, CHUNK_ROWS):
                 piece = batch.slice(start, CHUNK_ROWS)
+                piece.validate()
                 yield Chunk(source.name, first, piece)
                 first += piece.num_rows
+                held += piece.nbytes
+                if mapped is not None and held > RELEASE_BYTES:
+                    mapped.madvise(mmap.MADV_DONTNEED)  # pages that are still used come back by themselves
+                    held = 0
 
 
 def count_arrow_rows(source: Source) -> int:
@@ -43,27 +55,34 @@ def count_arrow_rows(source: Source) -> int:
     with _named(source):
         if source.form is Form.PARQUET:
             return int(pq.read_metadata(source.path).num_rows)
+        mapped = None if source.compression else _map(source)
         if source.form is Form.IPC_FILE:
-            with pa.memory_map(str(source.path)) as mapped:
-                return int(pa.ipc.open_file(mapped).count_rows())
-        return sum(batch.num_rows for batch in _batches(source))
+            return int(pa.ipc.open_file(_reader(mapped)).count_rows())
+        return sum(batch.num_rows for batch in _batches(source, mapped))
 
 
-def _batches(source: Source) -> Iterator[pa.RecordBatch]:
+def _map(source: Source) -> mmap.mmap:
+    with open(source.path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _reader(mapped: mmap.mmap | None) -> pa.BufferReader:
+    return pa.BufferReader(pa.py_buffer(mapped))
+
+
+def _batches(source: Source, mapped: mmap.mmap | None) -> Iterator[pa.RecordBatch]:
     if source.form is Form.PARQUET:
         yield from _parquet_batches(source)
     elif source.form is Form.IPC_FILE:
-        with pa.memory_map(str(source.path)) as mapped:
-            reader = pa.ipc.open_file(mapped)
-            for index in range(reader.num_record_batches):
-                yield reader.get_batch(index)
+        reader = pa.ipc.open_file(_reader(mapped))
+        for index in range(reader.num_record_batches):
+            yield reader.get_batch(index)
     elif source.compression:
         with source.open() as file:
             yield from pa.ipc.open_stream(file)
     else:
         _check_end_of_stream(source)
-        with pa.memory_map(str(source.path)) as mapped:
-            yield from pa.ipc.open_stream(mapped)
+        yield from pa.ipc.open_stream(_reader(mapped))
 
 
 def _check_end_of_stream(source: Source) -> None:
@@ -75,7 +94,7 @@ def _check_end_of_stream(source: Source) -> None:
 
 
 def _parquet_batches(source: Source) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(source.path, memory_map=True) as file:
+    with pq.ParquetFile(source.path, buffer_size=_PARQUET_BUFFER) as file:
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
             if size > MAX_ROW_GROUP_BYTES:

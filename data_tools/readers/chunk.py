@@ -28,11 +28,24 @@ class Chunk:
         """Rows, broken ones included."""
         return len(self.payload) if isinstance(self.payload, list) else int(self.payload.num_rows)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as an Arrow stream: a pickled slice would take the whole record batch along."""
+        if isinstance(self.payload, list):
+            return Chunk, (self.source, self.first_row, self.payload)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.payload.schema) as writer:
+            writer.write_batch(self.payload)
+        return _unpickle, (self.source, self.first_row, sink.getvalue())
+
     def rows(self) -> Iterator[tuple[int, Any]]:
         """(row number in the file, row); a row that cannot be read is a :class:`RowError` in its place."""
         values = self.payload if isinstance(self.payload, list) else arrow_rows(self.payload, self.source)
         for number, value in enumerate(values, start=self.first_row):
             yield number, parse_line(value) if isinstance(value, bytes) else value
+
+
+def _unpickle(source: str, first_row: int, stream: pa.Buffer) -> Chunk:
+    return Chunk(source, first_row, pa.ipc.open_stream(stream).read_next_batch())
 
 
 def parse_line(line: bytes) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,17 @@ def test_chunks_are_small_and_number_their_rows(tmp_path: Path) -> None:
     chunks = list(read_chunks(resolve_inputs([tmp_path / "x.jsonl"])))
     assert [chunk.num_rows for chunk in chunks] == [chunk_module.CHUNK_ROWS] * 2 + [3]
     assert [chunk.first_row for chunk in chunks] == [0, chunk_module.CHUNK_ROWS, 2 * chunk_module.CHUNK_ROWS]
+
+
+def test_a_chunk_takes_no_more_to_a_worker_than_its_rows(tmp_path: Path) -> None:
+    table = pa.concat_tables([TABLE] * 40).combine_chunks()
+    with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_batch(table.to_batches()[0])
+    chunks = list(read_chunks(resolve_inputs([tmp_path / "x.arrow"])))
+    assert [chunk.num_rows for chunk in chunks] == [512, 512, 512, 464]
+    sent = [pickle.dumps(chunk) for chunk in chunks]
+    assert max(map(len, sent)) < 0.3 * (tmp_path / "x.arrow").stat().st_size
+    assert ids([row for data in sent for _, row in pickle.loads(data).rows()]) == ids(ROWS * 40)
 
 
 REFUSED = {
