@@ -234,13 +234,13 @@ def measure_open(prepared: Path, folder: Path, *, mebibytes: int) -> dict[str, f
     }
 
 
-def measure_kills(rows: Path, tokenizer: str, folder: Path, *, kills: int) -> dict[str, Any]:
+def measure_kills(rows: Path, tokenizer: str, folder: Path, *, kills: int, processes: int) -> dict[str, Any]:
     """Kill a conversion again and again; what comes out in the end must be what comes out undisturbed."""
     from data_tools.writer import sha256_file
 
     def command(output: str) -> list[str]:
         base = [sys.executable, "-m", "data_tools", "convert", "--input", str(rows), "--output", str(folder / output)]
-        return [*base, "--tokenizer", tokenizer, "--rows-per-shard", "512", "--processes", "1"]
+        return [*base, "--tokenizer", tokenizer, "--rows-per-shard", "512", "--processes", str(processes)]
 
     start = time.monotonic()
     subprocess.run(command("whole"), check=True, capture_output=True)
@@ -291,7 +291,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> int:
     write_rows(folder / "rows.parquet", arguments.rows)
     report: dict[str, Any] = {"rows": arguments.rows, "cpu_count": os.cpu_count(), "load_average": os.getloadavg()[0]}
     if arguments.kills:
-        report["kills"] = measure_kills(folder / "rows.parquet", tokenizer, folder, kills=arguments.kills)
+        report["kills"] = measure_kills(
+            folder / "rows.parquet", tokenizer, folder, kills=arguments.kills, processes=arguments.processes
+        )
         print(report["kills"])
     else:
         if arguments.only_ours:
