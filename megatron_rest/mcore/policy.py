@@ -22,7 +22,7 @@ from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.context_parallel import gather, shard
 from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
-from megatron_rest.mcore.precision import settle_scales, untouched_scales, without_fp8
+from megatron_rest.mcore.precision import dequantised, settle_scales, untouched_scales, without_fp8
 from megatron_rest.types import LossInputs, LossOutput, MicroBatch, TrainBatch
 
 __all__ = ["MegatronPolicy", "Scores", "UpdateReport"]
@@ -148,10 +148,12 @@ class MegatronPolicy:
             metrics=metrics,
         )
 
-    def named_shards(self) -> dict[str, Tensor]:
-        """This rank's parameter shards by Megatron name, with GLOBAL layer and expert numbers; live tensors, not
-        copies."""
-        return {name: parameter.data for name, parameter in self.named_parameters()}
+    def named_shards(self) -> Mapping[str, Tensor]:
+        """This rank's parameter shards by Megatron name, with GLOBAL layer and expert numbers.
+
+        Live tensors, not copies; only FP8 parameters are dequantised, each when it is asked for.
+        """
+        return _Shards(dict(self.named_parameters()))
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's parameters under the names of ``model_map``."""
@@ -198,6 +200,22 @@ class MegatronPolicy:
         if context.pp_size > 1:
             dist.broadcast_object_list(payload, src=context.last_stage_rank, group=context.pp_group)
         return dict(payload[0])
+
+
+class _Shards(Mapping[str, Tensor]):
+    """Parameters as the plain tensors that others can pack, send and compare."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        return dequantised(self._parameters[name].data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
 
 
 def _with_loss_metric(loss: PolicyLoss, inputs: LossInputs) -> LossOutput:

@@ -39,6 +39,7 @@ from megatron_rest.model_map import ModelShape, ParameterKind, parameter_map, sh
 __all__ = [
     "check_sizes",
     "ddp_settings",
+    "dequantised",
     "fit_weight_scales",
     "master_values",
     "optimizer_settings",
@@ -170,6 +171,13 @@ def fit_weight_scales(parameters: Mapping[str, Tensor], masters: Mapping[str, Te
         largest = master.abs().max().float()
         if isinstance(scale, Tensor) and largest > 0:
             scale.fill_(_E4M3_MAX / float(largest) / 2**margin)
+
+
+def dequantised(tensor: Tensor) -> Tensor:
+    """A BF16 copy of one of Transformer Engine's FP8 tensors; any other tensor as it is."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    return tensor.dequantize() if is_float8tensor(tensor) else tensor
 
 
 @contextmanager

@@ -257,6 +257,29 @@ def test_delayed_weights_are_scaled_to_the_range_of_e4m3() -> None:
     assert scale.item() == 448.0, "an all-zero weight says nothing"
 
 
+class Quantised(torch.Tensor):
+    """Stand-in for Transformer Engine's ``QuantizedTensor``: what it holds is not what it stands for."""
+
+    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+def test_fp8_parameters_leave_the_policy_as_plain_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import fp8_utils
+
+    from megatron_rest.mcore.policy import _Shards
+
+    monkeypatch.setattr(fp8_utils, "HAVE_TE_FP8_TENSOR_CLASS", True)
+    monkeypatch.setattr(fp8_utils, "FP8_TENSOR_CLASS", Quantised)
+    plain = torch.nn.Parameter(torch.ones(2))
+    fp8 = torch.nn.Parameter(torch.ones(2).as_subclass(Quantised))
+    shards = _Shards({"plain": plain, "fp8": fp8})
+    assert list(shards) == ["plain", "fp8"] and len(shards) == 2
+    assert type(shards["fp8"]) is torch.Tensor and shards["fp8"].tolist() == [2.0, 2.0]
+    shards["plain"].fill_(5.0)
+    assert plain.tolist() == [5.0, 5.0], "plain shards are live"
+
+
 def test_weight_gradient_fusion_switches_what_has_the_switch() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[1].fuse_wgrad_accumulation = False  # type: ignore[assignment]
