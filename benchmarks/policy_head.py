@@ -1,6 +1,7 @@
 """Policy head side by side with its peers on CPU: time, extra memory, counted traffic, collectives.
 
     python -m benchmarks.policy_head [--quick | --gpu] [--json FILE] [--only SECTION] [--peers FOLDER]
+    python -m benchmarks.policy_head --report FILE
 
 Peers run from their released packages: megatron-core's cross-entropy, verl's Megatron entropy and fused linear, Liger's
 chunked GRPO, naive torch.  ``--peers`` names a folder of packages installed without their dependencies (``pip install
@@ -10,7 +11,11 @@ Rules.  Every case runs in a fresh process on one thread, and its results on a f
 it is timed.  Times are CPU time (best and median), because other work may share the machine.  Extra memory is the
 high-water mark over the region minus what was resident before it; logits, weights and main_grad exist beforehand for
 everyone.  Traffic counts the bytes that operators read from or write to buffers of the size of the logits, not scratch
-that stays in the L2 cache.  A peer without entropy or its gradient does less work and is marked "log-prob only".
+that stays in the cache.  A peer without entropy or its gradient does less work and is marked "log-prob only".
+
+The full sizes take a quarter of an hour on a quiet core.  ``--only`` runs a part, ``--json`` adds its rows to those
+that the file holds, if they come from the same processor since the same boot, and ``--report`` prints all of them with
+the load of the machine while each was measured.  Ratios are always taken within one section, which runs in one go.
 
 ``--gpu`` runs on one CUDA device instead: copy bandwidth and the bare matrix products first, then the heads, each
 checked against float64 on a few rows before it is timed (events, caches flushed, cases in turn), with peak memory; no
@@ -526,7 +531,7 @@ def _run(task: Task) -> dict[str, Any]:
         outputs = [worker.communicate() for worker in workers]
     lines = [line[7:] for line in outputs[0][0].splitlines() if line.startswith("RESULT ")]
     measured = json.loads(lines[-1]) if lines else {"error": outputs[0][1].strip().splitlines()[-1:]}
-    return {**asdict(task), **measured}
+    return {**asdict(task), **measured, "load": os.getloadavg()[0], "ended": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 @dataclass(frozen=True)
@@ -554,7 +559,7 @@ def _sections(quick: bool, peers: str) -> list[Section]:
     sections = []
     for vocab in vocabularies:
         base = Task(case="", num_tokens=tokens, vocab=vocab, repeats=5 if vocab < 100_000 else 3, peers=peers)
-        size, linear = f"N={tokens} V={vocab}", replace(base, hidden=hidden)
+        size, linear = f"N={tokens} V={vocab}", replace(base, hidden=hidden, repeats=3 if vocab < 100_000 else 2)
         sections += [Section(f"logits {size} {dt}", "verl", _tasks(base, _FROM_LOGITS, dtype=dt)) for dt in _DTYPES]
         sections += [
             Section(f"logits {size} fp32 gloo TP={tp}", "verl", _tasks(base, _FROM_LOGITS[1:], tp=tp)) for tp in (2, 4)
@@ -574,11 +579,13 @@ def _total(row: dict[str, Any], pick: Callable[[list[float]], float]) -> float:
     return pick([f + b for f, b in zip(row["forward_s"], row["backward_s"], strict=True)])
 
 
-def _print(section: Section, rows: list[dict[str, Any]]) -> None:
-    print(f"\n== {section.title}   (times against {section.reference})")
+def _print(rows: list[dict[str, Any]]) -> None:
+    title, against = rows[0]["section"], rows[0]["reference"]
+    loads = [row["load"] for row in rows]
+    print(f"\n== {title}   (times against {against}; load average {min(loads):.1f} to {max(loads):.1f})")
     print(f"   {'case':34s} {'fwd ms':>8s} {'bwd ms':>8s} {'best':>8s} {'median':>8s} {'ratio':>6s} "
           f"{'extra x logits':>14s} {'B/logit':>8s} {'coll':>5s}  worst error")  # fmt: skip
-    reference = next((r for r in rows if r["case"] == section.reference and "error" not in r), None)
+    reference = next((r for r in rows if r["case"] == against and "error" not in r), None)
     for row in rows:
         if "error" in row:
             print(f"   {row['case']:34s} not measured: {row['error']}")
@@ -765,7 +772,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Policy head side by side with its peers, on CPU.")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, not the ratios")
     parser.add_argument("--gpu", action="store_true", help="measure on one CUDA device instead, within 8 minutes")
-    parser.add_argument("--json", default="", help="write every sample to this file")
+    parser.add_argument("--json", default="", help="write every sample to this file, beside sections that it holds")
+    parser.add_argument("--report", default="", help="print the tables of such a file, and measure nothing")
     parser.add_argument("--only", default="", help="run the sections whose title contains this")
     parser.add_argument("--peers", default="", help="folder of peers installed with pip --no-deps --target")
     for hidden_option in ("--worker", "--store", "--rank"):
@@ -778,16 +786,59 @@ def main() -> None:
     if args.gpu:
         _gpu_main(args.json, args.peers)
         return
-    machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+    if args.report:
+        _report(json.loads(Path(args.report).read_text()))
+        return
+    machine = _machine()
+    kept = _rows_of(args.json, machine)
     print(f"CPU only, {machine}; GPU rows: not measured")
-    results = []
     for section in _sections(args.quick, args.peers):
         if args.only in section.title:
-            rows = [_run(task) for task in section.tasks]
-            _print(section, rows)
-            results += [{"section": section.title, **row} for row in rows]
-    if args.json:
-        Path(args.json).write_text(json.dumps({**machine, "load": os.getloadavg(), "results": results}, indent=1))
+            rows = [{"section": section.title, "reference": section.reference, **_run(task)} for task in section.tasks]
+            _print(rows)
+            kept = [row for row in kept if row["section"] != section.title] + rows
+            if args.json:
+                _write({**machine, "results": kept}, Path(args.json))
+
+
+def _machine() -> dict[str, Any]:
+    """What rows of one file must share: processor, time of its boot, and torch."""
+    cpu = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if "btime" in line)
+    return {
+        "machine": f"{len(cpu)} x {cpu[0] if cpu else platform.machine()}",
+        "boot": time.strftime("%Y-%m-%d %H:%M", time.gmtime(boot)),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": 1,
+    }
+
+
+def _rows_of(file: str, machine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an earlier command left in the file."""
+    if not file or not Path(file).exists():
+        return []
+    content = json.loads(Path(file).read_text())
+    rows: list[dict[str, Any]] = content.pop("results")
+    if content != machine:
+        raise SystemExit(f"{file} holds rows of {content}, this is {machine}: name another file")
+    return rows
+
+
+def _write(content: dict[str, Any], file: Path) -> None:
+    partial = file.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(file)
+
+
+def _report(content: dict[str, Any]) -> None:
+    rows = content.pop("results")
+    ended = [row["ended"] for row in rows]
+    print(f"CPU only, {content}; rows ended {min(ended)} to {max(ended)}")
+    for title in dict.fromkeys(row["section"] for row in rows):
+        _print([row for row in rows if row["section"] == title])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rest.ops.fp8 import Fp8Products
-from megatron_rest.ops.projection import accumulate_weight_gradient, default_block_size, hidden_gradient, project
+from megatron_rest.ops.projection import (
+    accumulate_weight_gradient,
+    default_block_size,
+    hidden_gradient,
+    new_block,
+    project,
+)
 from megatron_rest.ops.row_blocks import (
     GradientRule,
     Scratch,
@@ -50,6 +56,7 @@ def linear_log_probs_and_entropy(
     with_collision: bool = False,
     gradient_accumulation_fusion: bool = False,
     fp8_gradients: bool = False,
+    reduce_in_fp32: bool = True,
 ) -> TokenLogProbs:
     """Log-prob of each label and entropy of each row of softmax(hidden @ weight^T / temperature), both differentiable.
 
@@ -74,6 +81,9 @@ def linear_log_probs_and_entropy(
             True and a zero gradient is returned so that its hooks run.  Otherwise d_weight is summed in fp32 and
             returned in the dtype of the weight.
         fp8_gradients: multiply d_hidden and d_weight in FP8 (e4m3, a scale a row); log-probs and entropy do not change.
+        reduce_in_fp32: sum the ranks' parts of d_hidden in fp32 and round once: 4 bytes an element travel.  False sums
+            them in the dtype of ``hidden``, as Megatron's linear layer does: in bf16 half the bytes, and an error of up
+            to 4e-3 instead of 2e-3.
 
     Returns:
         log_probs, entropy (nats), collision or None, each [...] like ``labels``, fp32 (float64 for float64 input).
@@ -86,6 +96,7 @@ def linear_log_probs_and_entropy(
     blocks = LogitBlocks.create(
         weight, labels, tp_group=tp_group, temperature=temperature, vocab_size=vocab_size, active_rows=active_rows,
         sequence_parallel=sequence_parallel, block_size=block_size, fp8_gradients=fp8_gradients,
+        reduce_in_fp32=reduce_in_fp32,
     )  # fmt: skip
     main_grad_owner = weight if gradient_accumulation_fusion else None
     if main_grad_owner is not None:
@@ -106,6 +117,7 @@ class LogitBlocks:
         temperature: float,
         size: int,
         fp8: Fp8Products | None,
+        reduce_in_fp32: bool,
     ) -> None:
         self.shard = shard
         self.route = route
@@ -114,6 +126,7 @@ class LogitBlocks:
         self.inverse_temperature = 1.0 / temperature
         self.size = size
         self.fp8 = fp8
+        self._reduce_in_fp32 = reduce_in_fp32
 
     @classmethod
     def create(
@@ -128,6 +141,7 @@ class LogitBlocks:
         sequence_parallel: bool,
         block_size: int | None,
         fp8_gradients: bool,
+        reduce_in_fp32: bool,
     ) -> LogitBlocks:
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be at least 1 row, got {block_size}; None picks one")
@@ -142,14 +156,15 @@ class LogitBlocks:
             Fp8Products.check(weight)
         fp8 = Fp8Products(weight) if fp8_gradients and torch.is_grad_enabled() else None  # none to score only
         return cls(
-            shard=shard, route=route, labels=projected, shape=labels.shape, temperature=temperature, size=size, fp8=fp8
-        )
+            shard=shard, route=route, labels=projected, shape=labels.shape, temperature=temperature, size=size, fp8=fp8,
+            reduce_in_fp32=reduce_in_fp32,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Scratch]]:
         """Place, fp32 logits ``[r, V/TP]`` (valid until the next block) and scratch of every block of ``x [A, H]``."""
         dtype = compute_dtype(weight.dtype)
         rows = min(self.size, len(x))
-        buffer = torch.empty(rows, len(weight), dtype=dtype, device=x.device)
+        buffer = new_block(rows, len(weight), dtype, x.device)
         scratch = Scratch(dtype, x.device)
         for begin in range(0, len(x), self.size):
             at = slice(begin, min(begin + self.size, len(x)))
@@ -164,9 +179,17 @@ class LogitBlocks:
         write_gradient(logits, self.labels[at], self.shard, self.inverse_temperature, rule, logits, scratch)
         return logits
 
-    def hidden_gradient(self, grad_logits: Tensor, weight: Tensor) -> Tensor:
-        """``[r, V/TP] @ [V/TP, H]`` in the dtype of the weight."""
-        return hidden_gradient(grad_logits, weight) if self.fp8 is None else self.fp8.hidden_gradient(grad_logits)
+    def new_hidden_gradient(self, x: Tensor) -> Tensor:
+        """Uninitialised ``[A, H]`` for this rank's part of d_hidden: fp32 where the parts are to be added in fp32."""
+        is_summed = self.shard.size > 1 and self._reduce_in_fp32
+        return torch.empty_like(x, dtype=compute_dtype(x.dtype) if is_summed else x.dtype)
+
+    def write_hidden_gradient(self, grad_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+        """``out = [r, V/TP] @ [V/TP, H]``"""
+        if self.fp8 is None:
+            out.copy_(hidden_gradient(grad_logits, weight, out.dtype))
+        else:
+            out.copy_(self.fp8.hidden_gradient(grad_logits))
 
     def accumulate_weight_gradient(self, grad_logits: Tensor, x: Tensor, total: Tensor) -> None:
         """``total += grad_logits^T @ x``"""
@@ -260,12 +283,12 @@ class _FusedLinear(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         flat = hidden.reshape(-1, hidden.shape[-1])
         x = blocks.route.gather(flat)
-        grad_x = torch.empty_like(x)
+        grad_x = blocks.new_hidden_gradient(x)
         grad_weight = WeightGradient(weight, ctx.main_grad_owner) if needs_weight else None
         for at, logits, scratch in blocks(x, weight):
             grad_logits = blocks.gradient(logits, at, rule[at], scratch)
             if needs_hidden:
-                grad_x[at] = blocks.hidden_gradient(grad_logits, weight)
+                blocks.write_hidden_gradient(grad_logits, weight, grad_x[at])
             if grad_weight is not None:
                 blocks.accumulate_weight_gradient(grad_logits, x[at], grad_weight.total)
         grad_hidden = blocks.route.give_back(grad_x, flat).view(hidden.shape) if needs_hidden else None

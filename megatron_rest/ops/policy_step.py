@@ -93,6 +93,7 @@ def policy_step(
     block_size: int | None = None,
     main_grad_scale: float | None = None,
     fp8_gradients: bool = False,
+    reduce_in_fp32: bool = True,
 ) -> PolicyStep:
     """Sum of ``token_loss`` over the rows, differentiable once in ``hidden`` and ``weight``.
 
@@ -102,7 +103,7 @@ def policy_step(
 
     Args:
         hidden, weight, labels, tp_group, temperature, vocab_size, sequence_parallel, active_rows, block_size,
-            fp8_gradients: as in ``linear_log_probs_and_entropy``.
+            fp8_gradients, reduce_in_fp32: as in ``linear_log_probs_and_entropy``.
         token_loss: loss of each row from its own log-prob and entropy, e.g. :class:`ClippedTokenLoss`.
         main_grad_scale: None sums d_weight in fp32 and returns it through autograd.  A number is a promise that the
             gradient of ``loss_sum`` will be that constant (for Megatron: loss scale / denominator): d_weight then goes,
@@ -120,6 +121,7 @@ def policy_step(
     blocks = LogitBlocks.create(
         weight, labels, tp_group=tp_group, temperature=temperature, vocab_size=vocab_size, active_rows=active_rows,
         sequence_parallel=sequence_parallel, block_size=block_size, fp8_gradients=fp8_gradients,
+        reduce_in_fp32=reduce_in_fp32,
     )  # fmt: skip
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return PolicyStep(*_PolicyStep.apply(hidden, weight, blocks, token_loss, main_grad_scale, wants_grad))
@@ -177,7 +179,7 @@ class _Sweep:
 
     def run(self, needs_hidden: bool, grad_weight: WeightGradient | None, scale: float) -> Tensor | None:
         """Fill the results; gradients are those of ``scale * loss_sum``."""
-        grad_x = torch.empty_like(self.x) if needs_hidden else None
+        grad_x = self.blocks.new_hidden_gradient(self.x) if needs_hidden else None
         for at, logits, scratch in self.blocks(self.x, self.weight):
             partials = torch.empty(4, len(logits), dtype=self.dtype, device=logits.device)
             is_finite = self.blocks.partials(logits, at, partials, scratch)
@@ -198,7 +200,7 @@ class _Sweep:
             )
             grad_logits = self.blocks.gradient(logits, at, rule, scratch)
             if grad_x is not None:
-                grad_x[at] = self.blocks.hidden_gradient(grad_logits, self.weight)
+                self.blocks.write_hidden_gradient(grad_logits, self.weight, grad_x[at])
             if grad_weight is not None:
                 self.blocks.accumulate_weight_gradient(grad_logits, self.x[at], grad_weight.total)
         return grad_x

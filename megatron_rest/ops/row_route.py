@@ -110,24 +110,26 @@ class RowRoute:
         return gathered if self.slots is None else gathered.index_select(0, self.slots)
 
     def give_back(self, grad_rows: Tensor, like: Tensor) -> Tensor:
-        """Gradient of the hidden states, in the shape of ``like``, from this rank's partial gradient ``[A, H]``.
+        """Gradient of the hidden states, in shape and dtype of ``like``, from this rank's partial gradient ``[A, H]``.
 
         Partial, because each rank sees its own columns of the vocabulary only: summed over the group by one all-reduce,
-        or by one reduce-scatter where the sequence is split.
+        or by one reduce-scatter where the sequence is split, in the dtype of ``grad_rows``; rounded after the sum.
         """
         if self.num_active == 0:
             return torch.zeros_like(like)
         if not self.sequence_parallel:
             if self.size > 1:
                 dist.all_reduce(grad_rows, group=self.tp_group)
-            return grad_rows if self.active is None else _place(grad_rows, self.active, like)
+            return grad_rows.to(like.dtype) if self.active is None else _place(grad_rows, self.active, like)
         send = grad_rows
         if self.slots is not None:
             send = grad_rows.new_zeros(self.size * self.capacity, grad_rows.shape[1])
             send.index_copy_(0, self.slots, grad_rows)
         mine = grad_rows.new_empty(self.capacity, grad_rows.shape[1])
         reduce_scatter_rows(mine, send, self.tp_group)
-        return mine if self.local_rows is None else _place(mine[: len(self.local_rows)], self.local_rows, like)
+        if self.local_rows is None:
+            return mine.to(like.dtype)
+        return _place(mine[: len(self.local_rows)], self.local_rows, like)
 
     def take(self, values: Tensor) -> Tensor:
         """``[n] -> [A]``"""
@@ -139,7 +141,7 @@ class RowRoute:
 
 
 def _place(rows: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros_like(like).index_copy_(0, index, rows)
+    return torch.zeros_like(like).index_copy_(0, index, rows.to(like.dtype))
 
 
 def _check_active_rows(active_rows: Tensor, num_rows: int) -> None:

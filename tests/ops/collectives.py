@@ -1,4 +1,4 @@
-"""Count the collectives that a piece of code issues, by name, through every public function of torch.distributed."""
+"""Count the collectives that a piece of code issues, and their bytes, through the functions of torch.distributed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 _COLLECTIVES = (
@@ -31,15 +32,26 @@ _COLLECTIVES = (
 _NEW_NAMES = {"all_gather_into_tensor": "all_gather_single", "reduce_scatter_tensor": "reduce_scatter_single"}
 
 
+class Calls(Counter[str]):
+    """Calls by name; renamed collectives count under their new name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload: Counter[str] = Counter()  # bytes of the tensor that this rank contributes, by name
+
+
 @contextmanager
-def count_collectives() -> Iterator[Counter[str]]:
-    """``with count_collectives() as calls: ...``  Renamed collectives count under their new name."""
-    calls: Counter[str] = Counter()
+def count_collectives() -> Iterator[Calls]:
+    """``with count_collectives() as calls: ...``"""
+    calls = Calls()
     originals = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
 
-    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(old_name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls[_NEW_NAMES.get(name, name)] += 1
+            name = _NEW_NAMES.get(old_name, old_name)
+            calls[name] += 1
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]  # (out, in) or one that is both
+            calls.payload[name] += tensors[-1].nbytes if tensors else 0
             return original(*args, **kwargs)
 
         return call

@@ -23,7 +23,7 @@ from tests.ops.collectives import count_collectives
 
 _ABS_TOLERANCE = 1e-5  # log-probs and entropy, nats, against float64 of the same operands, bf16 operands included
 _GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2.5e-3}
-# Ranks round their partial d_hidden to bf16 and add in bf16, as Megatron does: half the traffic, two more roundings.
+# reduce_in_fp32=False: ranks round their parts of d_hidden to bf16 and add in bf16, half the traffic, more roundings.
 _REDUCED_BF16_TOLERANCE = 5e-3
 _CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.5}
 
@@ -64,6 +64,7 @@ _CASES = {
     "float64": _Case(dtype=torch.float64),
     "bf16": _Case(dtype=torch.bfloat16),
     "bf16_active": _Case(dtype=torch.bfloat16, active=tuple(range(1, 48, 5))),
+    "bf16_reduced_in_bf16": _Case(dtype=torch.bfloat16, options={"reduce_in_fp32": False}),
     "padded": _Case(vocab_size=70),  # at TP 4 the last shard is padding only
     "temperature": _Case(temperature=0.7),
     "sequence_batch": _Case(shape=(12, 4)),
@@ -89,6 +90,7 @@ def _options(case: _Case, size: int) -> dict[str, Any]:
         "sequence_parallel": case.sequence_parallel,
         "active_rows": None if case.active is None else case.rows(),
         "block_size": case.block_size,
+        **case.options,
     }
 
 
@@ -138,6 +140,7 @@ def _run_step(case: _Case, rank: int, size: int) -> dict[str, Any]:
         "grad_weight": weight.grad,
         "forward_calls": dict(forward_calls),
         "backward_calls": dict(backward_calls),
+        "payload": forward_calls.payload,
     }
 
 
@@ -169,7 +172,7 @@ def _spread(case: _Case, values: Tensor) -> Tensor:
 
 def _check_gradients(case: _Case, ranks: list[dict[str, Any]], grad_hidden: Tensor, grad_weight: Tensor) -> None:
     limit = _GRADIENT_TOLERANCE[case.dtype]
-    is_reduced = case.dtype == torch.bfloat16 and len(ranks) > 1
+    is_reduced = case.dtype == torch.bfloat16 and len(ranks) > 1 and not case.options.get("reduce_in_fp32", True)
     weight = torch.cat([rank["grad_weight"] for rank in ranks])
     whole = torch.cat([rank["grad_hidden"] for rank in ranks])
     for hidden in [whole] if case.sequence_parallel else [rank["grad_hidden"] for rank in ranks]:
@@ -262,6 +265,18 @@ def test_number_of_collectives(ranks: list[dict[str, Any]], name: str) -> None:
         expected = {"all_gather_single": num_blocks + rows_in, **give_back} if joined else {}
         assert step["forward_calls"] == expected
         assert step["backward_calls"] == {}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_bytes_of_the_hidden_gradient(ranks: list[dict[str, Any]], sequence_parallel: bool) -> None:
+    """bf16 hidden states: 4 bytes an element where the ranks' parts are added in fp32, 2 where they are not."""
+    prefix, collective = ("sp_", "reduce_scatter_single") if sequence_parallel else ("", "all_reduce")
+    for rank in ranks:
+        for name, width in (("bf16", 4), ("bf16_reduced_in_bf16", 2)):
+            expected = width * 48 * 24 if len(ranks) > 1 else 0
+            assert rank[prefix + name][1]["payload"][collective] == expected
+        fifth = rank[prefix + "bf16_active"][1]["payload"][collective]  # 10 active rows; at TP 4 a rank has 3 at most
+        assert fifth <= 4 * 24 * 12
 
 
 def _unsharded() -> tuple[dict[str, Tensor], Tensor, Tensor]:
