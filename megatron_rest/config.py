@@ -120,10 +120,13 @@ class ParallelConfig:
     """Shard norms and dropout along the sequence inside a TP group."""
     distributed_optimizer: bool = False
     """Shard the optimiser state over data-parallel ranks."""
+    recompute: str = "none"
+    """Activations computed again in the backward pass: none, mlp (of every layer) or full (all but layers' inputs)."""
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "pipeline_parallel", "virtual_pipeline", "context_parallel", "expert_parallel"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
+        _one_of("parallel.recompute", self.recompute, ("none", "mlp", "full"))
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ConfigError("parallel.virtual_pipeline > 1 needs parallel.pipeline_parallel > 1")
 

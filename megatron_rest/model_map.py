@@ -25,10 +25,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # names, shapes and counts are read where there is no torch; what moves tensors imports it
+    from torch import Tensor
 
 __all__ = [
     "ModelShape",
@@ -349,13 +349,13 @@ def to_megatron(
         return groups.chunk(tp_size, 0)[tp_rank].reshape(-1, *tensors[0].shape[1:]).contiguous()
     if spec.kind is ParameterKind.GATE_UP:
         parts = tensors if spec.shard_dim is None else [t.chunk(tp_size, 0)[tp_rank] for t in tensors]
-        return torch.cat(parts)
+        return _cat(parts)
     full = tensors[0]
     if spec.kind is ParameterKind.VOCAB:
         rows = padded_vocab_size(shape.vocab_size, tp_size, shape.vocab_multiple) // tp_size
         part = full[tp_rank * rows : (tp_rank + 1) * rows]
         padding = part.new_zeros(rows - len(part), *part.shape[1:])
-        return torch.cat([part, padding]) if len(padding) else part.contiguous()
+        return _cat([part, padding]) if len(padding) else part.contiguous()
     if spec.shard_dim is None:
         return full.contiguous()
     return full.chunk(tp_size, spec.shard_dim)[tp_rank].contiguous()
@@ -370,12 +370,12 @@ def to_hf(spec: ParameterSpec, shards: Sequence[Tensor], *, shape: ModelShape) -
     if spec.shard_dim is None:
         shards = shards[:1]
     if spec.kind is ParameterKind.QKV:
-        parts = _from_groups(torch.cat(list(shards)) if len(shards) > 1 else shards[0], shape)
+        parts = _from_groups(_cat(list(shards)) if len(shards) > 1 else shards[0], shape)
     elif spec.kind is ParameterKind.GATE_UP:
         halves = [shard.chunk(2, 0) for shard in shards]
-        parts = [torch.cat(list(half)) if len(half) > 1 else half[0] for half in zip(*halves, strict=True)]
+        parts = [_cat(list(half)) if len(half) > 1 else half[0] for half in zip(*halves, strict=True)]
     else:
-        full = torch.cat(list(shards), spec.shard_dim or 0) if len(shards) > 1 else shards[0]
+        full = _cat(list(shards), spec.shard_dim or 0) if len(shards) > 1 else shards[0]
         parts = [full[: shape.vocab_size] if spec.kind is ParameterKind.VOCAB else full]
     expected = hf_shapes(spec, shape)
     if [tuple(p.shape) for p in parts] != list(expected):
@@ -384,6 +384,12 @@ def to_hf(spec: ParameterSpec, shards: Sequence[Tensor], *, shape: ModelShape) -
             f"{[tuple(p.shape) for p in parts]}, expected {list(expected)}"
         )
     return {name: part.contiguous() for name, part in zip(spec.hf_names, parts, strict=True)}
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(tensors), dim)
 
 
 def _checked(hf: Mapping[str, Tensor], name: str, expected: tuple[int, ...]) -> Tensor:
@@ -397,7 +403,7 @@ def _checked(hf: Mapping[str, Tensor], name: str, expected: tuple[int, ...]) -> 
 def _by_group(qkv: Sequence[Tensor], shape: ModelShape) -> Tensor:
     """q [NH*D, ...], k and v [NG*D, ...] -> [NG, (NH/NG + 2) * D, ...]."""
     rest = qkv[0].shape[1:]
-    return torch.cat([t.reshape(shape.num_query_groups, -1, *rest) for t in qkv], dim=1)
+    return _cat([t.reshape(shape.num_query_groups, -1, *rest) for t in qkv], dim=1)
 
 
 def _from_groups(fused: Tensor, shape: ModelShape) -> list[Tensor]:

@@ -184,6 +184,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
+        **_recompute(config.parallel.recompute, is_moe=bool(shape.num_experts)),
         **_expert_settings(shape, config),
         **precision.transformer_settings(config.precision),
     )
@@ -228,6 +229,15 @@ def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
         "expert_model_parallel_size": p.expert_parallel,
         "expert_tensor_parallel_size": 1,  # model_map: an expert is never cut
     }
+
+
+def _recompute(what: str, *, is_moe: bool) -> dict[str, Any]:
+    """Megatron's settings for ``parallel.recompute``."""
+    if what == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if what == "mlp":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"] if is_moe else ["mlp"]}
+    return {}
 
 
 def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext, megatron_config: Any) -> list[Any]:

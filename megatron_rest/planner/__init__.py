@@ -1,0 +1,12 @@
+"""Memory and time of a configuration before it runs (docs/planner.md has every formula).  Imports no torch.
+
+shapes.py      the model's numbers: from its folder, or from a table of published models
+hardware.py    what a GPU has, and how much of it a program like this one gets
+parameters.py  parameters of every pipeline stage, from the table that loads and exports them
+activations.py what one layer keeps for its backward pass
+memory.py      bytes of one rank, item by item
+steptime.py    floating-point operations of a step, and seconds from them
+plan.py        all of it for one configuration
+advice.py      which change would make it fit
+report.py      the page that ``megatron-rest plan`` and ``--dryrun`` print
+"""

@@ -1,0 +1,69 @@
+"""What a GPU has, by its data sheet, and which share of that a training program gets, by assumption."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+__all__ = ["EFFICIENCY", "HARDWARE", "Efficiency", "Hardware"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One accelerator and its links; bytes, operations a second, bytes a second."""
+
+    name: str
+    memory: int
+    bf16_flops: float  # dense; 0 = no time is estimated
+    fp8_flops: float
+    memory_bandwidth: float
+    nvlink: float  # one direction
+    nic: float  # one GPU's share of its node's network
+    gpus_per_node: int = 8
+    reserve: int = 3 * GIB
+    """Not ours: CUDA context and kernels (0.5), NCCL channels of five groups (about 1.5), fragmentation (1)."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.bf16_flops == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Efficiency:
+    """Shares of the data sheet's rates.  Assumed, not measured here; docs/planner.md says where they come from."""
+
+    training: float = 0.40  # of peak operations, forward and backward, pipeline bubble not counted
+    scoring: float = 0.45  # forward only: no gradient all-reduce, no optimiser
+    prefill: float = 0.50
+    decode_bandwidth: float = 0.60  # of memory bandwidth while decoding
+    links: float = 0.80  # of NVLink and network
+
+
+EFFICIENCY = Efficiency()
+
+# NVLink 4: 900 GB/s both ways; one 400 Gb/s network adapter a GPU
+HARDWARE = {
+    "h100": Hardware(
+        name="h100", memory=80 * 10**9, bf16_flops=989e12, fp8_flops=1979e12, memory_bandwidth=3.35e12, nvlink=450e9,
+        nic=50e9,
+    ),
+    "h200": Hardware(
+        name="h200", memory=141 * 10**9, bf16_flops=989e12, fp8_flops=1979e12, memory_bandwidth=4.8e12, nvlink=450e9,
+        nic=50e9,
+    ),
+    "a100": Hardware(
+        name="a100", memory=80 * 10**9, bf16_flops=312e12, fp8_flops=312e12, memory_bandwidth=2.04e12, nvlink=300e9,
+        nic=25e9,
+    ),
+    "b200": Hardware(
+        name="b200", memory=180 * 10**9, bf16_flops=2250e12, fp8_flops=4500e12, memory_bandwidth=8e12, nvlink=900e9,
+        nic=50e9,
+    ),
+    "cpu": Hardware(
+        name="cpu", memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bf16_flops=0, fp8_flops=0,
+        memory_bandwidth=0, nvlink=0, nic=0, reserve=0,
+    ),
+}  # fmt: skip
+"""Data-sheet values: dense rates, decimal gigabytes.  ``cpu``: this machine, its memory shared by all ranks."""

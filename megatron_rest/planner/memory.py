@@ -1,0 +1,236 @@
+"""Bytes of one rank of every pipeline stage, item by item."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_rest.config import Fp8Recipe, RestConfig
+from megatron_rest.data.alignment import packing_alignment
+from megatron_rest.model_map import ModelShape, hf_shapes, padded_vocab_size, parameter_map
+from megatron_rest.planner.activations import layer_bytes
+from megatron_rest.planner.hardware import Hardware
+from megatron_rest.planner.parameters import StageParameters, count_stages, layers_of_chunk, total_parameters
+
+__all__ = ["Item", "StageMemory", "itemsize", "kv_bytes_per_token", "num_microbatches", "stage_memories"]
+
+_FP32 = 4
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def itemsize(dtype: str) -> int:
+    return _SIZES[dtype]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One line of the table."""
+
+    name: str
+    num_bytes: int
+    why: str  # the numbers that made it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """One rank of a pipeline stage.  Training and syncing do not happen at once: the larger of the two counts."""
+
+    stage: int
+    always: tuple[Item, ...]
+    training: tuple[Item, ...]
+    syncing: tuple[Item, ...]
+
+    @property
+    def peak(self) -> int:
+        return _sum(self.always) + max(_sum(self.training), _sum(self.syncing))
+
+    @property
+    def training_peak(self) -> int:
+        """Without the engine and what is not ours: what a tracker of this process's tensors sees in an update."""
+        return sum(item.num_bytes for item in self.always if item.name in _OURS) + _sum(self.training)
+
+
+_OURS = ("weights", "FP8 copies", "gradients", "optimiser")
+
+
+def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *, world_size: int) -> list[StageMemory]:
+    """One entry a pipeline stage."""
+    stages = count_stages(shape, config.parallel)
+    return [
+        StageMemory(
+            stage=stage,
+            always=(*_state(config, held, world_size), *_engine(config, shape, hardware, world_size)),
+            training=_training(config, shape, hardware, held, stage, world_size),
+            syncing=_syncing(config, shape),
+        )
+        for stage, held in enumerate(stages)
+    ]
+
+
+def num_microbatches(config: RestConfig, *, world_size: int, mean_tokens: float) -> int:
+    """Of one update and replica, for sequences of ``mean_tokens`` on average (data/batching.py packs them)."""
+    p = config.parallel
+    mine = _sequences(config) * mean_tokens / p.data_parallel(world_size)
+    count = max(math.ceil(mine / config.trainer.max_tokens_per_microbatch), _least_microbatches(config))
+    multiple = p.pipeline_parallel if p.virtual_pipeline > 1 else 1
+    return -(-count // multiple) * multiple
+
+
+def kv_bytes_per_token(config: RestConfig, shape: ModelShape) -> int:
+    """Keys and values of one token on one GPU of a replica."""
+    heads = max(shape.num_query_groups // config.rollout.tensor_parallel, 1)
+    return 2 * shape.num_layers * heads * shape.head_dim * itemsize(config.rollout.dtype)
+
+
+def _state(config: RestConfig, held: StageParameters, world_size: int) -> tuple[Item, ...]:
+    """Weights, gradient buffer, masters and moments."""
+    p = config.parallel
+    size = itemsize(config.model.dtype)
+    is_fp8 = config.precision.recipe is not Fp8Recipe.NONE
+    weights = held.total * size
+    why = f"{held.total / 1e9:.3f} G parameters x {size} bytes"
+    items = []
+    if is_fp8 and config.precision.parameters:
+        weights -= held.layer_matrices * size
+        why += ", layers' matrices in FP8 only"
+    items.append(Item(name="weights", num_bytes=weights, why=why))
+    if is_fp8:
+        items.append(
+            Item(
+                name="FP8 copies",
+                num_bytes=2 * held.layer_matrices,
+                why=f"{held.layer_matrices / 1e9:.3f} G of them in layers' matrices x 2, as they are and transposed",
+            )
+        )
+    items.append(Item(name="gradients", num_bytes=held.total * _FP32, why="x 4 bytes: reduced in float32"))
+    state = 12 if size == 2 or is_fp8 else 8  # float32 masters only where the weights are not float32 themselves
+    shards, expert_shards = 1, 1
+    if p.distributed_optimizer:
+        replicas = p.data_parallel(world_size) * p.context_parallel
+        shards, expert_shards = replicas, max(replicas * p.tensor_parallel // p.expert_parallel, 1)
+    num_bytes = held.dense * state // shards + held.experts * state // expert_shards
+    over = f" over {shards} replicas" if shards > 1 else ""
+    items.append(Item(name="optimiser", num_bytes=num_bytes, why=f"x {state} bytes{over}: masters, two moments"))
+    return tuple(items)
+
+
+def _training(
+    config: RestConfig, shape: ModelShape, hardware: Hardware, held: StageParameters, stage: int, world_size: int
+) -> tuple[Item, ...]:
+    """Live at the worst moment of an update: as many microbatches in flight as this stage has, one backward begun."""
+    p = config.parallel
+    size = itemsize(config.model.dtype)
+    tokens = _tokens_per_rank(config, world_size)
+    layer = layer_bytes(
+        shape, p, itemsize=size, is_fp8=config.precision.recipe is not Fp8Recipe.NONE, is_cpu=hardware.is_cpu
+    )
+    chunk = layers_of_chunk(shape, p)
+    in_flight = _chunks_in_flight(config, stage, world_size)
+    kept = layer.kept(p.recompute)
+    items = [
+        Item(
+            name="activations",
+            num_bytes=in_flight * chunk * tokens * kept,
+            why=f"{tokens} tokens x {chunk} layers x {in_flight} chunks in flight x {kept / 1e3:.1f} kB"
+            + (f", recompute {p.recompute}" if p.recompute != "none" else ""),
+        )
+    ]
+    t = p.tensor_parallel
+    ffn = shape.ffn_hidden_size // t
+    if shape.num_experts:
+        ffn = shape.moe_ffn_hidden_size * shape.num_experts_per_token // (t if p.sequence_parallel else 1)
+    working = tokens * (shape.hidden_size + 3 * ffn) * size + held.largest * size
+    working += tokens * layer.recomputed(p.recompute)
+    items.append(
+        Item(name="one backward", num_bytes=working, why="gradients inside one layer, one weight's gradient, recompute")
+    )
+    if stage == p.pipeline_parallel - 1:
+        columns = padded_vocab_size(shape.vocab_size, t, shape.vocab_multiple) // t
+        s = t if p.sequence_parallel else 1
+        # the gradient of the logits is written over them (mcore/output.py)
+        hidden = shape.hidden_size * size * (1 + 3 // s if s > 1 else 3)
+        items.append(
+            Item(
+                name="head",
+                num_bytes=tokens * (columns * size + hidden + 3 * _FP32),
+                why=f"{tokens} tokens x {columns} columns of logits x {size} bytes, hidden states",
+            )
+        )
+    return tuple(items)
+
+
+def _tokens_per_rank(config: RestConfig, world_size: int) -> int:
+    """Of the longest microbatch, on one context-parallel rank, padding included, if all sequences are longest."""
+    p = config.parallel
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    mine = _sequences(config) * longest // (p.data_parallel(world_size) * _least_microbatches(config))
+    tokens = min(config.trainer.max_tokens_per_microbatch, max(mine, longest))
+    alignment = packing_alignment(config.precision.recipe, p).total
+    return -(-tokens // alignment) * alignment // p.context_parallel
+
+
+def _sequences(config: RestConfig) -> int:
+    """Of one update, over all replicas."""
+    return config.data.prompts_per_step * config.rollout.rollouts_per_prompt // config.optimizer.updates_per_step
+
+
+def _least_microbatches(config: RestConfig) -> int:
+    """So many are made if there are sequences enough: fewer would leave pipeline stages idle (trainer/setup.py)."""
+    stages = config.parallel.pipeline_parallel
+    return 2 * stages if stages > 1 else 1
+
+
+def _chunks_in_flight(config: RestConfig, stage: int, world_size: int) -> int:
+    """Forward passes of model chunks whose backward pass is still to come: Megatron's 1F1B, plain or interleaved."""
+    p = config.parallel
+    pp, vpp = p.pipeline_parallel, p.virtual_pipeline
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    most = num_microbatches(config, world_size=world_size, mean_tokens=longest) * vpp
+    warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
+    return min(warm_up + 1, most)
+
+
+def _engine(config: RestConfig, shape: ModelShape, hardware: Hardware, world_size: int) -> tuple[Item, ...]:
+    """What vLLM takes of the same memory, and what is nobody's."""
+    r = config.rollout
+    weights = total_parameters(shape) * itemsize(r.dtype) // r.tensor_parallel
+    if hardware.is_cpu:
+        return (
+            Item(name="engine: weights", num_bytes=weights, why=f"in every rank's process, {r.dtype}"),
+            Item(name="engine: KV cache", num_bytes=r.kv_cache_bytes, why="rollout.kv_cache_bytes"),
+        )
+    share = int(r.gpu_memory_utilization * hardware.memory)
+    kv = max(share - weights - _engine_work(config, shape), 0)
+    return (
+        Item(name="engine: weights", num_bytes=weights, why=f"{r.dtype} / rollout.tensor_parallel {r.tensor_parallel}"),
+        Item(
+            name="engine: KV cache",
+            num_bytes=kv,
+            why=f"what rollout.gpu_memory_utilization {r.gpu_memory_utilization} leaves: "
+            f"{kv // kv_bytes_per_token(config, shape):,} tokens",
+        ),
+        Item(name="engine: activations", num_bytes=_engine_work(config, shape), why="prefill of 8,192 tokens, logits"),
+        Item(name="not ours", num_bytes=hardware.reserve, why="CUDA context, NCCL, fragmentation: assumed"),
+    )
+
+
+def _engine_work(config: RestConfig, shape: ModelShape) -> int:
+    """vLLM profiles one pass over its token budget (8,192) and float32 logits of every running sequence."""
+    t = config.rollout.tensor_parallel
+    size = itemsize(config.rollout.dtype)
+    width = max(shape.ffn_hidden_size, shape.moe_ffn_hidden_size * shape.num_experts_per_token)
+    return 8192 * (2 * shape.hidden_size + 3 * width // t) * size + config.rollout.max_concurrent * shape.vocab_size * 8
+
+
+def _syncing(config: RestConfig, shape: ModelShape) -> tuple[Item, ...]:
+    """A bucket as gathered, what was made of it, and this rank's part of it."""
+    size = itemsize(config.model.dtype)
+    largest = max(sum(math.prod(d) for d in hf_shapes(spec, shape)) for spec in parameter_map(shape)) * size
+    bucket = max(config.weight_sync.bucket_bytes, largest)
+    what = "the largest tensor" if largest > config.weight_sync.bucket_bytes else "weight_sync.bucket_bytes"
+    num_bytes = 2 * bucket + bucket // config.parallel.tensor_parallel
+    return (Item(name="sync buffers", num_bytes=num_bytes, why=f"{what}: gathered, as tensors, this rank's part"),)
+
+
+def _sum(items: tuple[Item, ...]) -> int:
+    return sum(item.num_bytes for item in items)

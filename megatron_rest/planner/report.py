@@ -1,0 +1,117 @@
+"""A plan as text and as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_rest.planner.advice import Change, changes_that_fit
+from megatron_rest.planner.hardware import EFFICIENCY
+from megatron_rest.planner.parameters import total_parameters
+from megatron_rest.planner.plan import Plan
+
+__all__ = ["as_dict", "as_text"]
+
+
+def as_text(plan: Plan) -> str:
+    """The page: model, the fullest rank item by item, the other stages, time, sync, and what to change."""
+    return "\n".join([*_head(plan), "", *_memory(plan), "", *_time(plan), *_sync(plan), "", *_verdict(plan)])
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """For programs: bytes and seconds."""
+    return {
+        "model": plan.config.model.path,
+        "parameters": total_parameters(plan.shape),
+        "hardware": plan.hardware.name,
+        "world_size": plan.world_size,
+        "stages": [
+            {
+                "stage": stage.stage,
+                "peak_bytes": stage.peak,
+                "items": {i.name: i.num_bytes for i in (*stage.always, *stage.training, *stage.syncing)},
+            }
+            for stage in plan.stages
+        ],
+        "limit_bytes": plan.limit,
+        "seconds": None
+        if plan.time is None
+        else {"rollout": plan.time.rollout, "score": plan.time.score, "update": plan.time.update},
+        "sync_seconds": None if plan.sync is None else {"limit": plan.sync.limit, "gather": plan.sync.gather},
+        "problems": list(plan.problems),
+    }
+
+
+def _head(plan: Plan) -> list[str]:
+    p = plan.config.parallel
+    dp = p.data_parallel(plan.world_size)
+    layout = f"TP {p.tensor_parallel} x PP {p.pipeline_parallel}"
+    layout += f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
+    layout += f" x CP {p.context_parallel}" if p.context_parallel > 1 else ""
+    layout += f" x DP {dp}" + (f", EP {p.expert_parallel}" if p.expert_parallel > 1 else "")
+    total, active = total_parameters(plan.shape), total_parameters(plan.shape, active_only=True)
+    count = f"{total / 1e9:.2f} G parameters" + (f", {active / 1e9:.2f} G a token" if active != total else "")
+    return [
+        f"plan: {count} ({plan.shape_source})",
+        f"      {plan.world_size} x {plan.hardware.name}: {layout}; computed, not measured (docs/planner.md)",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    stage = plan.fullest
+    lines = [f"memory of a rank of stage {stage.stage}, the fullest, GB:"]
+    for title, items in (
+        ("always", stage.always),
+        ("while training", stage.training),
+        ("while syncing", stage.syncing),
+    ):
+        lines.append(f"  {title}")
+        lines += [f"    {item.name:<19} {item.num_bytes / 1e9:8.2f}   {item.why}" for item in items]
+    lines.append(f"  {'peak':<21} {stage.peak / 1e9:8.2f}   of {plan.limit / 1e9:.1f}")
+    if len(plan.stages) > 1:
+        lines.append("  every stage: " + ", ".join(f"{s.peak / 1e9:.1f}" for s in plan.stages))
+    return lines
+
+
+def _time(plan: Plan) -> list[str]:
+    t = plan.time
+    if t is None:
+        return ["time: not estimated on CPU"]
+    e = EFFICIENCY
+    return [
+        f"time of a step, about {t.total:.0f} s: rollout {t.rollout:.0f}, score {t.score:.0f}, update {t.update:.0f}; "
+        f"{t.num_microbatches} microbatches an update, {100 * t.bubble:.0f} % of the pipeline idle",
+        f"  for {plan.lengths.prompt:.0f} + {plan.lengths.response:.0f} tokens on average, "
+        f"{t.train_flops:.3g} operations; assumed shares of the data sheet: training {e.training:.0%}, "
+        f"scoring {e.scoring:.0%}, decoding {e.decode_bandwidth:.0%} of memory bandwidth",
+        f"  {plan.config.trainer.steps} steps: about {t.total * plan.config.trainer.steps / 3600:.1f} h",
+    ]
+
+
+def _sync(plan: Plan) -> list[str]:
+    if plan.sync is None:
+        return []
+    return [
+        f"weight transfer of {plan.sync.copy_bytes / 1e9:.0f} GB: at least {_seconds(plan.sync.limit)} if every GPU "
+        f"receives what it lacks, about {_seconds(plan.sync.gather)} with whole tensors on every GPU"
+    ]
+
+
+def _verdict(plan: Plan) -> list[str]:
+    if plan.fits:
+        return [f"fits: {(plan.limit - plan.peak) / 1e9:.1f} GB of a rank are left"]
+    lines = [f"does not fit: {problem}" for problem in plan.problems]
+    changes = changes_that_fit(plan)
+    if not changes:
+        return [*lines, "  no one or two changes of one layout are enough: take more nodes (nodes=), or larger GPUs"]
+    return [*lines, "what would fit:", *(f"  {_change(plan, change)}" for change in changes)]
+
+
+def _change(plan: Plan, change: Change) -> str:
+    text = f"{' '.join(change.overrides):<60} {change.plan.peak / 1e9:6.1f} GB"
+    if plan.time is not None and change.plan.time is not None:
+        text += f", step {100 * (change.plan.time.total / plan.time.total - 1):+.0f} %"
+    return text
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"

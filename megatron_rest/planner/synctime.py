@@ -1,0 +1,44 @@
+"""Least time of a weight transfer, from the bytes each side must move and the slower of the links they cross."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rest.config import RestConfig
+from megatron_rest.model_map import ModelShape
+from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
+from megatron_rest.planner.memory import itemsize
+from megatron_rest.planner.parameters import total_parameters
+
+__all__ = ["SyncTime", "sync_time"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncTime:
+    """Seconds of one transfer on data-sheet links, and of what the trainer does today."""
+
+    copy_bytes: int  # one whole copy of the weights
+    limit: float  # every GPU receives only what it lacks
+    gather: float  # every GPU receives every tensor, as weight_sync/source.py sends them
+
+
+def sync_time(
+    config: RestConfig, shape: ModelShape, hardware: Hardware, *, efficiency: Efficiency = EFFICIENCY
+) -> SyncTime | None:
+    """Colocated engines: a GPU needs ``1 / rollout.tensor_parallel`` of a copy and holds some of it already.
+
+    The limit counts at least reading and writing that share once in GPU memory.  Between pipeline stages bytes cross
+    the network (a stage is a node or more), inside one they cross NVLink.
+    """
+    if hardware.is_cpu:
+        return None
+    p = config.parallel
+    size = total_parameters(shape) * itemsize(config.rollout.dtype)
+    share = size / config.rollout.tensor_parallel
+    away = 1 - 1 / p.pipeline_parallel  # of what is needed lies on another stage
+    beside = (1 - away) * (1 - 1 / p.tensor_parallel)
+    crosses_nodes = p.tensor_parallel * p.pipeline_parallel > hardware.gpus_per_node
+    far = hardware.nic if crosses_nodes else hardware.nvlink
+    limit = max(share * away / far, share * beside / hardware.nvlink, 2 * share / hardware.memory_bandwidth)
+    gather = size * away / (far * efficiency.links) + size * beside / (hardware.nvlink * efficiency.links)
+    return SyncTime(copy_bytes=size, limit=limit, gather=gather)

@@ -1,0 +1,138 @@
+"""The planner's counts against real Megatron policies on gloo ranks: parameters exactly, peak memory within 15 %."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rest.algorithms import rest_policy_loss
+from megatron_rest.config import RestConfig, load
+from megatron_rest.planner.hardware import HARDWARE
+from megatron_rest.planner.parameters import count_stages
+from megatron_rest.planner.plan import make_plan
+from megatron_rest.trainer.setup import make_batch
+from megatron_rest.types import TokenRegion, TrainSample
+from tests.helpers.distributed import run_distributed
+from tests.helpers.memory import TensorMemory
+from tests.helpers.policies import make_policy
+from tests.helpers.tiny_model import build_tiny_model
+
+TOLERANCE = 0.15
+SEQUENCES, LENGTH = 16, 176  # the demo's mean; four to a microbatch
+DEMO = "parallel.tensor_parallel=2 parallel.pipeline_parallel=2"  # the layout of launch/rest_demo.py
+LAYOUTS = {
+    "demo": DEMO,
+    "sequence parallel": f"{DEMO} parallel.sequence_parallel=true",
+    "recompute mlp": f"{DEMO} parallel.recompute=mlp",
+    "recompute full": f"{DEMO} parallel.recompute=full",
+    "bfloat16": f"{DEMO} model.dtype=bfloat16",
+    "interleaved": "parallel.pipeline_parallel=2 parallel.virtual_pipeline=2 parallel.distributed_optimizer=true",
+    "data parallel": "parallel.tensor_parallel=2 parallel.distributed_optimizer=true",
+}
+
+
+def configuration(model: Path, layout: str) -> RestConfig:
+    return load(
+        overrides=[
+            f"model.path={model}",
+            "model.max_sequence_length=352",
+            f"data.max_prompt_tokens={LENGTH - 96}",
+            "rollout.max_response_tokens=96",
+            f"trainer.max_tokens_per_microbatch={4 * LENGTH}",
+            "data.prompts_per_step=4",
+            "rollout.rollouts_per_prompt=4",
+            *layout.split(),
+        ]
+    )
+
+
+def samples(vocab_size: int) -> list[TrainSample]:
+    rng = np.random.default_rng(0)
+    mask = np.arange(LENGTH + 1) > LENGTH // 2
+    regions = np.where(mask, int(TokenRegion.THINK), int(TokenRegion.CONTEXT)).astype(np.int8)
+    return [
+        TrainSample(
+            token_ids=rng.integers(0, vocab_size, LENGTH + 1).astype(np.int32),
+            loss_mask=mask,
+            region_ids=regions,
+            rollout_log_probs=np.full(LENGTH + 1, -7.0, np.float32),
+            advantage=1.0 if i % 2 else -0.5,
+            sequence_id=i,
+        )
+        for i in range(SEQUENCES)
+    ]
+
+
+def measure(config: RestConfig) -> dict[str, float]:
+    """Of this rank: parameters, peak bytes of an update, and what the update computed."""
+    memory = TensorMemory()
+    with memory:
+        parts = make_policy(config)
+        batch = make_batch(parts, samples(parts.shape.vocab_size), max_tokens=config.trainer.max_tokens_per_microbatch)
+        weighed = [
+            m.with_scores(old_log_probs=s.log_probs, token_weights=torch.ones_like(s.log_probs))
+            for m, s in zip(batch.microbatches, parts.policy.score(batch.microbatches), strict=True)
+        ]
+        batch = type(batch)(microbatches=tuple(weighed), totals=batch.totals)
+        loss = partial(rest_policy_loss, config=config.loss)
+        parts.policy.update(batch, loss)  # makes the optimiser's moments
+        memory.reset_peak()
+        report = parts.policy.update(batch, loss)
+    return {
+        "stage": parts.context.pp_rank,
+        "parameters": sum(p.numel() for p in parts.policy.named_shards().values()),
+        "peak": memory.peak,
+        "grad_norm": report.grad_norm,
+    }
+
+
+def worker(rank: int, world_size: int, model: Path, layouts: dict[str, str]) -> dict[str, dict[str, float]]:
+    from megatron.core import parallel_state
+
+    measured = {}
+    for name, layout in layouts.items():
+        measured[name] = measure(configuration(model, layout))
+        parallel_state.destroy_model_parallel()
+    return measured
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """The demo's shape; not the demo's weights, which no size depends on."""
+    folder = tmp_path_factory.mktemp("model")
+    return build_tiny_model(
+        folder, hidden=256, layers=4, intermediate_size=768, head_dim=64, vocab_size=2048, with_tokenizer=False
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(model) -> list[dict[str, dict[str, float]]]:
+    return run_distributed(worker, 4, model, LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_holds_as_many_parameters_as_planned(layout, model, measured):
+    config = configuration(model, LAYOUTS[layout])
+    plan = make_plan(config, HARDWARE["cpu"], world_size=4)
+    stages = count_stages(plan.shape, config.parallel)
+    for rank in measured:
+        assert rank[layout]["parameters"] == stages[rank[layout]["stage"]].total
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_peak_memory_of_an_update_is_as_planned(layout, model, measured):
+    plan = make_plan(configuration(model, LAYOUTS[layout]), HARDWARE["cpu"], world_size=4)
+    for rank in measured:
+        peak, planned = rank[layout]["peak"], plan.stages[int(rank[layout]["stage"])].training_peak
+        assert planned == pytest.approx(peak, rel=TOLERANCE), f"stage {rank[layout]['stage']}"
+
+
+@pytest.mark.parametrize("layout", ["recompute mlp", "recompute full"])
+def test_recomputing_changes_memory_and_not_the_gradient(layout, measured):
+    for rank in measured:
+        assert rank[layout]["peak"] < 0.95 * rank["demo"]["peak"]
+        assert rank[layout]["grad_norm"] == pytest.approx(rank["demo"]["grad_norm"], rel=1e-6)
