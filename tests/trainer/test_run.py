@@ -249,6 +249,9 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     rl(base, run_dir, warm[0])
     ours, theirs = metrics(run_dir), metrics(unbroken)
     assert [row["step"] for row in ours] == [1, 2, 3]
+    starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [start["after_step"] for start in starts] == [0, int(saved.name[-6:])]
+    assert starts[0]["packages"]["torch"] == torch.__version__
     for row in (ours[2], theirs[2]):
         row.pop("seconds")
         row["metrics"].pop("sync/seconds")
