@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from data_tools.errors import DataError
 from data_tools.readers.chunk import CHUNK_ROWS, Chunk
-from data_tools.readers.sources import Form, Source
+from data_tools.readers.sources import Form, Growth, Source
 
 # A Parquet row group is decompressed page by page, but its claimed size tells a bomb from data.
 MAX_ROW_GROUP_BYTES = 16 << 30
 RELEASE_BYTES = 32 << 20  # mapped bytes that count as this process's memory before they are given back
+_PARQUET_ROWS = 32  # rows decompressed at once: a few kilobytes can claim to be gigabytes
 _PARQUET_BUFFER = 1 << 20  # bytes of a column chunk read ahead; without it a whole one is read
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -38,7 +39,8 @@ def read_arrow(source: Source) -> Iterator[Chunk]:
     first, held = 0, 0
     with _named(source):
         mapped = None if source.form is Form.PARQUET or source.compression else _map(source)
-        for batch in _batches(source, mapped):
+        growth = Growth(source.path)
+        for batch in _batches(source, mapped, growth):
             for start in range(0, batch.num_rows, CHUNK_ROWS):
                 piece = batch.slice(start, CHUNK_ROWS)
                 piece.validate()
@@ -58,7 +60,7 @@ def count_arrow_rows(source: Source) -> int:
         mapped = None if source.compression else _map(source)
         if source.form is Form.IPC_FILE:
             return int(pa.ipc.open_file(_reader(mapped)).count_rows())
-        return sum(batch.num_rows for batch in _batches(source, mapped))
+        return sum(batch.num_rows for batch in _batches(source, mapped, Growth(source.path)))
 
 
 def _map(source: Source) -> mmap.mmap:
@@ -70,10 +72,17 @@ def _reader(mapped: mmap.mmap | None) -> pa.BufferReader:
     return pa.BufferReader(pa.py_buffer(mapped))
 
 
-def _batches(source: Source, mapped: mmap.mmap | None) -> Iterator[pa.RecordBatch]:
+def _batches(source: Source, mapped: mmap.mmap | None, growth: Growth) -> Iterator[pa.RecordBatch]:
     if source.form is Form.PARQUET:
-        yield from _parquet_batches(source)
-    elif source.form is Form.IPC_FILE:
+        yield from _parquet_batches(source, growth)
+    else:
+        for batch in _ipc_batches(source, mapped):
+            growth.add(batch.nbytes)
+            yield batch
+
+
+def _ipc_batches(source: Source, mapped: mmap.mmap | None) -> Iterator[pa.RecordBatch]:
+    if source.form is Form.IPC_FILE:
         reader = pa.ipc.open_file(_reader(mapped))
         for index in range(reader.num_record_batches):
             yield reader.get_batch(index)
@@ -93,7 +102,7 @@ def _check_end_of_stream(source: Source) -> None:
             raise DataError(f"{source.path} is a truncated {source.form}: its end marker is missing; write it again")
 
 
-def _parquet_batches(source: Source) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(source: Source, growth: Growth) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(source.path, buffer_size=_PARQUET_BUFFER) as file:
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
@@ -101,4 +110,12 @@ def _parquet_batches(source: Source) -> Iterator[pa.RecordBatch]:
                 raise DataError(
                     f"{source.path}: row group {group} claims {size >> 30} GiB: write it with smaller row groups"
                 )
-        yield from file.iter_batches(batch_size=CHUNK_ROWS)
+        pending: list[pa.RecordBatch] = []
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            growth.add(batch.nbytes)
+            pending.append(batch)
+            if len(pending) * _PARQUET_ROWS == CHUNK_ROWS:
+                yield pa.concat_batches(pending)
+                pending = []
+        if pending:
+            yield pa.concat_batches(pending)

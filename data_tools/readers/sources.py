@@ -26,7 +26,7 @@ from megatron_rest.data.prompt_files import MANIFEST_NAME
 SUFFIXES = {".parquet", ".arrow", ".feather", ".jsonl", ".json", ".ndjson", ".gz", ".bz2", ".zst", ".lz4"}
 # A compressed file may grow this much; JSON text grows 5 to 30 times, a bomb a thousand times.
 MAX_EXPANSION = 200
-FREE_EXPANSION_BYTES = 64 << 20
+FREE_EXPANSION_BYTES = 256 << 20
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 _REFUSED = {
     b"FEA1": "is Feather v1 (deprecated): rewrite it with pyarrow.feather.write_feather(table, path, version=2)",
@@ -65,14 +65,29 @@ class Source:
         return _open(self.path, self.compression)
 
 
+class Growth:
+    """Counts what comes out of a compressed file; beyond :data:`MAX_EXPANSION` it is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._left = max(FREE_EXPANSION_BYTES, MAX_EXPANSION * path.stat().st_size)
+
+    def add(self, num_bytes: int) -> None:
+        self._left -= num_bytes
+        if self._left < 0:
+            raise DataError(
+                f"{self._path} grows more than {MAX_EXPANSION} times when decompressed: if you trust it, unpack it"
+                " (Parquet, Arrow: write it uncompressed)"
+            )
+
+
 class _Decompressed(io.RawIOBase):
     """pyarrow's decompressor as a Python file that counts what comes out."""
 
     def __init__(self, path: Path, compression: str) -> None:
         self._path = path
-        self._size = path.stat().st_size
+        self._growth = Growth(path)
         self._stream = pa.CompressedInputStream(pa.OSFile(str(path)), compression)
-        self._total = 0
 
     def readable(self) -> bool:
         return True
@@ -82,11 +97,7 @@ class _Decompressed(io.RawIOBase):
             data = self._stream.read(len(buffer))
         except OSError as error:
             raise DataError(f"{self._path} is damaged or truncated: {error}") from error
-        self._total += len(data)
-        if self._total > max(FREE_EXPANSION_BYTES, MAX_EXPANSION * self._size):
-            raise DataError(
-                f"{self._path} grows more than {MAX_EXPANSION} times when decompressed: if you trust it, unpack it"
-            )
+        self._growth.add(len(data))
         buffer[: len(data)] = data
         return len(data)
 

@@ -223,8 +223,18 @@ def test_stream_cut_between_batches_is_an_error(tmp_path: Path) -> None:
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources_module, "FREE_EXPANSION_BYTES", 1 << 20)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}\n' * 1_000_000))
-    with pytest.raises(DataError, match="grows more than 200 times"):
-        read(tmp_path / "bomb.jsonl.gz")
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 600, pa.int32()), pa.array(["x" * 100_000]))
+    pq.write_table(pa.table({"a": column}), tmp_path / "bomb.parquet", store_schema=False)
+    batch = pa.record_batch([pa.array(["x" * 10_000_000])], ["a"])
+    with pa.ipc.new_file(
+        tmp_path / "bomb.arrow", batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as writer:
+        writer.write_batch(batch)
+    before = pa.default_memory_pool().max_memory()
+    for name in ("bomb.jsonl.gz", "bomb.parquet", "bomb.arrow"):
+        with pytest.raises(DataError, match="grows more than 200 times"):
+            read(tmp_path / name)
+    assert pa.default_memory_pool().max_memory() - before < 40 << 20, "60 MB of rows were never built"
 
 
 def test_manifests_of_folders_cannot_reach_elsewhere(tmp_path: Path) -> None:
