@@ -60,7 +60,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=4,
         head_dim=64,
         intermediate_size=1536,
-        initializer_range=0.04,
+        initializer_range=0.02,
+        pad_token_id=None,  # its embedding would be zero, and the norm's gradient there a thousand times too large
         with_tokenizer=False,
         dtype=torch.bfloat16,
     )
@@ -93,8 +94,13 @@ def fresh_state(process_group: None) -> Iterator[None]:
 
 
 def policy(model: Path, recipe: str = "none", *overrides: str) -> Any:
-    sizes = ("model.max_sequence_length=512", f"trainer.max_tokens_per_microbatch={TOKENS}", "model.dtype=bfloat16")
-    parts = make_policy(layout_config(model, overrides=(*sizes, f"precision.recipe={recipe}", *overrides)))
+    common = (
+        "model.max_sequence_length=512",
+        f"trainer.max_tokens_per_microbatch={TOKENS}",
+        "model.dtype=bfloat16",
+        "optimizer.lr=1e-5",  # small: what differs after a few steps is precision, not where two trajectories went
+    )
+    parts = make_policy(layout_config(model, overrides=(*common, f"precision.recipe={recipe}", *overrides)))
     if not accelerations.active().are_layers_fused:
         pytest.skip("Transformer Engine is not installed or does not import: see `megatron-rest doctor`")
     return parts
@@ -169,7 +175,7 @@ def test_training_steps_are_within_two_percent_of_bf16(recipe: Fp8Recipe, model:
     print(f"losses {losses} against {bf16[0]}, gradient norms {norms} against {bf16[1]}")
     np.testing.assert_allclose(losses, bf16[0], rtol=0.02)
     # The first microbatch of a delayed run sends its gradients through scales of 1.
-    np.testing.assert_allclose(norms[-1], bf16[1][-1], rtol=0.3)
+    np.testing.assert_allclose(norms[-1], bf16[1][-1], rtol=0.15)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -214,7 +220,7 @@ def test_fp8_parameters_hold_the_loaded_model(recipe: Fp8Recipe, model: Path) ->
     from megatron_rest.trainer.setup import weight_source
 
     skip_unless_available(recipe)
-    overrides = ("precision.parameters=true", "parallel.distributed_optimizer=true", "optimizer.lr=1e-5")
+    overrides = ("precision.parameters=true", "parallel.distributed_optimizer=true")
     parts = policy(model, recipe, *overrides)
     original = {k: v for file in model.glob("*.safetensors") for k, v in load_file(file).items()}
 

@@ -6,6 +6,7 @@ same refusal as FP8 against BF16 (``tests/mcore/test_fp8_on_gpu.py``).
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -18,7 +19,7 @@ import torch
 
 from data_tools.convert import ConvertOptions, convert_rows
 from data_tools.train_tokenizer import texts_of, train_and_save
-from megatron_rest.config import AdvantageConfig, ConfigError, RewardConfig
+from megatron_rest.config import AdvantageConfig, ConfigError, RewardConfig, load
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.data.prompts import PromptDataset
 from megatron_rest.trainer.certificate import PrecisionMismatchError, canary_samples, certify
@@ -92,13 +93,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return root / "tok", root / "data", model
 
 
-def real_samples(tokenizer: Path | str, data: Path | str, *, count: int, max_tokens: int) -> list[Any]:
+def real_judge(tokenizer: Path | str) -> Judge:
     from megatron_rest.regions import token_bytes_table
     from megatron_rest.trainer.setup import load_tokenizer
 
-    judge = Judge(token_bytes_table(load_tokenizer(tokenizer)), reward=RewardConfig(), advantage=AdvantageConfig())
+    return Judge(token_bytes_table(load_tokenizer(tokenizer)), reward=RewardConfig(), advantage=AdvantageConfig())
+
+
+def real_samples(tokenizer: Path | str, data: Path | str, *, count: int, max_tokens: int) -> list[Any]:
     prompts = PromptDataset.open(str(data), tokenizer_path=str(tokenizer))
-    return canary_samples(prompts, judge, count=count, max_tokens=max_tokens)
+    return canary_samples(prompts, real_judge(tokenizer), count=count, max_tokens=max_tokens)
 
 
 def test_canary_is_prompts_with_reference_answers(folders: tuple[Path, Path, Path]) -> None:
@@ -145,10 +149,37 @@ def compare(rank: int, world_size: int, tokenizer: str, data: str, model: str) -
     ]
     return {
         "certificate": certificate,
+        "printed": through_the_trainer(parts, tokenizer, data),
         "tokens": tokens,
         "is_same": all(torch.equal(a, b) for a, b in zip(same, scores["float32"], strict=True)),
         "scales": scales_through_the_policy(parts),
     }
+
+
+def through_the_trainer(parts: Any, tokenizer: str, data: str) -> str:
+    """What a run prints at its start.  The recipe is a name here: both passes are FP32, so nothing may differ."""
+    from megatron_rest.trainer.console import Console
+    from megatron_rest.trainer.run import _certify
+    from megatron_rest.trainer.trainer import RestTrainer
+    from megatron_rest.weighting import RestWeighting
+
+    config = load(
+        overrides=[
+            "precision.recipe=tensorwise",
+            "model.max_sequence_length=8192",
+            "trainer.max_tokens_per_microbatch=8192",
+        ]
+    )
+    judge, prompts = real_judge(tokenizer), PromptDataset.open(data, tokenizer_path=tokenizer)
+    nothing: Any = None  # engine and transfer are not asked
+    trainer = RestTrainer(
+        config, parts=parts, prompts=prompts, engine=nothing, source=nothing, sync=nothing, judge=judge,
+        weighting=RestWeighting.from_config(config.weighting),
+    )  # fmt: skip
+    trainer.settle_precision()
+    printed = io.StringIO()
+    _certify(trainer, Console(printed))
+    return printed.getvalue()
 
 
 def scales_through_the_policy(parts: Any) -> dict[str, Any]:
@@ -200,4 +231,8 @@ def test_two_real_precisions_on_two_replicas(folders: tuple[Path, Path, Path]) -
         certificate.check(1e-5)
     for result in results:
         assert result["is_same"], "without FP8 there is nothing to leave out"
+        title, _, *rows = result["printed"].splitlines()
+        assert title == "precision certificate, tensorwise against bf16: |log-prob difference| in nats"
+        assert {row.split()[0] for row in rows} >= {"format", "name", "args", "think"}
+        assert all(row.split()[2:] == ["0.00000", "0.00000"] for row in rows)
         assert result["scales"] == {"is_untouched": True, "has_moved": True}
