@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,18 @@ def test_nothing_heavy_is_imported(tokenizer_folder: Path, tmp_path: Path) -> No
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert "279 rows in, 279 out, 0 quarantined" in result.stdout
+
+
+def test_a_terminal_sees_rows_a_second_and_time_left(tokenizer_folder: Path, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = [sys.executable, "-m", "data_tools", "convert", "--input", str(SAMPLES / "rlla_sft.json")]
+    command += ["--output", str(tmp_path / "o"), "--tokenizer", str(tokenizer_folder), "--processes", "1"]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert re.search(r"convert: 100%.* 229/229 \[\d\d:\d\d<00:00, *[\d.]+row/s\]", shown), shown
 
 
 @pytest.mark.parametrize(
