@@ -104,18 +104,19 @@ def _check_end_of_stream(source: Source) -> None:
 
 def _parquet_batches(source: Source, growth: Growth) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(source.path, buffer_size=_PARQUET_BUFFER) as file:
+        pending: list[pa.RecordBatch] = []
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
             if size > MAX_ROW_GROUP_BYTES:
                 raise DataError(
                     f"{source.path}: row group {group} claims {size >> 30} GiB: write it with smaller row groups"
                 )
-        pending: list[pa.RecordBatch] = []
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            growth.add(batch.nbytes)
-            pending.append(batch)
-            if len(pending) * _PARQUET_ROWS == CHUNK_ROWS:
-                yield pa.concat_batches(pending)
-                pending = []
+            # one iterator over all groups would keep the buffers of those it has read
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group]):
+                growth.add(batch.nbytes)
+                pending.append(batch)
+                if len(pending) * _PARQUET_ROWS == CHUNK_ROWS:
+                    yield pa.concat_batches(pending)
+                    pending = []
         if pending:
             yield pa.concat_batches(pending)
