@@ -105,6 +105,7 @@ def _check_end_of_stream(source: Source) -> None:
 def _parquet_batches(source: Source, growth: Growth) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(source.path, buffer_size=_PARQUET_BUFFER) as file:
         pending: list[pa.RecordBatch] = []
+        num_rows = 0
         for group in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
             if size > MAX_ROW_GROUP_BYTES:
@@ -115,8 +116,9 @@ def _parquet_batches(source: Source, growth: Growth) -> Iterator[pa.RecordBatch]
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[group]):
                 growth.add(batch.nbytes)
                 pending.append(batch)
-                if len(pending) * _PARQUET_ROWS == CHUNK_ROWS:
+                num_rows += batch.num_rows
+                if num_rows > CHUNK_ROWS - _PARQUET_ROWS:
                     yield pa.concat_batches(pending)
-                    pending = []
+                    pending, num_rows = [], 0
         if pending:
             yield pa.concat_batches(pending)

@@ -155,6 +155,15 @@ def test_chunks_are_small_and_number_their_rows(tmp_path: Path) -> None:
     assert [chunk.first_row for chunk in chunks] == [0, chunk_module.CHUNK_ROWS, 2 * chunk_module.CHUNK_ROWS]
 
 
+def test_row_groups_that_were_read_leave_the_memory(tmp_path: Path) -> None:
+    table = pa.concat_tables([TABLE] * 200)
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=200, use_dictionary=False, compression="none")
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_chunks(resolve_inputs([tmp_path / "x.parquet"]))]
+    assert len(held) > 15
+    assert max(held) < 0.2 * table.nbytes
+
+
 def test_a_chunk_takes_no_more_to_a_worker_than_its_rows(tmp_path: Path) -> None:
     table = pa.concat_tables([TABLE] * 40).combine_chunks()
     with pa.ipc.new_file(tmp_path / "x.arrow", table.schema) as writer:
