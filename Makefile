@@ -46,6 +46,7 @@ test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-gpu: ## tests that need a CUDA device, FP8 certificates, step time and memory; 8 minutes; in the environment that python3 is
+	@python3 -m megatron_rest.doctor || true  # what this machine has, above what it measured
 	@status=0; python3 -m pytest -m gpu -s $(TEST_ARGS) $$(grep -rl --include='*.py' 'pytest.mark.gpu' tests) || status=$$?; \
 	  python3 -m benchmarks.fp8_step --minutes 3 || status=$$?; exit $$status
 
