@@ -76,6 +76,14 @@ def test_arguments_are_sorted_by_who_reads_them() -> None:
     assert theirs == ["--yes", "nodes=2", "run.executor=slurm", "run.executor.env_vars[X]=1"]
 
 
+def test_every_launch_file_finds_its_executor_by_itself(environment: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/rest_demo.py"), "--dryrun"],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_override_that_looks_like_python_is_not_evaluated() -> None:
     text = "model.path=lambda x: __import__('os').system('touch pwned')"
     assert split_arguments([text], []) == ([text], [])
