@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -213,6 +214,37 @@ def test_decontaminate_removes_benchmark_rows_only(
     assert all("bench.json:0 (overlap" in entry["reason"] for entry in removed)
     assert manifest["derived_from"]["operation"]["command"] == "decontaminate"
     assert main(["validate", str(tmp_path / "clean")]) == 0
+
+
+def test_decontaminate_against_the_files_of_bfcl(tokenizer_folder: Path, tmp_path: Path) -> None:
+    package = importlib.util.find_spec("bfcl_eval")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("bfcl-eval is not installed (requirements/cpu.txt has it)")
+    data = Path(package.submodule_search_locations[0]) / "data"
+    files = [
+        data / f"BFCL_v4_{name}.json" for name in ("simple_python", "parallel", "live_multiple", "multi_turn_base")
+    ]
+    rows = json.loads((SAMPLES / "rlla_sft.json").read_text())[:20]
+    for file in files:
+        turns = json.loads(file.read_text().splitlines()[7])["question"]
+        said = "\n".join(f"<user> {message['content']} </user>" for turn in turns for message in turn)
+        rows.append({"input": said, "output": "<think> t </think>\n<response> r </response>"})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = ["convert", "--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "out")]
+    assert main([*command, "--tokenizer", str(tokenizer_folder)]) == 0
+    command = [
+        "decontaminate",
+        str(tmp_path / "out"),
+        "--against",
+        *map(str, files),
+        "--output",
+        str(tmp_path / "clean"),
+    ]
+    assert main(command) == 0
+    removed = [json.loads(line) for line in (tmp_path / "clean" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(entry["row"], entry["reason"].split(": ")[1]) for entry in removed] == [
+        (20 + number, f"{file.name}:7 (overlap 1.00)") for number, file in enumerate(files)
+    ]
 
 
 def test_boilerplate_of_a_benchmark_says_nothing(tmp_path: Path) -> None:
