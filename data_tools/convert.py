@@ -94,7 +94,9 @@ def convert_rows(options: ConvertOptions) -> dict[str, Any]:
 
 
 def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) -> None:
-    chunks = islice(read_chunks(sources), folder.progress.num_chunks, None)
+    chunks = read_chunks(sources)
+    if sum(chunk.num_rows for chunk in islice(chunks, folder.progress.num_chunks)) != folder.progress.num_in:
+        raise DataError(f"{folder.partial} was begun by another version that cut the rows differently: delete it")
     with tqdm(
         total=sum(count_rows(source) for source in sources),
         initial=folder.progress.num_in,

@@ -274,6 +274,24 @@ def test_an_interrupted_conversion_goes_on(
     assert digest(cut.output) == digest(whole.output)
 
 
+def test_progress_with_other_chunks_is_refused(
+    tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 1500)
+    cut = options([path], tmp_path / "out", tokenizer_folder, rows_per_shard=500)
+    encode = convert_module.encode_chunk
+    monkeypatch.setattr(
+        convert_module, "encode_chunk", lambda chunk, *rest: 1 / 0 if chunk.first_row > 600 else encode(chunk, *rest)
+    )
+    with pytest.raises(ZeroDivisionError):
+        convert_rows(cut)
+    monkeypatch.undo()
+    monkeypatch.setattr("data_tools.readers.json_text.CHUNK_ROWS", 100)
+    with pytest.raises(DataError, match="another version that cut the rows differently"):
+        convert_rows(cut)
+    assert not cut.output.exists()
+
+
 def test_progress_of_other_inputs_is_not_taken(
     tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
