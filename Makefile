@@ -19,7 +19,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test test-gpu oracle bench bench-gpu preprocess lint types arch clean
+.PHONY: help setup demo test test-gpu oracle bench bench-gpu preprocess lint types arch clean chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,9 +62,13 @@ bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@$(BIN)/python -m benchmarks.regions --json runs/bench/regions.json
 	@$(BIN)/python -m benchmarks.weight_sync --json runs/bench/weight_sync.json
 	@$(BIN)/python -m benchmarks.data --json runs/bench/data.json
+	@$(BIN)/python -m benchmarks.rollout --json runs/bench/rollout.json
 
 bench-gpu: ## the policy head on one GPU, checked before it is timed; in the environment that python3 is
 	@python3 -m benchmarks.policy_head --gpu
+
+chaos: $(STAMP) ## kill rollout engines ten times in a row; the run must end as an undisturbed one does
+	@$(BIN)/python -m benchmarks.chaos
 
 preprocess: $(STAMP) ## rows of any Arrow, Parquet or JSON form to prompts: INPUT=... OUTPUT=... [TOKENIZER=...]
 	@test -n "$(TOKENIZER)" || test -d $(OUTPUT)-tokenizer || \

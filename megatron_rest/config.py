@@ -223,13 +223,32 @@ class RolloutConfig:
     dtype: str = "float32"
     """Engine precision: float32, bfloat16 or float16."""
     tensor_parallel: int = 1
-    """Ranks of one engine replica."""
+    """Ranks of one engine: with replicas vLLM's own workers, colocated so many training ranks in a row."""
     kv_cache_bytes: int = 64 << 20
     """KV cache of one engine on CPU, bytes (GPU engines take gpu_memory_utilization instead)."""
     gpu_memory_utilization: float = 0.5
     """Share of a GPU's memory an engine may take."""
     max_concurrent: int = 64
     """Sequences one engine decodes at the same time."""
+    replicas: int = 0
+    """Engines in processes of their own, each started by one rank and given weights by gloo; 0 = one engine in every
+    rank's process (colocated, weights by reference)."""
+    max_staleness: int = 0
+    """Optimised policy versions that rollouts may lag behind; 0 = each step waits for its rollouts, 1 = they are
+    sampled while the step before trains (needs replicas and loss.tis_cap)."""
+    engine_timeout_seconds: float = 600.0
+    """An engine process that gives no sign of life for so long is taken for hung, ended and started again."""
+    max_restarts: int = 3
+    """Times the engines may be started again within one step before the run gives up."""
+    sleep_level: int = 0
+    """Colocated on GPU: what engines give back while the policy trains; 0 = nothing, 1 = KV cache (weights move to
+    host memory), 2 = KV cache and weights."""
+    environment: str = ""
+    """Multi-turn environment: bfcl, or package.module:factory of your own; empty = one answer a rollout."""
+    max_turns: int = 8
+    """Answers of one rollout in an environment."""
+    tool_timeout_seconds: float = 30.0
+    """A call to an environment that takes longer ends its rollout."""
 
     def __post_init__(self) -> None:
         _at_least("rollout.rollouts_per_prompt", self.rollouts_per_prompt, 1)
@@ -239,6 +258,20 @@ class RolloutConfig:
             raise ConfigError(f"rollout.temperature is {self.temperature}: RL samples from the policy, it must be > 0")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.top_p is {self.top_p}, expected a number in (0, 1]")
+        for name, least in (("tensor_parallel", 1), ("replicas", 0), ("max_restarts", 0), ("max_turns", 1)):
+            _at_least(f"rollout.{name}", getattr(self, name), least)
+        for name in ("engine_timeout_seconds", "tool_timeout_seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"rollout.{name} is {getattr(self, name)}, expected a finite number > 0 (seconds)")
+        if self.max_staleness not in (0, 1):
+            raise ConfigError(f"rollout.max_staleness is {self.max_staleness}: 0 (synchronous) or 1 (one step off)")
+        if self.sleep_level not in (0, 1, 2):
+            raise ConfigError(f"rollout.sleep_level is {self.sleep_level}: vLLM has 1 and 2; 0 = engines stay awake")
+        if self.replicas and self.sleep_level:
+            raise ConfigError(
+                "rollout.sleep_level is for engines that share the trainer's GPUs, and rollout.replicas gives them "
+                "GPUs of their own: set one of them to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -534,6 +567,7 @@ def validate(config: RestConfig, *, world_size: int) -> None:
             f"sequence may be ({longest} tokens)"
         )
     _check_layout(config, dp)
+    _check_engines(config, world_size)
     if config.precision.recipe is not Fp8Recipe.NONE and config.model.dtype != "bfloat16":
         raise ConfigError(
             f"precision.recipe {config.precision.recipe} multiplies bfloat16 tensors in FP8, and model.dtype is "
@@ -543,6 +577,42 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         raise ConfigError(
             "precision.parameters=true needs parallel.distributed_optimizer=true: it holds the float32 weights that "
             "FP8 ones are made from"
+        )
+
+
+def _check_engines(config: RestConfig, world_size: int) -> None:
+    """Where engines live, how far they may lag behind, how weights reach them."""
+    if config.rollout.replicas > world_size:
+        raise ConfigError(
+            f"rollout.replicas is {config.rollout.replicas}, but each needs a rank that owns it, and there are "
+            f"{world_size}: use fewer replicas, with more rollout.tensor_parallel or rollout.max_concurrent"
+        )
+    if config.rollout.replicas == 0 and world_size % config.rollout.tensor_parallel:
+        raise ConfigError(
+            f"rollout.tensor_parallel {config.rollout.tensor_parallel} does not divide the {world_size} ranks whose "
+            "processes hold the engines: choose a divisor, or set rollout.replicas"
+        )
+    if config.rollout.replicas == 0 and config.rollout.tensor_parallel > 1 and config.rollout.environment:
+        raise ConfigError(
+            f"rollout.environment {config.rollout.environment!r} with colocated engines of "
+            f"rollout.tensor_parallel {config.rollout.tensor_parallel}: their ranks must take the same steps, and "
+            "tools answer at different times; set rollout.replicas, or rollout.tensor_parallel=1"
+        )
+    if config.rollout.replicas == 0 and config.rollout.max_staleness:
+        raise ConfigError(
+            "rollout.max_staleness=1 samples while the policy trains, which needs engines in processes of their own: "
+            "set rollout.replicas, or rollout.max_staleness to 0"
+        )
+    if config.rollout.max_staleness and config.loss.tis_cap is None:
+        raise ConfigError(
+            "rollout.max_staleness=1 trains on rollouts of an older policy, which loss.tis_cap corrects: set it (2.0 "
+            "is common), or rollout.max_staleness to 0"
+        )
+    if (config.weight_sync.transport == "local") == (config.rollout.replicas > 0):
+        raise ConfigError(
+            f"weight_sync.transport is {config.weight_sync.transport!r} with rollout.replicas "
+            f"{config.rollout.replicas}: colocated engines (replicas 0) take weights by reference (local), engines in "
+            f"processes of their own do not (gloo); set it to {'gloo' if config.rollout.replicas else 'local'}"
         )
 
 

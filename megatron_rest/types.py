@@ -42,10 +42,13 @@ __all__ = [
 class StopReason(StrEnum):
     """Why a rollout ended.  Expected failures are data, not exceptions."""
 
-    EOS = "eos"  # the policy ended its turn
-    LENGTH = "length"  # max_response_tokens reached
+    EOS = "eos"  # the policy ended its turn, and no environment goes on
+    LENGTH = "length"  # max_response_tokens reached, tool outputs included
     CONTEXT = "context"  # the model's context is full
     ABORTED = "aborted"  # the engine gave the request up
+    TURNS = "turns"  # rollout.max_turns answers, and the environment would go on
+    TOOL_TIMEOUT = "tool_timeout"  # the environment did not answer within rollout.tool_timeout_seconds
+    TOOL_FAILED = "tool_failed"  # the environment itself raised (an error that a tool reports is a tool output)
 
 
 def _same_length(owner: str, expected: int, **arrays: np.ndarray | Tensor | None) -> None:
@@ -73,7 +76,8 @@ class Rollout:
     log_probs: np.ndarray  # float32 [R] log-prob under the sampling distribution, nats; 0 where loss_mask is False
     loss_mask: np.ndarray  # bool [R] True where the policy sampled the token
     stop_reason: StopReason
-    policy_version: int  # weights that sampled it
+    policy_version: int  # weights that sampled every one of its tokens
+    reward: float | None = None  # what its environment gave; None: judged from the text
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rest.config import LossConfig
 from megatron_rest.types import LossInputs
 
-__all__ = ["rollout_correction"]
+__all__ = ["rollout_correction", "truncated_ratios"]
 
 
 def rollout_correction(inputs: LossInputs, old_log_probs: Tensor, config: LossConfig) -> Tensor:
@@ -24,22 +24,43 @@ def rollout_correction(inputs: LossInputs, old_log_probs: Tensor, config: LossCo
             product over tokens cannot be formed here.
     """
     assert inputs.rollout_log_probs is not None and config.tis_cap is not None  # checked by the loss
-    mask = inputs.loss_mask
-    log_ratio = torch.where(mask, old_log_probs - inputs.rollout_log_probs.detach(), 0.0)
+    return truncated_ratios(
+        old_log_probs - inputs.rollout_log_probs.detach(),
+        inputs.loss_mask,
+        config,
+        sequence_ids=inputs.sequence_ids,
+        sequence_lengths=inputs.sequence_lengths,
+    )
+
+
+def truncated_ratios(
+    log_ratio: Tensor, mask: Tensor, config: LossConfig, *, sequence_ids: Tensor | None, sequence_lengths: Tensor
+) -> Tensor:
+    """``min(exp(log_ratio), tis_cap)`` ``[T]`` per token or per sequence, 1 at masked positions.
+
+    Args:
+        log_ratio: float ``[T]``, training minus rollout log-prob; anything where masked.
+        mask: bool ``[T]``.
+        config: ``tis_cap`` is set.
+        sequence_ids: int ``[T]``; needed by the sequence level only.
+        sequence_lengths: loss tokens of each token's sequence.
+    """
+    assert config.tis_cap is not None
+    log_ratio = torch.where(mask, log_ratio, 0.0)
     if config.tis_level == "sequence":
-        log_ratio = torch.where(mask, _sum_over_sequence(log_ratio, inputs), 0.0)
+        assert sequence_ids is not None
+        whole = _sum_over_sequence(log_ratio, mask, sequence_ids, sequence_lengths)
+        log_ratio = torch.where(mask, whole, 0.0)
     limit = config.max_log_ratio
     return log_ratio.clamp(-limit, limit).exp().clamp(max=config.tis_cap)
 
 
-def _sum_over_sequence(values: Tensor, inputs: LossInputs) -> Tensor:
+def _sum_over_sequence(values: Tensor, mask: Tensor, sequence_ids: Tensor, sequence_lengths: Tensor) -> Tensor:
     """Sum of ``values`` over the valid tokens of each token's sequence, ``[T]``."""
-    assert inputs.sequence_ids is not None  # checked by the loss
-    mask = inputs.loss_mask
-    _, index = torch.unique(inputs.sequence_ids, return_inverse=True)
+    _, index = torch.unique(sequence_ids, return_inverse=True)
     zeros = values.new_zeros(len(values))
     counts = zeros.index_add(0, index, mask.to(values.dtype))[index]
-    if (mask & (counts != inputs.sequence_lengths)).any():
+    if (mask & (counts != sequence_lengths)).any():
         raise ValueError(
             "a sequence is cut: sequence-level importance sampling needs all its tokens in one microbatch on one "
             "context-parallel rank; use tis_level=token"

@@ -31,6 +31,7 @@ class ParallelContext:
     pg_collection: Any
     rank: int
     world_size: int
+    ranks_per_node: int
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -114,6 +115,7 @@ def initialize(config: RestConfig) -> ParallelContext:
         pg_collection=groups,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
         tp_rank=groups.tp.rank(),
         tp_size=groups.tp.size(),
         pp_rank=groups.pp.rank(),

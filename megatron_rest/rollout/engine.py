@@ -1,27 +1,57 @@
 """What the trainer asks of a rollout engine, and how a rollout's seed is made.
 
 An engine takes token ids and returns token ids with the log-probs they were sampled with; text is never re-tokenised.
- It knows which version of the policy it holds and refuses to sample while it holds none.
+It knows which version of the policy it holds and refuses to sample while it holds none.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_rest.types import PromptSample, RolloutGroup
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup
 
-__all__ = ["NO_WEIGHTS", "EngineStateError", "RolloutEngine", "rollout_seed"]
+__all__ = [
+    "NO_WEIGHTS",
+    "EngineLostError",
+    "EngineStateError",
+    "OnRollout",
+    "RolloutEngine",
+    "RolloutRequest",
+    "as_groups",
+    "make_requests",
+    "rollout_seed",
+    "turn_seed",
+]
 
 NO_WEIGHTS = -1
 """``policy_version`` of an engine with random or half-updated weights."""
 
 
 class EngineStateError(RuntimeError):
-    """The engine cannot be asked now: closed, or without valid weights."""
+    """The engine cannot be asked now: closed, asleep, or without valid weights."""
+
+
+class EngineLostError(RuntimeError):
+    """The engine's process died or hung and was ended; what it had not handed over is to be sampled again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRequest:
+    """One rollout to sample.  The seed is in it, so it gives the same rollout whoever samples it, and when."""
+
+    key: int  # unique in the step: position of the prompt * rollouts_per_prompt + sibling
+    prompt: PromptSample
+    seed: int
+
+
+OnRollout = Callable[[int, Rollout], None]
+"""Called with a request's key and its rollout as soon as that is complete."""
 
 
 class RolloutEngine(Protocol):
@@ -29,10 +59,11 @@ class RolloutEngine(Protocol):
 
     policy_version: int
 
-    def generate(
-        self, prompts: Sequence[PromptSample], *, rollouts_per_prompt: int, seed: int, max_response_tokens: int
-    ) -> list[RolloutGroup]:
-        """Sample ``rollouts_per_prompt`` siblings of every prompt; groups come back in the order of ``prompts``."""
+    def run(self, requests: Sequence[RolloutRequest], *, max_response_tokens: int, on_rollout: OnRollout) -> None:
+        """Sample every request; each goes to ``on_rollout`` once, in the order in which they end.
+
+        Raises EngineLostError when the engine goes; what was handed over before stays valid.
+        """
         ...
 
     def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,14 +80,48 @@ class RolloutEngine(Protocol):
 
     def finish_weight_update(self) -> None: ...
 
+    def sleep(self) -> None:
+        """Give accelerator memory back until :meth:`wake_up`; does nothing with ``rollout.sleep_level`` 0."""
+        ...
+
+    def wake_up(self) -> None: ...
+
     def close(self) -> None: ...
+
+
+def make_requests(prompts: Sequence[PromptSample], *, rollouts_per_prompt: int, seed: int) -> list[RolloutRequest]:
+    """``rollouts_per_prompt`` siblings of every prompt, prompts in order; ``seed`` is the step's."""
+    occurrences: Counter[str] = Counter()
+    requests: list[RolloutRequest] = []
+    for prompt in prompts:
+        for sibling in range(rollouts_per_prompt):
+            own = rollout_seed(seed, prompt.prompt_id, sibling, occurrences[prompt.prompt_id])
+            requests.append(RolloutRequest(key=len(requests), prompt=prompt, seed=own))
+        occurrences[prompt.prompt_id] += 1
+    return requests
+
+
+def as_groups(requests: Sequence[RolloutRequest], rollouts: Mapping[int, Rollout], size: int) -> list[RolloutGroup]:
+    """Groups of ``size`` siblings in the order of ``requests``; KeyError if one is missing."""
+    return [
+        RolloutGroup(
+            prompt=requests[first].prompt,
+            rollouts=tuple(rollouts[request.key] for request in requests[first : first + size]),
+        )
+        for first in range(0, len(requests), size)
+    ]
 
 
 def rollout_seed(seed: int, prompt_id: str, sibling: int, occurrence: int = 0) -> int:
     """63-bit seed of one rollout: the same whichever rank, batch or order serves it, different for every sibling.
 
-    ``seed`` is the step's; ``occurrence`` counts the same prompt inside one call, so that a prompt drawn twice is not
+    ``seed`` is the step's; ``occurrence`` counts the same prompt inside one step, so that a prompt drawn twice is not
     answered twice with the same words.
     """
     text = f"{seed}/{prompt_id}/{occurrence}/{sibling}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Seed of one turn of a rollout; the first turn's is the rollout's own."""
+    return seed if turn == 0 else rollout_seed(seed, "turn", turn)

@@ -1,4 +1,4 @@
-"""vLLM as a rollout engine inside the trainer's own process (or beside it), without side effects on the trainer.
+"""vLLM as a rollout engine inside its host's process, without side effects on the host.
 
 An in-process vLLM reseeds torch, numpy and random when it is made, draws from torch's global generator at every
 sampling call, rewrites ``LOCAL_WORLD_SIZE``, and destroys torch's default process group when it goes, Megatron's
@@ -15,8 +15,7 @@ import gc
 import json
 import os
 import random
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,24 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.config import RolloutConfig
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError, rollout_seed
+from megatron_rest.rollout.engine import (
+    NO_WEIGHTS,
+    EngineStateError,
+    OnRollout,
+    RolloutRequest,
+    as_groups,
+    make_requests,
+)
 from megatron_rest.rollout.process import prepare_process
-from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup
 
 __all__ = ["VllmEngine"]
 
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 gives prompts below 128 tokens no prefix cache at all
 _WORKER_EXTENSION = "megatron_rest.weight_sync.vllm_plugin.WorkerExtension"
 _TRANSPORTS_IN_PROCESS = ("local",)
+_DROPS_WEIGHTS = 2  # vLLM's sleep level that does
 
 _live_engines = 0
 
@@ -47,9 +55,11 @@ class VllmEngine:
         seed: seed of vLLM's own state; sampling is seeded per rollout.
         max_model_len: longest prompt + response in tokens.
         stop_token_ids: a sampled one ends the rollout and is its last token.
-        transport: weight-transfer backend of the engine.  ``local`` puts the engine into this process; any other one
-        into
-            a process of its own (and needs the caller's module to be importable: ``if __name__ == "__main__"``).
+        transport: weight-transfer backend of the engine.
+        in_process: the engine lives in this process, or with ``tensor_parallel`` n in those of n ranks in a row, which
+            must then make the same calls.  Else vLLM starts processes (and needs the caller's module to be importable:
+            ``if __name__ == "__main__"``).  Default: with ``local`` it lives here.
+        conversation: environments of multi-turn rollouts; None = one turn a rollout.
         random_weights: start without weights.  The engine then holds ``NO_WEIGHTS`` and refuses to sample until a
             transfer has succeeded.
 
@@ -67,24 +77,34 @@ class VllmEngine:
         stop_token_ids: Sequence[int] = (),
         transport: str = "local",
         random_weights: bool = False,
+        in_process: bool | None = None,
+        conversation: Conversation | None = None,
     ) -> None:
         self._config = config
+        self._conversation = conversation
+        self._running: set[str] = set()  # requests of the call under way
+        self._is_asleep = False
         self._max_model_len = max_model_len
         self._stop_token_ids = [int(i) for i in stop_token_ids]
         model = _read_folder(Path(model_path), max_model_len, random_weights)
         self._vocab_size = int(model["vocab_size"])
-        in_process = transport in _TRANSPORTS_IN_PROCESS
-        if in_process and config.tensor_parallel > 1:
+        in_process = transport in _TRANSPORTS_IN_PROCESS if in_process is None else in_process
+        num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if in_process and num_ranks % config.tensor_parallel:
             raise ValueError(
                 f"rollout.tensor_parallel is {config.tensor_parallel}, but an engine with transport {transport!r} "
-                "lives in one process: set it to 1 or use a transport to engine processes"
+                f"lives in the ranks' processes, and there are {num_ranks}: set it to a divisor, or give engines "
+                "processes of their own (rollout.replicas)"
             )
         self._llm: Any = None
         self._owns_default_group = in_process and not dist.is_initialized()
         with _trainer_state_preserved():
             # Read by vLLM when the engine is made, so it can follow the transport.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-            self._llm = _make_llm(model_path, model, config, seed, max_model_len, transport, random_weights)
+            executor = "external_launcher" if in_process and config.tensor_parallel > 1 else None
+            self._llm = _make_llm(
+                model_path, model, config, seed, max_model_len, transport, random_weights, executor=executor
+            )
         _count_engines(+1)
         self.policy_version = NO_WEIGHTS if random_weights else 0
         """Version of the weights held; set by the weight transfer, NO_WEIGHTS while there are none."""
@@ -97,45 +117,83 @@ class VllmEngine:
     def generate(
         self, prompts: Sequence[PromptSample], *, rollouts_per_prompt: int, seed: int, max_response_tokens: int
     ) -> list[RolloutGroup]:
-        """Sample ``rollouts_per_prompt`` siblings of every prompt; see :class:`RolloutEngine`.
+        """All siblings of every prompt at once; groups come back in the order of ``prompts``.
 
         The result depends on weights, configuration, ``seed`` and the prompts alone, not on the batch they came in
-        (up to the last bit of the arithmetic).  A response is at most ``max_response_tokens`` long and ends earlier
-        where the context is full.  Raises ValueError naming a prompt that leaves no room for a response.
+        (up to the last bit of the arithmetic).
         """
-        from vllm import SamplingParams
+        requests = make_requests(prompts, rollouts_per_prompt=rollouts_per_prompt, seed=seed)
+        rollouts: dict[int, Rollout] = {}
+        self.run(requests, max_response_tokens=max_response_tokens, on_rollout=rollouts.__setitem__)
+        return as_groups(requests, rollouts, rollouts_per_prompt)
 
-        occurrences: Counter[str] = Counter()
-        requests, params = [], []
-        for prompt in prompts:
-            room = min(max_response_tokens, self._room(prompt.token_ids, f"prompt {prompt.prompt_id}"))
-            for sibling in range(rollouts_per_prompt):
-                requests.append({"prompt_token_ids": prompt.token_ids.tolist()})
-                params.append(
-                    SamplingParams(
-                        temperature=self._config.temperature,
-                        top_p=self._config.top_p,
-                        top_k=self._config.top_k,
-                        max_tokens=room,
-                        seed=rollout_seed(seed, prompt.prompt_id, sibling, occurrences[prompt.prompt_id]),
-                        stop_token_ids=self._stop_token_ids,
-                        ignore_eos=True,  # only the ids that were passed in end a rollout
-                        logprobs=0,
-                        detokenize=False,
-                    )
+    def run(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_tokens: int,
+        on_rollout: OnRollout,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Sample all requests; see :class:`RolloutEngine`.
+
+        A response is at most ``max_response_tokens`` long and ends earlier where the context is full.  Raises
+        ValueError naming a prompt that leaves no room for a response.
+        """
+        self._usable()
+        for request in requests:
+            self._room(request.prompt.token_ids, f"prompt {request.prompt.prompt_id}")
+        with _rng_preserved():
+            try:
+                run_rollouts(
+                    self,
+                    requests,
+                    max_response_tokens=max_response_tokens,
+                    on_rollout=on_rollout,
+                    conversation=self._conversation,
+                    beat=beat,
                 )
-            occurrences[prompt.prompt_id] += 1
-        outputs = iter(self._run(requests, params))
-        return [
-            RolloutGroup(
-                prompt=prompt,
-                rollouts=tuple(
-                    self._rollout(prompt, next(outputs).outputs[0], max_response_tokens)
-                    for _ in range(rollouts_per_prompt)
-                ),
-            )
-            for prompt in prompts
-        ]
+            finally:
+                self._abandon()
+
+    # What the rollout loop calls (megatron_rest.rollout.rollouter.Sampler) -----------------------------------------
+
+    def submit(self, key: int, token_ids: Sequence[int], *, seed: int, max_tokens: int) -> None:
+        """Start one turn."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=self._config.temperature,
+            top_p=self._config.top_p,
+            top_k=self._config.top_k,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=self._stop_token_ids,
+            ignore_eos=True,  # only the ids that were passed in end a turn
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        request = {"type": "token", "prompt_token_ids": list(token_ids)}
+        self._usable().llm_engine.add_request(str(key), request, params)
+        self._running.add(str(key))
+
+    def step(self) -> list[Turn]:
+        """One iteration; the turns that ended in it."""
+        ended = [output for output in self._usable().llm_engine.step() if output.finished]
+        self._running.difference_update(output.request_id for output in ended)
+        return [_turn(output) for output in ended]
+
+    def room(self, num_tokens: int) -> int:
+        """Tokens that the context takes behind ``num_tokens``."""
+        return self._max_model_len - num_tokens
+
+    def _abandon(self) -> None:
+        """Nothing of this call may run on in the next one."""
+        if self._running and self._llm is not None:
+            self._llm.llm_engine.abort_request(list(self._running))
+        self._running.clear()
 
     def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``n`` most likely next tokens, stop tokens not heeded, and their log-probs at temperature 1."""
@@ -190,6 +248,24 @@ class VllmEngine:
         """Forget keys and values of old weights; False when vLLM could not, because requests are running."""
         return bool(self._open().reset_prefix_cache())
 
+    def sleep(self) -> None:
+        """Give GPU memory back: level 1 keeps the weights in host memory, level 2 drops them.  Level 0: does nothing.
+
+        After level 2 the engine holds no weights until the next transfer.
+        """
+        if not self._config.sleep_level or self._is_asleep:
+            return
+        self._open().sleep(level=self._config.sleep_level)
+        self._is_asleep = True
+        if self._config.sleep_level == _DROPS_WEIGHTS:
+            self.policy_version = NO_WEIGHTS
+
+    def wake_up(self) -> None:
+        """Take the memory again; does nothing to an engine that is awake."""
+        if self._is_asleep:
+            self._open().wake_up()
+            self._is_asleep = False
+
     def close(self) -> None:
         """End the engine and free its memory.  The trainer's process groups stay.  Idempotent."""
         if self._llm is None:
@@ -222,34 +298,18 @@ class VllmEngine:
             raise ValueError(f"{what} holds token id {wrong}, the vocabulary is 0..{self._vocab_size - 1}")
         return room
 
-    def _run(self, requests: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+    def _usable(self) -> Any:
         llm = self._open()
         if self.policy_version == NO_WEIGHTS:
             raise EngineStateError("the engine holds no valid weights: transfer the policy's weights before sampling")
-        if not requests:
-            return []
+        if self._is_asleep:
+            raise EngineStateError("the engine is asleep: wake it up before sampling")
+        return llm
+
+    def _run(self, requests: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        llm = self._usable()
         with _rng_preserved():
             return llm.generate(requests, params, use_tqdm=False)
-
-    def _rollout(self, prompt: PromptSample, output: Any, max_response_tokens: int) -> Rollout:
-        token_ids = np.asarray(output.token_ids, dtype=np.int32)
-        match output.finish_reason:
-            case "stop":
-                reason = StopReason.EOS
-            case "length":
-                reason = StopReason.LENGTH if len(token_ids) == max_response_tokens else StopReason.CONTEXT
-            case "abort" if len(token_ids):
-                reason = StopReason.ABORTED
-            case other:
-                raise RuntimeError(f"vLLM ended a rollout of prompt {prompt.prompt_id} with finish_reason {other!r}")
-        return Rollout(
-            prompt_id=prompt.prompt_id,
-            token_ids=token_ids,
-            log_probs=_sampled_log_probs(output),
-            loss_mask=np.ones(len(token_ids), dtype=bool),
-            stop_reason=reason,
-            policy_version=self.policy_version,
-        )
 
 
 def _make_llm(
@@ -260,6 +320,8 @@ def _make_llm(
     max_model_len: int,
     transport: str,
     random_weights: bool,
+    *,
+    executor: str | None,
 ) -> Any:
     # Torch is loaded by now; whether that was too late for OpenMP is for the worker entry to refuse, not for a library.
     prepare_process(cpu=not torch.cuda.is_available(), allow_late=True)
@@ -274,6 +336,7 @@ def _make_llm(
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_concurrent,
         "tensor_parallel_size": config.tensor_parallel,
+        "distributed_executor_backend": executor,  # None: vLLM's choice
         "load_format": "dummy" if random_weights else "safetensors",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # sampling defaults in the model's folder must not leak in
@@ -284,6 +347,11 @@ def _make_llm(
         "worker_extension_cls": _WORKER_EXTENSION,
     }
     if current_platform.is_cpu():
+        if config.sleep_level:
+            raise ValueError(
+                f"rollout.sleep_level is {config.sleep_level}, but vLLM cannot sleep on CPU (there is no GPU memory to "
+                "give back): set it to 0"
+            )
         _check_cpu_head_size(model)
         # Without a stated size vLLM takes, and touches, 92 % of the machine's memory as KV cache.
         arguments |= {
@@ -293,6 +361,7 @@ def _make_llm(
         }
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+        arguments["enable_sleep_mode"] = config.sleep_level > 0
     return LLM(**arguments)
 
 
@@ -318,6 +387,18 @@ def _check_cpu_head_size(model: dict[str, Any]) -> None:
     known = CPUAttentionBackend.get_supported_head_sizes()
     if size not in known:
         raise ValueError(f"head_dim {size} is not one of {known}, which vLLM's CPU attention takes: change the model")
+
+
+def _turn(output: Any) -> Turn:
+    sampled = output.outputs[0]
+    if not sampled.token_ids:
+        raise RuntimeError(f"vLLM ended request {output.request_id} without a token ({sampled.finish_reason})")
+    return Turn(
+        key=int(output.request_id),
+        token_ids=np.asarray(sampled.token_ids, dtype=np.int32),
+        log_probs=_sampled_log_probs(sampled),
+        finish=sampled.finish_reason,
+    )
 
 
 def _sampled_log_probs(output: Any) -> np.ndarray:

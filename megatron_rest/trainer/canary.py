@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.mcore.policy import MegatronPolicy
-from megatron_rest.rollout.engine import RolloutEngine
+from megatron_rest.rollout.engine import EngineLostError, RolloutEngine
 from megatron_rest.types import PromptSample, TokenRegion, TrainSample
 
 __all__ = ["Canary", "CanaryError"]
@@ -40,23 +40,44 @@ class Canary:
     num_tokens: int
     tolerance: float
 
-    def check(self, engine: RolloutEngine, policy: MegatronPolicy, *, alignment: PackingAlignment = UNALIGNED) -> float:
+    def check(
+        self,
+        engine: RolloutEngine | None,
+        policy: MegatronPolicy,
+        *,
+        is_first: bool,
+        alignment: PackingAlignment = UNALIGNED,
+    ) -> float | None:
         """Largest |engine - trainer| log-prob over all ranks' engines; raises :class:`CanaryError` above the tolerance.
 
+        None, on every rank, when an engine was lost meanwhile.  ``is_first``: this rank has the first engine, which
+        samples, or a part of it (rank 0 does); others may have none.
         Collective over all ranks: one broadcast of token ids, a scoring pass, one MAX all-reduce.
         """
         tokens = torch.zeros(self.num_tokens, dtype=torch.int64)
-        if dist.get_rank() == 0:
-            sampled, _ = engine.greedy(self.prompt.token_ids, self.num_tokens)
-            tokens[:] = torch.from_numpy(np.asarray(sampled, np.int64))
+        is_lost = False
+        if is_first:
+            assert engine is not None, "what has the first engine has one"
+            try:
+                sampled, _ = engine.greedy(self.prompt.token_ids, self.num_tokens)
+                tokens[:] = torch.from_numpy(np.asarray(sampled, np.int64))
+            except EngineLostError:
+                is_lost = True  # the ranks agree on it below: alone it would leave the others waiting
         dist.broadcast(tokens, src=0)
         sequence = np.concatenate([self.prompt.token_ids, tokens.numpy()]).astype(np.int32)
         trained = self._trainer_log_probs(policy, sequence, alignment)
-        engine_log_probs = torch.from_numpy(np.asarray(engine.prompt_log_probs(sequence), np.float32))
-        gap = (engine_log_probs[-self.num_tokens :] - trained[-self.num_tokens :]).abs().max().reshape(1)
-        gap = torch.nan_to_num(gap, nan=torch.inf)
-        dist.all_reduce(gap, op=dist.ReduceOp.MAX)
-        worst = float(gap)
+        gap = torch.zeros(1)
+        try:
+            if engine is not None and not is_lost:
+                scored = torch.from_numpy(np.array(engine.prompt_log_probs(sequence), np.float32))
+                gap = (scored[-self.num_tokens :] - trained[-self.num_tokens :]).abs().max().reshape(1)
+        except EngineLostError:
+            is_lost = True
+        outcome = torch.cat([torch.nan_to_num(gap, nan=torch.inf), torch.tensor([float(is_lost)])])
+        dist.all_reduce(outcome, op=dist.ReduceOp.MAX)
+        worst, any_lost = outcome.tolist()
+        if any_lost:
+            return None
         if not worst <= self.tolerance:
             raise CanaryError(
                 f"after the weight transfer the engine's log-probs differ from the trainer's by {worst:.3g} nats on "

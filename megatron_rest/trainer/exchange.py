@@ -1,7 +1,7 @@
 """Rollouts of every rank, on every rank, in prompt order.
 
-Rank r rolls out prompts r, r + world, r + 2 world, ...  Token ids and log-probs travel as flat tensors: nothing that
-a policy sampled is ever pickled.
+Engine i of n rolls out prompts i, i + n, i + 2 n, ...  Token ids and log-probs travel as flat tensors: nothing that a
+policy sampled is ever pickled.
 """
 
 from __future__ import annotations
@@ -15,36 +15,41 @@ import torch.distributed as dist
 from megatron_rest.mcore.policy import Scores
 from megatron_rest.types import MicroBatch, PromptSample, Rollout, RolloutGroup, StopReason
 
-__all__ = ["all_gather_groups", "all_token_scores", "share_of"]
+__all__ = ["all_gather_groups", "all_token_scores"]
 
 _STOP_REASONS = tuple(StopReason)
 
 
-def share_of(prompts: Sequence[PromptSample], *, rank: int, world_size: int) -> list[PromptSample]:
-    """The prompts that ``rank`` rolls out."""
-    return list(prompts[rank::world_size])
-
-
 def all_gather_groups(
-    mine: Sequence[RolloutGroup], prompts: Sequence[PromptSample], *, group: dist.ProcessGroup | None = None
+    mine: Sequence[RolloutGroup],
+    prompts: Sequence[PromptSample],
+    *,
+    owners: Sequence[int],
+    group: dist.ProcessGroup | None = None,
 ) -> list[RolloutGroup]:
-    """All groups in the order of ``prompts``; ``mine`` are the groups of :func:`share_of` this rank, in its order.
+    """All groups in the order of ``prompts``.
 
-    Collectives: three all-gathers (sizes, integers, log-probs) over ``group`` (None = all ranks).
+    Args:
+        mine: groups of ``prompts[i :: len(owners)]`` on the rank ``owners[i]``, in that order; none on other ranks.
+        prompts: of the step.
+        owners: rank of each engine.
+        group: None = all ranks.
+
+    Collectives: two all-gathers (integers; log-probs and rewards) over ``group``, each with one of its sizes.
     """
-    world_size = dist.get_world_size(group)
     rollouts = [r for g in mine for r in g.rollouts]
     header = [[len(g.rollouts) for g in mine], [x for r in rollouts for x in _header(r)]]
     integers = np.concatenate(
         [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
         + [r.loss_mask.astype(np.int64) for r in rollouts]
     )  # fmt: skip
-    floats = np.concatenate([np.zeros(0, np.float32), *(r.log_probs for r in rollouts)]).astype(np.float32)
+    rewards = np.array([np.nan if r.reward is None else r.reward for r in rollouts], np.float32)
+    floats = np.concatenate([rewards, *(r.log_probs for r in rollouts)]).astype(np.float32)
     all_integers = _all_gather(torch.from_numpy(integers), group)
     all_floats = _all_gather(torch.from_numpy(floats), group)
     groups: list[RolloutGroup | None] = [None] * len(prompts)
-    for rank in range(world_size):
-        theirs = list(range(rank, len(prompts), world_size))
+    for engine, rank in enumerate(owners):
+        theirs = list(range(engine, len(prompts), len(owners)))
         unpacked = _unpack(all_integers[rank].numpy(), all_floats[rank].numpy(), [prompts[i] for i in theirs])
         for index, rollout_group in zip(theirs, unpacked, strict=True):
             groups[index] = rollout_group
@@ -98,6 +103,7 @@ def _unpack(integers: np.ndarray, floats: np.ndarray, prompts: Sequence[PromptSa
     bounds = np.cumsum([0, *headers[:, 0]])
     tokens = integers[len(prompts) + 3 * total :]
     masks = tokens[bounds[-1] :]
+    rewards, log_probs = floats[:total], floats[total:]
     rollouts = iter(range(total))
     groups = []
     for prompt, size in zip(prompts, sizes, strict=True):
@@ -109,10 +115,11 @@ def _unpack(integers: np.ndarray, floats: np.ndarray, prompts: Sequence[PromptSa
                 Rollout(
                     prompt_id=prompt.prompt_id,
                     token_ids=tokens[at].astype(np.int32),
-                    log_probs=floats[at].copy(),
+                    log_probs=log_probs[at].copy(),
                     loss_mask=masks[at].astype(bool),
                     stop_reason=_STOP_REASONS[int(headers[i, 1])],
                     policy_version=int(headers[i, 2]),
+                    reward=None if np.isnan(rewards[i]) else float(rewards[i]),
                 )
             )
         groups.append(RolloutGroup(prompt=prompt, rollouts=tuple(members)))

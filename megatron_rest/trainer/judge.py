@@ -83,8 +83,12 @@ class Judge:
         )
 
     def judge(self, rollout: Rollout, ground_truth: str, *, step: int) -> tuple[RewardOutput, float]:
-        """Reward of one rollout, and its total without the schedule."""
-        text = b"".join(self.token_bytes[i] for i in rollout.token_ids).decode("utf-8", errors="replace")
+        """Reward of one rollout, and its total without the schedule: its environment's, or that of its last answer."""
+        if rollout.reward is not None:
+            return _given(rollout.reward), rollout.reward
+        outside = np.flatnonzero(~rollout.loss_mask)
+        last = rollout.token_ids[outside[-1] + 1 if len(outside) else 0 :]
+        text = b"".join(self.token_bytes[i] for i in last).decode("utf-8", errors="replace")
         judge = partial(tool_call_reward, text, ground_truth, step=step, starts_in_think=self.starts_in_think)
         reward = judge(config=self.reward)
         return reward, judge(config=self.static_reward).total if self.reward.schedule else reward.total
@@ -103,3 +107,15 @@ class Judge:
             advantage=advantage,
             sequence_id=sequence_id,
         )
+
+
+def _given(reward: float) -> RewardOutput:
+    """An environment judges the outcome, not the format."""
+    return RewardOutput(
+        total=reward,
+        format=0.0,
+        correctness=reward,
+        is_format_valid=True,
+        accuracy=min(max(reward, 0.0), 1.0),
+        detail=("judged by its environment",),
+    )

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import yaml
 
 from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
 from megatron_rest.mcore import accelerations, checkpoint
+from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.regions import token_bytes_table
+from megatron_rest.rollout.certify import CertificationError, certify
+from megatron_rest.rollout.conversations import make_conversation
+from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.trainer.console import Console
 from megatron_rest.trainer.entry import StoppedEarly
 from megatron_rest.trainer.export import export_hf
+from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
 from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.metrics import MetricsWriter
 from megatron_rest.trainer.setup import (
@@ -85,37 +91,52 @@ def train(config: RestConfig) -> None:
 
 def build_trainer(config: RestConfig) -> RestTrainer:
     """Every part of a run, connected.  Collective over all ranks; prints nothing."""
-    if config.weight_sync.transport != "local":
-        raise ConfigError(
-            f"weight_sync.transport is {config.weight_sync.transport!r}: the trainer has an engine in every rank's "
-            "process, which takes weights by reference (local)"
-        )
     updates = config.trainer.steps * config.optimizer.updates_per_step
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
     prompts = open_prompts(config)
     if config.data.max_prompts:
         prompts = prompts.select(max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts)
-    engine = VllmEngine(
-        config.model.path,
-        config.rollout,
-        seed=config.trainer.seed,
-        max_model_len=config.model.max_sequence_length,
-        stop_token_ids=[eos_token_id(config.model.path)],
-        transport=config.weight_sync.transport,
-    )
+    tokenizer = load_tokenizer(config.model.path)
+    try:
+        certify(tokenizer, multi_turn=bool(config.rollout.environment))
+    except CertificationError as error:
+        raise ConfigError(f"model.path: {error}") from error
+    placement = Placement.of(config.rollout, parts.context.world_size)
+    engine = make_engine(config, parts.context, placement)
     source = weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes)
+    fleet = EngineFleet(
+        engine,
+        placement=placement,
+        rank=parts.context.rank,
+        config=config.rollout,
+        connect=lambda: WeightSync(engine, source, config.weight_sync),
+    )
     return RestTrainer(
         config,
         parts=parts,
         prompts=prompts,
-        engine=engine,
+        fleet=fleet,
         source=source,
-        sync=WeightSync(engine, source, config.weight_sync),
-        judge=Judge(
-            token_bytes_table(load_tokenizer(config.model.path)), reward=config.reward, advantage=config.advantage
-        ),
+        judge=Judge(token_bytes_table(tokenizer), reward=config.reward, advantage=config.advantage),
         weighting=RestWeighting.from_config(config.weighting),
     )
+
+
+def make_engine(config: RestConfig, context: ParallelContext, placement: Placement) -> VllmEngine | RemoteEngine | None:
+    """This rank's engine, in this process or in one of its own; None if another rank has one for it."""
+    index = placement.engine_of(context.rank)
+    if index is None:
+        return None
+    path, rollout = config.model.path, config.rollout
+    settings: dict[str, Any] = {
+        "seed": config.trainer.seed,
+        "max_model_len": config.model.max_sequence_length,
+        "stop_token_ids": [eos_token_id(path)],
+        "transport": config.weight_sync.transport,
+    }
+    if rollout.replicas:
+        return RemoteEngine(path, rollout, devices=engine_devices(context, rollout, placement, index), **settings)
+    return VllmEngine(path, rollout, conversation=make_conversation(rollout, path), **settings)
 
 
 def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
@@ -171,5 +192,5 @@ def _finish(trainer: RestTrainer, config: RestConfig, console: Console, writer: 
         _mark_finished(config)
         console.summary(run_dir, peak_memory_bytes=sum(p or 0 for p in peaks), files=files)
     dist.barrier()
-    trainer.engine.close()
+    trainer.fleet.close()
     os.sync()

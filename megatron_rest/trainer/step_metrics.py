@@ -8,12 +8,14 @@ from statistics import fmean
 import torch
 import torch.distributed as dist
 
+from megatron_rest.algorithms.importance import truncated_ratios
+from megatron_rest.config import LossConfig
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.trainer.judge import Verdict
 from megatron_rest.trainer.metrics import SumCount
-from megatron_rest.types import MicroBatch, TokenRegion
+from megatron_rest.types import MicroBatch, RolloutGroup, StopReason, TokenRegion
 
-__all__ = ["REGION_NAMES", "reward_metrics", "token_metrics", "update_metrics"]
+__all__ = ["REGION_NAMES", "reward_metrics", "rollout_metrics", "token_metrics", "update_metrics"]
 
 REGION_NAMES = {
     TokenRegion.FORMAT: "format",
@@ -48,40 +50,79 @@ def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
     }
 
 
+def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: int) -> dict[str, float]:
+    """How far the sampling policies lag behind, how rollouts ended, engines replaced so far; the same on every rank."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    metrics = {
+        "rollout/count": float(len(rollouts)),
+        "rollout/staleness": fmean(step - 1 - rollout.policy_version for rollout in rollouts),
+        "rollout/restarts": float(num_restarts),
+    }
+    for reason in StopReason:
+        metrics[f"stop/{reason}"] = fmean(rollout.stop_reason is reason for rollout in rollouts)
+    return metrics
+
+
 def token_metrics(
-    microbatches: Sequence[MicroBatch], scores: Sequence[Scores], *, dp_group: dist.ProcessGroup
+    microbatches: Sequence[MicroBatch], scores: Sequence[Scores], config: LossConfig, *, dp_group: dist.ProcessGroup
 ) -> dict[str, float]:
-    """Unweighted entropy, weight mass and token share by region, and the mismatch of rollout and training log-probs.
+    """Unweighted entropy, weight mass, token share, mismatch of rollout and training log-probs, and share of tokens
+    whose importance ratio was truncated, by region; the mismatch of first tokens besides.
 
     ``microbatches`` carry ``token_weights``.  Collectives: one SUM and one MAX all-reduce over the data-parallel group.
     """
-    sums = torch.zeros(len(REGION_NAMES), 3, dtype=torch.float64)  # entropy, weight, tokens
-    total_gap, worst_gap = torch.zeros(2, 1, dtype=torch.float64)  # of |rollout - training|
+    sums = torch.zeros(len(REGION_NAMES) + 1, 5, dtype=torch.float64)  # last row: first tokens
+    worst_gap = torch.zeros(1, dtype=torch.float64)
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
-        regions, entropy = microbatch.region_ids[mask], score.entropy.cpu()[mask].double()
-        weights = (
-            torch.ones_like(entropy) if microbatch.token_weights is None else microbatch.token_weights[mask].double()
-        )
-        table = torch.stack([entropy, weights, torch.ones_like(entropy)], dim=1)
+        table = _token_table(microbatch, score, config)
+        regions = microbatch.region_ids[mask]
         for row, region in enumerate(REGION_NAMES):
             sums[row] += table[regions == int(region)].sum(0)
-        gap = (microbatch.rollout_log_probs - score.log_probs.cpu())[mask].abs().double()
-        if len(gap):
-            total_gap += gap.sum()
-            worst_gap.clamp_(min=gap.max())
+        sums[-1] += table[_is_first(microbatch.sequence_ids[mask])].sum(0)
+        if len(table):
+            worst_gap.clamp_(min=table[:, 3].max())
     dist.all_reduce(sums, group=dp_group)
-    dist.all_reduce(total_gap, group=dp_group)
     dist.all_reduce(worst_gap, op=dist.ReduceOp.MAX, group=dp_group)
+    entropy, mass, tokens, gap, clipped = sums[:-1].sum(0).tolist()
     metrics = SumCount()
-    mass, tokens = float(sums[:, 1].sum()), float(sums[:, 2].sum())
-    metrics.add("entropy/all", sums[:, 0].sum(), tokens)
-    metrics.add("mismatch/abs_log_prob_mean", total_gap, tokens)
-    for (entropy_sum, weight_sum, count), name in zip(sums.tolist(), REGION_NAMES.values(), strict=True):
-        metrics.add(f"entropy/{name}", entropy_sum, count)
-        metrics.add(f"weight_mass/{name}", weight_sum, mass)
-        metrics.add(f"tokens/{name}", count, tokens)
+    metrics.add("entropy/all", entropy, tokens)
+    metrics.add("mismatch/abs_log_prob_mean", gap, tokens)
+    metrics.add("mismatch/first_token", sums[-1, 3], sums[-1, 2])
+    for values, name in zip(sums[:-1].tolist(), REGION_NAMES.values(), strict=True):
+        metrics.add(f"entropy/{name}", values[0], values[2])
+        metrics.add(f"weight_mass/{name}", values[1], mass)
+        metrics.add(f"tokens/{name}", values[2], tokens)
+        metrics.add(f"mismatch/{name}", values[3], values[2])
+        if config.tis_cap is not None:
+            metrics.add(f"tis_clipped/{name}", values[4], values[2])
+    if config.tis_cap is not None:
+        metrics.add("tis_clipped/all", clipped, tokens)
     return {**metrics.means(), "mismatch/abs_log_prob_max": float(worst_gap)}
+
+
+def _token_table(microbatch: MicroBatch, score: Scores, config: LossConfig) -> torch.Tensor:
+    """float64 [tokens, 5] of the loss tokens: entropy, weight, 1, |rollout - training| log-prob, ratio truncated."""
+    mask = microbatch.loss_mask
+    entropy = score.entropy.cpu()[mask].double()
+    weights = torch.ones_like(entropy) if microbatch.token_weights is None else microbatch.token_weights[mask].double()
+    log_ratio = score.log_probs.cpu() - microbatch.rollout_log_probs
+    clipped = torch.zeros_like(entropy)
+    if config.tis_cap is not None:
+        ratios = truncated_ratios(
+            log_ratio,
+            mask,
+            config,
+            sequence_ids=microbatch.sequence_ids,
+            sequence_lengths=microbatch.sequence_lengths,
+        )
+        clipped = (ratios[mask] >= config.tis_cap).double()
+    return torch.stack([entropy, weights, torch.ones_like(entropy), log_ratio[mask].abs().double(), clipped], dim=1)
+
+
+def _is_first(sequence_ids: torch.Tensor) -> torch.Tensor:
+    """bool: the first loss token of each sequence; sequences lie one after another."""
+    return torch.cat([sequence_ids.new_ones(min(len(sequence_ids), 1)), sequence_ids.diff()]) != 0
 
 
 def update_metrics(reports: Sequence[UpdateReport]) -> dict[str, float]:

@@ -22,14 +22,14 @@ from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.mcore import checkpoint
 from megatron_rest.mcore.policy import Scores, UpdateReport
-from megatron_rest.rollout.engine import RolloutEngine
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
-from megatron_rest.trainer.exchange import all_gather_groups, all_token_scores, share_of
+from megatron_rest.trainer.exchange import all_token_scores
+from megatron_rest.trainer.fleet import EngineFleet
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.setup import PolicyParts, make_batch
-from megatron_rest.trainer.step_metrics import reward_metrics, token_metrics, update_metrics
+from megatron_rest.trainer.step_metrics import reward_metrics, rollout_metrics, token_metrics, update_metrics
 from megatron_rest.types import (
     MicroBatch,
     PromptSample,
@@ -40,7 +40,6 @@ from megatron_rest.types import (
     TrainSample,
 )
 from megatron_rest.weight_sync.source import MegatronWeightSource
-from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import RestWeighting, region_sums
 
 __all__ = ["RestTrainer"]
@@ -57,9 +56,8 @@ class RestTrainer:
         config: the whole configuration.
         parts: Megatron policy and its layout.
         prompts: what to train on.
-        engine: this rank's rollout engine, holding the same weights as the policy.
+        fleet: the rollout engines.
         source: the policy's weights as full HF tensors.
-        sync: moves them into the engine.
         judge: regions, rewards, advantages.
         weighting: token weights.
     """
@@ -70,9 +68,8 @@ class RestTrainer:
         *,
         parts: PolicyParts,
         prompts: PromptDataset,
-        engine: RolloutEngine,
+        fleet: EngineFleet,
         source: MegatronWeightSource,
-        sync: WeightSync,
         judge: Judge,
         weighting: RestWeighting,
     ) -> None:
@@ -81,9 +78,8 @@ class RestTrainer:
         self.policy = parts.policy
         self.context = parts.context
         self.prompts = prompts
-        self.engine = engine
+        self.fleet = fleet
         self.source = source
-        self.sync = sync
         self.judge = judge
         self.weighting = weighting
         self.canary = Canary(
@@ -98,11 +94,19 @@ class RestTrainer:
         return (step - 1) / max(self.config.trainer.steps - 1, 1)
 
     def step(self, step: int) -> StepReport:
-        """Prompts -> rollouts -> rewards -> scores -> weights -> update -> weights into the engine."""
+        """Prompts -> rollouts -> rewards -> scores -> weights -> update -> weights into the engines.
+
+        One step off (``rollout.max_staleness`` 1) the weights of the step before go in as soon as its rollouts are
+        there, and the engines sample the next step's while this one trains.
+        """
+        metrics: dict[str, float] = {}
         with PhaseTimer() as timer:
             with timer.phase("rollout"):
-                prompts = self.prompts_of(step)
-                groups = self.roll_out(prompts, step)
+                groups = self.roll_out(step)
+            if self.is_one_step_off:
+                with timer.phase("sync"):
+                    metrics |= self.sync_weights(version=step - 1)
+                    self.begin_rollouts(step + 1)
             with timer.phase("reward"):
                 verdict = self.judge(groups, step=step)
                 batches = [self.batch(samples) for samples in self.minibatches(verdict)]
@@ -112,17 +116,19 @@ class RestTrainer:
             with timer.phase("weights"):
                 self.measure(batches, scores)
                 batches = [self.weigh(b, s, progress=self.progress(step)) for b, s in zip(batches, scores, strict=True)]
-                metrics = reward_metrics(verdict, num_groups=len(groups))
+                metrics |= reward_metrics(verdict, num_groups=len(groups))
+                metrics |= rollout_metrics(groups, step=step, num_restarts=self.fleet.num_restarts)
                 metrics |= self.token_metrics(batches, scores)
                 if is_saved(step, self.config.trainer):
                     self.save_rollouts(step, groups, verdict, batches, scores)
             with timer.phase("update"):
                 reports: list[UpdateReport] = [self.policy.update(batch, self.loss) for batch in batches]
                 metrics |= update_metrics(reports)
-            with timer.phase("sync"):
-                metrics |= self.sync_weights(version=step)
+            if not self.is_one_step_off:
+                with timer.phase("sync"):
+                    metrics |= self.sync_weights(version=step)
         metrics["progress"] = self.progress(step)
-        return StepReport(step=step, policy_version=self.engine.policy_version, metrics=metrics, seconds=timer.seconds)
+        return StepReport(step=step, policy_version=self.fleet.version, metrics=metrics, seconds=timer.seconds)
 
     def prompts_of(self, step: int) -> list[PromptSample]:
         """Prompts of a step: a pure function of seed and step."""
@@ -131,16 +137,26 @@ class RestTrainer:
         )
         return [self.prompts[i] for i in indices]
 
-    def roll_out(self, prompts: Sequence[PromptSample], step: int) -> list[RolloutGroup]:
-        """This rank's engine samples its share; all groups come back, in prompt order."""
-        rollout = self.config.rollout
-        mine = self.engine.generate(
-            share_of(prompts, rank=self.context.rank, world_size=self.context.world_size),
-            rollouts_per_prompt=rollout.rollouts_per_prompt,
-            seed=step_seed(self.config.trainer.seed, step),
-            max_response_tokens=rollout.max_response_tokens,
-        )
-        return all_gather_groups(mine, prompts)
+    @property
+    def is_one_step_off(self) -> bool:
+        return self.config.rollout.max_staleness > 0
+
+    def begin_rollouts(self, step: int) -> None:
+        """The engines start on the prompts of ``step``, if the run has such a step."""
+        if step <= self.config.trainer.steps:
+            seed = step_seed(self.config.trainer.seed, step)
+            self.fleet.begin(self.prompts_of(step), seed=seed, in_background=self.is_one_step_off)
+
+    def roll_out(self, step: int) -> list[RolloutGroup]:
+        """All groups of the step in prompt order, none sampled by a policy older than the bound."""
+        if not self.fleet.is_begun:
+            self.begin_rollouts(step)
+        groups = self.fleet.collect(refresh=partial(self.sync_weights, version=step - 1))
+        self.fleet.sleep()
+        oldest = min(rollout.policy_version for group in groups for rollout in group.rollouts)
+        if oldest < step - 1 - self.config.rollout.max_staleness:
+            raise RuntimeError(f"step {step} was handed rollouts of policy version {oldest}: older than the bound")
+        return groups
 
     def minibatches(self, verdict: Verdict) -> list[list[TrainSample]]:
         """Samples of each optimiser step; whole groups stay together as far as the split allows."""
@@ -182,7 +198,8 @@ class RestTrainer:
     def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:
         """Entropy, weight mass and mismatch over all updates of the step."""
         microbatches: list[MicroBatch] = [m for b in batches for m in b.microbatches]
-        return token_metrics(microbatches, [s for part in scores for s in part], dp_group=self.context.dp_group)
+        parts = [s for part in scores for s in part]
+        return token_metrics(microbatches, parts, self.config.loss, dp_group=self.context.dp_group)
 
     def save_rollouts(
         self,
@@ -236,8 +253,14 @@ class RestTrainer:
 
     def sync_weights(self, *, version: int) -> dict[str, float]:
         """Push the policy's weights into every engine and let the canary sing."""
-        report = self.sync.push(version)
-        worst = self.canary.check(self.engine, self.policy, alignment=self.parts.alignment)
+        sing = partial(
+            self.canary.check,
+            self.fleet.engine,
+            self.policy,
+            is_first=self.fleet.has_first_engine,
+            alignment=self.parts.alignment,
+        )
+        report, worst = self.fleet.deliver(version, sing)
         return {
             "sync/seconds": report.seconds,
             "sync/bytes": float(report.num_bytes),

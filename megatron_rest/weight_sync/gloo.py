@@ -50,8 +50,10 @@ def join_group(address: str, port: int, rank: int, world_size: int, timeout_seco
     """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees."""
     from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 
+    # Under torchrun torch's own rendezvous never opens a store (TORCHELASTIC_USE_AGENT_STORE): rank 0 brings one.
+    listening = socket.create_server((address, port)) if rank == 0 else None
     return stateless_init_torch_distributed_process_group(
-        address, port, rank, world_size, "gloo", timeout=timedelta(seconds=timeout_seconds)
+        address, port, rank, world_size, "gloo", listen_socket=listening, timeout=timedelta(seconds=timeout_seconds)
     )
 
 

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from megatron_rest.config import RolloutConfig
-from megatron_rest.rollout.engine import EngineStateError, rollout_seed
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError, rollout_seed
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from tests.helpers.tiny_model import EOS_ID, build_tiny_model
@@ -113,6 +114,27 @@ def test_stop_reasons(engine: VllmEngine) -> None:
     assert {len(r.token_ids) for r in group.rollouts if r.stop_reason is StopReason.CONTEXT} == {5}
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_sleep_follows_the_level(level: int) -> None:
+    """vLLM cannot sleep on CPU: a recorder is in its place, and the calls are what is tested."""
+    calls: list[Any] = []
+    engine = object.__new__(VllmEngine)
+    engine._config = RolloutConfig(sleep_level=level)
+    engine._llm = SimpleNamespace(sleep=lambda level: calls.append(level), wake_up=lambda: calls.append("awake"))
+    engine._is_asleep, engine.policy_version = False, 3
+    engine.wake_up()
+    engine.sleep()
+    engine.sleep()
+    assert engine.policy_version == (NO_WEIGHTS if level == 2 else 3)
+    if level:
+        engine.policy_version = 3
+        with pytest.raises(EngineStateError, match="asleep"):
+            engine._usable()
+    engine.wake_up()
+    engine.wake_up()
+    assert calls == ([level, "awake"] if level else [])
+
+
 def test_bad_prompts_are_refused_by_name(engine: VllmEngine) -> None:
     with pytest.raises(ValueError, match="prompt long has 128 tokens, the context takes 1 to 127"):
         engine.generate([prompt("long", MAX_LEN)], rollouts_per_prompt=1, seed=0, max_response_tokens=4)
@@ -170,6 +192,8 @@ def test_folder_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
         VllmEngine(tmp_path, RolloutConfig(), seed=0, max_model_len=4096)
     with pytest.raises(ValueError, match="tensor_parallel is 2"):
         make_engine(tmp_path, tensor_parallel=2)
+    with pytest.raises(ValueError, match="vLLM cannot sleep on CPU"):
+        make_engine(tmp_path, sleep_level=1)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no \*.safetensors"):
         make_engine(tmp_path)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
-from megatron_rest.trainer.exchange import all_gather_groups, share_of
+from megatron_rest.trainer.exchange import all_gather_groups
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
 from tests.helpers.distributed import run_distributed
 
@@ -27,25 +26,36 @@ def make_group(prompt: PromptSample) -> RolloutGroup:
                 loss_mask=rng.integers(0, 2, n).astype(bool),
                 stop_reason=StopReason.LENGTH if n > 4 else StopReason.EOS,
                 policy_version=prompt.index,
+                reward=None if n % 2 else n / 4,
             )
         )
     return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
 
 
-def gather(rank: int, world_size: int, count: int) -> list[RolloutGroup]:
-    prompts = make_prompts(count)
-    mine = [make_group(p) for p in share_of(prompts, rank=rank, world_size=world_size)]
-    return all_gather_groups(mine, prompts)
+def gather(rank: int, world_size: int, cases: list[tuple[int, tuple[int, ...]]]) -> list[list[RolloutGroup]]:
+    results = []
+    for count, owners in cases:
+        prompts = make_prompts(count)
+        share = prompts[owners.index(rank) :: len(owners)] if rank in owners else []
+        results.append(all_gather_groups([make_group(p) for p in share], prompts, owners=owners))
+    return results
 
 
-@pytest.mark.parametrize("count", [1, 7])
-def test_all_ranks_hold_all_groups(count):
-    expected = [make_group(p) for p in make_prompts(count)]
-    for groups in run_distributed(gather, 3, count):
-        assert [g.prompt.prompt_id for g in groups] == [g.prompt.prompt_id for g in expected]
-        for got, want in zip(groups, expected, strict=True):
-            for a, b in zip(got.rollouts, want.rollouts, strict=True):
-                assert np.array_equal(a.token_ids, b.token_ids)
-                assert np.array_equal(a.log_probs, b.log_probs)
-                assert np.array_equal(a.loss_mask, b.loss_mask)
-                assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)
+CASES = [(1, (0, 1, 2)), (7, (0, 1, 2)), (5, (0, 2)), (4, (1,))]  # engines in all ranks, in some, in one
+
+
+def test_all_ranks_hold_all_groups():
+    for of_rank in run_distributed(gather, 3, CASES):
+        for (count, _), groups in zip(CASES, of_rank, strict=True):
+            check(groups, [make_group(p) for p in make_prompts(count)])
+
+
+def check(groups: list[RolloutGroup], expected: list[RolloutGroup]) -> None:
+    assert [g.prompt.prompt_id for g in groups] == [g.prompt.prompt_id for g in expected]
+    for got, want in zip(groups, expected, strict=True):
+        for a, b in zip(got.rollouts, want.rollouts, strict=True):
+            assert np.array_equal(a.token_ids, b.token_ids)
+            assert np.array_equal(a.log_probs, b.log_probs)
+            assert np.array_equal(a.loss_mask, b.loss_mask)
+            assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)
+            assert a.reward == b.reward

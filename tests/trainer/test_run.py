@@ -6,7 +6,8 @@ starts.
 3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass
 4. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
    as a run that was never stopped; a third start finds nothing to do
-5. what a user gets wrong is one clear line and a non-zero exit status
+5. killed engines leave the run as it would have been; one step off, rollouts are one version old
+6. what a user gets wrong is one clear line and a non-zero exit status
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import chaos
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
 from megatron_rest.trainer.entry import STOPPED_STATUS
@@ -195,10 +197,17 @@ def test_saved_rollouts_are_what_was_trained_on(unbroken):
 
 
 def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm):
-    """TP 2 with sequence parallelism, DP 2: weights in the file are those of the score norms in the file."""
+    """TP 2 with sequence parallelism, DP 2: weights in the file are those of the score norms in the file.
+
+    The engines lie over two ranks each, as the recipes' do.
+    """
     run_dir = base / "variance"
-    layout = ("parallel.pipeline_parallel=1", "parallel.sequence_parallel=true", "checkpoint.export_hf=false")
-    rl(base, run_dir, warm[0], "weighting.source=variance_optimal", *layout, "trainer.steps=1")
+    layout = ("parallel.pipeline_parallel=1", "parallel.sequence_parallel=true", "rollout.tensor_parallel=2")
+    overrides = ("weighting.source=variance_optimal", "checkpoint.export_hf=false", "trainer.steps=1")
+    rl(base, run_dir, warm[0], *layout, *overrides)
+    [row] = metrics(run_dir)
+    assert row["metrics"]["mismatch/abs_log_prob_max"] < 1e-4
+    assert row["metrics"]["sync/canary_max_abs"] < 1e-4
     [(step, path)] = rollout_files(run_dir)
     saved = read_rollouts(path)
     assert step == 1
@@ -260,6 +269,28 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     assert all(torch.equal(a[name], b[name]) for name in a)
     again = call(*rl_arguments(base, run_dir, warm[0]))  # no torchrun: nothing is built
     assert "finished after 3 steps: nothing to do" in again.stdout
+
+
+def test_run_with_killed_engines_ends_as_an_undisturbed_one(base):
+    """SIGKILL in the middle of generation, of the transfer that repairs it, and of the generation after that."""
+    calm, disturbed = base / "calm", base / "disturbed"
+    for run_dir, kills in ((calm, 0), (disturbed, 3)):
+        chaos.train(base, run_dir, "trainer.steps=2", ranks=2, replicas=1, kills=kills)
+    assert chaos.differences(calm, disturbed) == []
+    assert (chaos.restarts_of(calm), chaos.restarts_of(disturbed)) == (0, 3)
+    assert [step["rollout/count"] for step in chaos.steps_of(disturbed)] == [24, 24]
+
+
+def test_one_step_off_every_rollout_is_one_version_old(base):
+    run_dir = base / "one-step-off"
+    overrides = ("rollout.max_staleness=1", "loss.tis_cap=2.0", "checkpoint.export_hf=false", "trainer.steps=3")
+    chaos.train(base, run_dir, *overrides, ranks=2, replicas=2, kills=0)
+    steps = chaos.steps_of(run_dir)
+    assert [step["rollout/staleness"] for step in steps] == [0, 1, 1]
+    assert [row["policy_version"] for row in metrics(run_dir)] == [0, 1, 2]
+    assert all(step["rollout/count"] == 24 for step in steps)
+    assert steps[0]["mismatch/abs_log_prob_max"] < 1e-4 < steps[1]["mismatch/abs_log_prob_mean"]
+    assert all(0 <= step["tis_clipped/all"] < 1 for step in steps) and steps[0]["tis_clipped/all"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,290 @@
+"""A rank's handle of an engine in a process of its own: calls with a time limit, death noticed, restart.
+
+Whatever happens to the process (killed, crashed, hung) ends in one of two ways: the call returns, or it raises
+:class:`EngineLostError` and the process is gone.  A process that gives no sign of life for
+``rollout.engine_timeout_seconds`` is ended, so nothing waits for it for ever, a peer in a weight transfer included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rest.config import RolloutConfig, to_dict
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, OnRollout, RolloutRequest
+from megatron_rest.rollout.wire import Connection, ConnectionLostError
+from megatron_rest.types import Rollout, StopReason
+
+__all__ = ["EngineCallError", "RemoteEngine"]
+
+_START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures graphs before its first sign of life
+_CLOSE_SECONDS = 30.0
+# The owner's own rank in torchrun's job is none of the engine's business.
+_OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+
+
+class EngineCallError(RuntimeError):
+    """The engine lives and refused a call; type and text are its own."""
+
+
+class RemoteEngine:
+    """One vLLM engine in a process of its own; a rollout engine and a target of weight transfers.
+
+    Args:
+        model_path: HF folder with ``config.json``; weights come by transfer only.
+        config: sampling, memory and time limits.
+        seed, max_model_len, stop_token_ids: as for :class:`~megatron_rest.rollout.vllm_engine.VllmEngine`.
+        transport: weight-transfer backend.
+        devices: GPUs of the process, as for CUDA_VISIBLE_DEVICES; None leaves the owner's.
+
+    The process starts at once, and the first call waits for it, so that several start at the same time.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        config: RolloutConfig,
+        *,
+        seed: int,
+        max_model_len: int,
+        stop_token_ids: Sequence[int] = (),
+        transport: str = "gloo",
+        devices: str | None = None,
+    ) -> None:
+        self._spec = {
+            "model_path": str(model_path),
+            "config": to_dict(config),
+            "seed": seed,
+            "max_model_len": max_model_len,
+            "stop_token_ids": [int(i) for i in stop_token_ids],
+            "transport": transport,
+        }
+        self._config = config
+        self._devices = devices
+        self.policy_version = NO_WEIGHTS
+        self.num_restarts = 0
+        self._process: _Process | None = _Process(self._spec, devices)
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that receive weights."""
+        return self._config.tensor_parallel
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.is_alive
+
+    @property
+    def pid(self) -> int:
+        """Of the process; changes with a restart."""
+        return self._open().pid
+
+    def restart(self) -> None:
+        """End what is left of the process and start a new one, which holds no weights."""
+        self._open().kill()
+        self.policy_version = NO_WEIGHTS
+        self.num_restarts += 1
+        self._process = _Process(self._spec, self._devices)
+
+    def run(self, requests: Sequence[RolloutRequest], *, max_response_tokens: int, on_rollout: OnRollout) -> None:
+        """See :class:`~megatron_rest.rollout.engine.RolloutEngine`."""
+        if not requests:
+            return
+        prompts = [request.prompt for request in requests]
+        table = [
+            {
+                "key": request.key,
+                "seed": request.seed,
+                "prompt_id": request.prompt.prompt_id,
+                "ground_truth": request.prompt.ground_truth,
+                "index": request.prompt.index,
+                "length": len(request.prompt.token_ids),
+            }
+            for request in requests
+        ]
+        token_ids = np.concatenate([prompt.token_ids for prompt in prompts]).astype(np.int32)
+        self._sample(
+            "run",
+            {"token_ids": token_ids},
+            on_rollout=on_rollout,
+            requests=table,
+            max_response_tokens=max_response_tokens,
+        )
+
+    def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``n`` most likely next tokens and their log-probs at temperature 1."""
+        result = self._sample("greedy", {"token_ids": np.asarray(token_ids, np.int32)}, n=n)
+        return result["tokens"], result["log_probs"]
+
+    def prompt_log_probs(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [L]: log-prob of ``token_ids[t]`` given what precedes it; element 0 is 0."""
+        return self._sample("prompt_log_probs", {"token_ids": np.asarray(token_ids, np.int32)})["log_probs"]
+
+    # What a weight transfer calls (megatron_rest.weight_sync.sync.SyncTarget) -------------------------------------
+
+    def weight_layout(self) -> list[dict[str, Any]]:
+        return list(self._pass_on("weight_layout"))
+
+    def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        self._pass_on("init_weight_transfer", init_info)
+
+    def start_weight_update(self) -> None:
+        """From here until a verified transfer ends the engine holds no usable weights."""
+        self.policy_version = NO_WEIGHTS
+        self._pass_on("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._pass_on("update_weights", update_info)
+
+    def finish_weight_update(self) -> None:
+        self._pass_on("finish_weight_update")
+
+    def received_weights(self) -> list[dict[str, Any]]:
+        return list(self._pass_on("received_weights"))
+
+    def reset_prefix_cache(self) -> bool:
+        """False also when the engine is gone: all ranks must agree on that, so it is no exception here."""
+        try:
+            return bool(self._pass_on("reset_prefix_cache"))
+        except EngineLostError:
+            return False
+
+    def sleep(self) -> None:
+        """Its memory is its own: nothing to give back."""
+
+    def wake_up(self) -> None:
+        """It never sleeps."""
+
+    def close(self) -> None:
+        """Let the process end by itself; end it if it does not.  Idempotent."""
+        process, self._process = self._process, None
+        self.policy_version = NO_WEIGHTS
+        if process is not None:
+            process.close()
+
+    def _sample(
+        self, kind: str, arrays: dict[str, np.ndarray], on_rollout: OnRollout | None = None, **values: Any
+    ) -> dict[str, Any]:
+        if self.policy_version == NO_WEIGHTS:
+            raise EngineStateError("the engine holds no valid weights: transfer the policy's weights before sampling")
+        timeout = self._config.engine_timeout_seconds
+        return self._open().call(kind, arrays, timeout, on_rollout, version=self.policy_version, **values)
+
+    def _pass_on(self, kind: str, *arguments: Any) -> Any:
+        timeout = self._config.engine_timeout_seconds
+        return self._open().call(kind, {}, timeout, None, arguments=arguments)["value"]
+
+    def _open(self) -> _Process:
+        if self._process is None:
+            raise EngineStateError("the engine is closed")
+        return self._process
+
+
+class _Process:
+    """One process and the connection to it; never started twice."""
+
+    def __init__(self, spec: dict[str, Any], devices: str | None) -> None:
+        ours, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_OWNER)}
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
+        with theirs:
+            arguments = [str(theirs.fileno()), str(os.getpid())]
+            command = [sys.executable, "-m", "megatron_rest.rollout.worker", *arguments]
+            # A session of its own: ending it ends the workers that vLLM may have started under it.
+            self._child = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+            )
+        self._connection = Connection(ours)
+        self._is_ready = False
+        self._calling = threading.Lock()
+        self._connection.send("spec", **spec)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._child.poll() is None
+
+    def call(
+        self, kind: str, arrays: dict[str, np.ndarray], timeout: float, on_rollout: OnRollout | None, **values: Any
+    ) -> dict[str, Any]:
+        """One call and its result; rollouts that come before it go to ``on_rollout``."""
+        with self._calling:
+            try:
+                if not self._is_ready:
+                    self._result("start", _START_SECONDS, None)
+                    self._is_ready = True
+                self._connection.send(kind, arrays, **values)
+                return self._result(kind, timeout, on_rollout)
+            except ConnectionLostError as error:
+                self.kill()
+                raise EngineLostError(f"engine process {self.pid} ended ({self._status()}) during {kind}") from error
+
+    def _result(self, kind: str, timeout: float, on_rollout: OnRollout | None) -> dict[str, Any]:
+        while True:
+            try:
+                message = self._connection.receive(timeout)
+            except TimeoutError:
+                self.kill()
+                raise EngineLostError(
+                    f"engine process {self.pid} gave no sign of life for {timeout:g} s during {kind} and was ended "
+                    "(rollout.engine_timeout_seconds)"
+                ) from None
+            match message["kind"]:
+                case "beat":
+                    continue
+                case "rollout":
+                    assert on_rollout is not None, "only a run hands rollouts over"
+                    on_rollout(message["key"], _rollout(message))
+                case "error":
+                    raise EngineCallError(f"{message['type']}: {message['text']}")
+                case _:
+                    return message
+
+    def kill(self) -> None:
+        """End the process and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+        self._child.wait()
+
+    def close(self) -> None:
+        try:
+            if self.is_alive:
+                self.call("close", {}, _CLOSE_SECONDS, None)
+                self._child.wait(_CLOSE_SECONDS)
+        except (EngineLostError, EngineCallError, subprocess.TimeoutExpired):
+            pass
+        finally:
+            self.kill()
+            self._connection.close()
+
+    def _status(self) -> str:
+        code = self._child.poll()
+        if code is None:
+            return "its connection broke"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _rollout(message: dict[str, Any]) -> Rollout:
+    return Rollout(
+        prompt_id=message["prompt_id"],
+        token_ids=message["token_ids"],
+        log_probs=message["log_probs"],
+        loss_mask=message["loss_mask"],
+        stop_reason=StopReason(message["stop_reason"]),
+        policy_version=message["policy_version"],
+        reward=message["reward"],
+    )

@@ -1,0 +1,303 @@
+"""Requests -> rollouts: one engine loop over episodes that are in different turns.
+
+    submit every prompt
+    while something runs:   step the engine -> ended turns -> (environment, in a thread of its own) -> next turn or done
+
+Token in, token out: an episode's ids are the sampled ones as they came; tool outputs are rendered by the chat template,
+tokenised once, and appended with ``loss_mask`` False.  The next turn's prompt is everything so far, so the engine's
+prefix cache holds all but the new tokens.  Without an environment an episode is one turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_rest.rollout.engine import OnRollout, RolloutRequest, turn_seed
+from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message, Observation
+from megatron_rest.rollout.environments.calls import ParsedCalls
+from megatron_rest.types import Rollout, StopReason
+
+__all__ = ["Conversation", "Sampler", "Turn", "run_rollouts"]
+
+_WAIT_SECONDS = 0.05  # for an environment, while the engine has nothing to do
+_NOTHING_ACHIEVED = 0.0  # reward of a rollout whose environment failed or hung
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn as the engine ended it."""
+
+    key: int
+    token_ids: np.ndarray  # int32 [n], the stop token included
+    log_probs: np.ndarray  # float32 [n]
+    finish: str  # "stop": a stop token; "length": the limit it was given; "abort"
+
+
+class Sampler(Protocol):
+    """An engine with continuous batching."""
+
+    policy_version: int
+
+    def submit(self, key: int, token_ids: Sequence[int], *, seed: int, max_tokens: int) -> None: ...
+
+    def step(self) -> list[Turn]:
+        """One iteration over everything that runs; the turns that ended in it."""
+        ...
+
+    def room(self, num_tokens: int) -> int:
+        """Tokens that the context takes behind ``num_tokens``."""
+        ...
+
+
+class Translator(Protocol):
+    """Between token ids and what an environment reads and writes."""
+
+    def text(self, token_ids: np.ndarray) -> str:
+        """An answer without its end-of-turn marker."""
+        ...
+
+    def calls(self, text: str) -> ParsedCalls: ...
+
+    def render(self, messages: Sequence[Message]) -> np.ndarray:
+        """int32: the messages and the next generation prompt, as tokens behind an ended turn."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """What multi-turn rollouts need besides an engine."""
+
+    factory: EnvironmentFactory
+    translator: Translator
+    max_turns: int
+    timeout_seconds: float  # of one call to an environment
+
+
+@dataclass(slots=True)
+class _Episode:
+    request: RolloutRequest
+    prompt_ids: list[int]
+    ids: list[np.ndarray] = field(default_factory=list)
+    log_probs: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    num_tokens: int = 0  # of the response
+    turn: int = 0
+    environment: Environment | None = None
+
+    def enter(self, factory: EnvironmentFactory) -> Environment:
+        """This episode's environment, made and reset when it is first needed.  Runs in a thread of the episode."""
+        if self.environment is None:
+            environment = factory(self.request.prompt)
+            environment.reset()
+            self.environment = environment
+        return self.environment
+
+    def append(self, ids: np.ndarray, log_probs: np.ndarray | None) -> None:
+        n = len(ids)
+        self.ids.append(ids)
+        self.log_probs.append(np.zeros(n, np.float32) if log_probs is None else log_probs)
+        self.masks.append(np.full(n, log_probs is not None))
+        self.num_tokens += n
+
+    def rollout(self, reason: StopReason, version: int, reward: float | None) -> Rollout:
+        return Rollout(
+            prompt_id=self.request.prompt.prompt_id,
+            token_ids=np.concatenate(self.ids),
+            log_probs=np.concatenate(self.log_probs),
+            loss_mask=np.concatenate(self.masks),
+            stop_reason=reason,
+            policy_version=version,
+            reward=reward,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Action:
+    """A call to an environment that is under way."""
+
+    episode: _Episode
+    deadline: float
+    then: Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    action: _Action
+    value: Any
+    error: Exception | None
+
+
+def run_rollouts(
+    sampler: Sampler,
+    requests: Sequence[RolloutRequest],
+    *,
+    max_response_tokens: int,
+    on_rollout: OnRollout,
+    conversation: Conversation | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Sample all requests; each rollout goes to ``on_rollout`` once, when it is complete.
+
+    Args:
+        sampler: the engine; nothing else may submit to it meanwhile.
+        requests: with unique keys.
+        max_response_tokens: longest response, tool outputs included.
+        on_rollout: takes key and rollout.
+        conversation: environments; None = one turn a rollout.
+        beat: called at least once an iteration, for a supervisor that wants signs of life.
+    """
+    _Loop(sampler, max_response_tokens, on_rollout, conversation).run(requests, beat)
+
+
+class _Loop:
+    """Every episode is in exactly one of two places: with the engine or with its environment."""
+
+    def __init__(
+        self, sampler: Sampler, max_response_tokens: int, on_rollout: OnRollout, conversation: Conversation | None
+    ) -> None:
+        self._sampler = sampler
+        self._limit = max_response_tokens
+        self._on_rollout = on_rollout
+        self._conversation = conversation
+        self._sampling: dict[int, _Episode] = {}
+        self._acting: dict[int, _Action] = {}
+        self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
+
+    def run(self, requests: Sequence[RolloutRequest], beat: Callable[[], None]) -> None:
+        try:
+            for request in requests:
+                self._submit(_Episode(request, request.prompt.token_ids.tolist()))
+            while self._sampling or self._acting:
+                for turn in self._sampler.step() if self._sampling else ():
+                    self._take_turn(self._sampling.pop(turn.key), turn)
+                self._take_results()
+                self._end_late()
+                beat()
+        finally:
+            for action in self._acting.values():
+                _close(action.episode)
+
+    def _submit(self, episode: _Episode) -> None:
+        request = episode.request
+        so_far = [*episode.prompt_ids, *(int(i) for ids in episode.ids for i in ids)]
+        room = min(self._limit - episode.num_tokens, self._sampler.room(len(so_far)))
+        self._sampling[request.key] = episode
+        self._sampler.submit(request.key, so_far, seed=turn_seed(request.seed, episode.turn), max_tokens=room)
+
+    def _take_turn(self, episode: _Episode, turn: Turn) -> None:
+        episode.append(turn.token_ids, turn.log_probs)
+        match turn.finish:
+            case "stop":
+                reason = StopReason.EOS
+            case "length":
+                reason = StopReason.LENGTH if episode.num_tokens >= self._limit else StopReason.CONTEXT
+            case _:
+                reason = StopReason.ABORTED
+        if self._conversation is None:
+            self._finish(episode, reason, None)
+        elif reason is StopReason.EOS:
+            self._step(episode, self._conversation, turn)
+        else:
+            self._ask_reward(episode, self._conversation, reason)
+
+    def _step(self, episode: _Episode, conversation: Conversation, turn: Turn) -> None:
+        text = conversation.translator.text(turn.token_ids)
+        answer = Answer(text=text, calls=conversation.translator.calls(text), turn=episode.turn)
+
+        def call() -> tuple[Observation, float | None]:
+            environment = episode.enter(conversation.factory)
+            observation = environment.step(answer)
+            return observation, environment.reward() if observation.done else None
+
+        def then(result: tuple[Observation, float | None]) -> None:
+            observation, reward = result
+            if observation.done:
+                self._finish(episode, StopReason.EOS, reward)
+            else:
+                self._go_on(episode, conversation, observation)
+
+        self._act(episode, conversation, call, then)
+
+    def _go_on(self, episode: _Episode, conversation: Conversation, observation: Observation) -> None:
+        """Append what the environment says and let the policy answer, if there is a turn and room left."""
+        episode.turn += 1
+        tokens = conversation.translator.render(observation.messages)
+        length = episode.num_tokens + len(tokens)
+        if episode.turn >= conversation.max_turns:
+            self._ask_reward(episode, conversation, StopReason.TURNS)
+        elif length >= self._limit:
+            self._ask_reward(episode, conversation, StopReason.LENGTH)
+        elif self._sampler.room(len(episode.prompt_ids) + length) < 1:
+            self._ask_reward(episode, conversation, StopReason.CONTEXT)
+        else:
+            episode.append(tokens, None)
+            self._submit(episode)
+
+    def _ask_reward(self, episode: _Episode, conversation: Conversation, reason: StopReason) -> None:
+        self._act(
+            episode,
+            conversation,
+            lambda: episode.enter(conversation.factory).reward(),
+            lambda reward: self._finish(episode, reason, reward),
+        )
+
+    def _act(
+        self, episode: _Episode, conversation: Conversation, call: Callable[[], Any], then: Callable[[Any], None]
+    ) -> None:
+        """Run ``call`` in a thread of its own; ``then`` takes its result here, in the loop."""
+        action = _Action(episode, time.monotonic() + conversation.timeout_seconds, then)
+        self._acting[episode.request.key] = action
+
+        def run() -> None:
+            try:
+                self._results.put(_Result(action, call(), None))
+            except Exception as error:  # noqa: BLE001  an environment is foreign code: its failure ends one rollout
+                self._results.put(_Result(action, None, error))
+
+        threading.Thread(target=run, name="environment", daemon=True).start()
+
+    def _take_results(self) -> None:
+        wait = bool(self._acting) and not self._sampling
+        with contextlib.suppress(queue.Empty):
+            result = self._results.get(timeout=_WAIT_SECONDS) if wait else self._results.get_nowait()
+            while True:
+                self._take(result)
+                result = self._results.get_nowait()
+
+    def _take(self, result: _Result) -> None:
+        key = result.action.episode.request.key
+        if self._acting.get(key) is not result.action:
+            return  # too late: that rollout is over
+        del self._acting[key]
+        if result.error is None:
+            result.action.then(result.value)
+            return
+        name = result.action.episode.request.prompt.prompt_id
+        _log.warning("the environment of prompt %s failed: %s: %s", name, type(result.error).__name__, result.error)
+        self._finish(result.action.episode, StopReason.TOOL_FAILED, _NOTHING_ACHIEVED)
+
+    def _end_late(self) -> None:
+        now = time.monotonic()
+        for key in [key for key, action in self._acting.items() if action.deadline < now]:
+            self._finish(self._acting.pop(key).episode, StopReason.TOOL_TIMEOUT, _NOTHING_ACHIEVED)
+
+    def _finish(self, episode: _Episode, reason: StopReason, reward: float | None) -> None:
+        _close(episode)
+        self._on_rollout(episode.request.key, episode.rollout(reason, self._sampler.policy_version, reward))
+
+
+def _close(episode: _Episode) -> None:
+    """In a thread, because it may hang like any other call; nobody waits for it."""
+    if episode.environment is not None:
+        threading.Thread(target=episode.environment.close, name="environment-close", daemon=True).start()

@@ -1,0 +1,154 @@
+"""An engine's own process: ``python -m megatron_rest.rollout.worker FD OWNER``, started by :class:`RemoteEngine`.
+
+It makes the engine that the first message describes and then answers one call after another.  When the rank that owns
+it goes, the connection ends, and so does this process.
+"""
+
+from __future__ import annotations
+
+from megatron_rest.rollout.process import has_gpu_driver, prepare_process
+
+prepare_process(cpu=not has_gpu_driver())  # environment that torch and vLLM read when they are imported
+
+import contextlib  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+import traceback  # noqa: E402
+from typing import Any  # noqa: E402
+
+from megatron_rest.config import RolloutConfig, from_dict  # noqa: E402
+from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
+from megatron_rest.rollout.engine import RolloutRequest  # noqa: E402
+from megatron_rest.rollout.vllm_engine import VllmEngine  # noqa: E402
+from megatron_rest.rollout.wire import Connection, ConnectionLostError  # noqa: E402
+from megatron_rest.types import PromptSample, Rollout  # noqa: E402
+
+_BEAT_SECONDS = 1.0
+_PASSED_ON = (
+    "weight_layout",
+    "init_weight_transfer",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "received_weights",
+    "reset_prefix_cache",
+)
+
+
+class Worker:
+    """Serves the calls of one connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        spec = connection.receive()
+        config: RolloutConfig = from_dict(RolloutConfig, spec["config"])
+        self._engine = VllmEngine(
+            spec["model_path"],
+            config,
+            seed=spec["seed"],
+            max_model_len=spec["max_model_len"],
+            stop_token_ids=spec["stop_token_ids"],
+            transport=spec["transport"],
+            random_weights=True,
+            in_process=config.tensor_parallel == 1,
+            conversation=make_conversation(config, spec["model_path"]),
+        )
+        self._last_beat = 0.0
+        connection.send("result", value=None)
+
+    def serve(self) -> None:
+        """Until the owner says so, or goes."""
+        while True:
+            message = self._connection.receive()
+            kind = message["kind"]
+            if kind == "close":
+                self._engine.close()
+                self._connection.send("result", value=None)
+                return
+            try:
+                self._answer(kind, message)
+            except ConnectionLostError:
+                raise
+            except Exception as error:  # noqa: BLE001  raised again in the owner, which decides
+                self._connection.send("error", type=type(error).__name__, text=str(error))
+                traceback.print_exc()
+
+    def _answer(self, kind: str, message: dict[str, Any]) -> None:
+        engine, send = self._engine, self._connection.send
+        if "version" in message:  # the owner's view counts: it is the one that verified the transfer
+            engine.policy_version = message["version"]
+        match kind:
+            case "run":
+                engine.run(
+                    _requests(message),
+                    max_response_tokens=message["max_response_tokens"],
+                    on_rollout=self._hand_over,
+                    beat=self._beat,
+                )
+                send("result", value=None)
+            case "greedy":
+                tokens, log_probs = engine.greedy(message["token_ids"], message["n"])
+                send("result", {"tokens": tokens, "log_probs": log_probs})
+            case "prompt_log_probs":
+                send("result", {"log_probs": engine.prompt_log_probs(message["token_ids"])})
+            case _ if kind in _PASSED_ON:
+                send("result", value=getattr(engine, kind)(*message["arguments"]))
+            case _:
+                raise ValueError(f"unknown call {kind!r}")
+
+    def _hand_over(self, key: int, rollout: Rollout) -> None:
+        self._connection.send(
+            "rollout",
+            {"token_ids": rollout.token_ids, "log_probs": rollout.log_probs, "loss_mask": rollout.loss_mask},
+            key=key,
+            prompt_id=rollout.prompt_id,
+            stop_reason=str(rollout.stop_reason),
+            policy_version=rollout.policy_version,
+            reward=rollout.reward,
+        )
+
+    def _beat(self) -> None:
+        """From the loop itself, so that a loop that hangs falls silent."""
+        now = time.monotonic()
+        if now - self._last_beat > _BEAT_SECONDS:
+            self._last_beat = now
+            self._connection.send("beat")
+
+
+def _requests(message: dict[str, Any]) -> list[RolloutRequest]:
+    requests = []
+    offset = 0
+    for item in message["requests"]:
+        token_ids = message["token_ids"][offset : offset + item["length"]]
+        offset += item["length"]
+        prompt = PromptSample(
+            prompt_id=item["prompt_id"], token_ids=token_ids, ground_truth=item["ground_truth"], index=item["index"]
+        )
+        requests.append(RolloutRequest(key=item["key"], prompt=prompt, seed=item["seed"]))
+    return requests
+
+
+def _follow(owner: int) -> None:
+    """End this process, and what vLLM started under it, when its owner is gone: it may hang in a transfer just then."""
+    while os.getppid() == owner:
+        time.sleep(_BEAT_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main(argv: list[str]) -> None:
+    """Serve the socket with file descriptor ``argv[0]``, for the process ``argv[1]``."""
+    threading.Thread(target=_follow, args=(int(argv[1]),), daemon=True).start()
+    connection = Connection(socket.socket(fileno=int(argv[0])))
+    with contextlib.suppress(ConnectionLostError):  # the owner is gone; nobody is left to tell
+        Worker(connection).serve()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # peers of the transfer group may be gone: no destructor may wait for them
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

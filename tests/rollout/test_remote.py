@@ -1,0 +1,132 @@
+"""An engine in a process of its own: answers as one in this process does; death, hanging and orphans are handled.
+
+1. same rollouts as in-process, handed over one by one
+2. SIGKILL in the middle: what was handed over stays, EngineLostError, a new process after restart()
+3. SIGSTOP: ended after the time limit
+4. a process whose owner is killed goes, too
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_rest.config import RolloutConfig
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, make_requests
+from megatron_rest.rollout.remote import EngineCallError, RemoteEngine
+from megatron_rest.rollout.wire import Connection, ConnectionLostError
+from megatron_rest.types import PromptSample, Rollout
+from tests.helpers.tiny_model import EOS_ID, build_tiny_model
+
+HANG_SECONDS = 5.0
+
+
+def gone(pid: int, seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+@pytest.mark.slow
+def test_engine_process_lives_dies_and_comes_back(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path, with_tokenizer=False)
+    config = RolloutConfig(kv_cache_bytes=16 << 20, engine_timeout_seconds=60, max_concurrent=4)
+    engine = RemoteEngine(tmp_path, config, seed=0, max_model_len=256, stop_token_ids=[EOS_ID])
+    try:
+        prompts = [
+            PromptSample(prompt_id=f"p{i}", token_ids=np.arange(i, i + 20, dtype=np.int32), ground_truth="g")
+            for i in range(6)
+        ]
+        requests = make_requests(prompts, rollouts_per_prompt=2, seed=1)
+        with pytest.raises(EngineStateError, match="no valid weights"):
+            engine.greedy([1, 2], 2)
+        engine.policy_version = 3  # random weights will do here
+        with pytest.raises(EngineCallError, match=r"ValueError: .* holds token id 9999"):
+            engine.greedy([1, 9999], 2)
+        whole: dict[int, Rollout] = {}
+        engine.run(requests, max_response_tokens=40, on_rollout=whole.__setitem__)
+        assert sorted(whole) == list(range(12)) and {r.policy_version for r in whole.values()} == {3}
+        tokens, log_probs = engine.greedy([1, 2, 3], 5)
+        scored = engine.prompt_log_probs([1, 2, 3, *tokens])
+        np.testing.assert_allclose(scored[-5:], log_probs, atol=1e-5)
+
+        handed: dict[int, Rollout] = {}
+
+        def take(key: int, rollout: Rollout) -> None:
+            handed[key] = rollout
+            if len(handed) == 3:
+                os.kill(engine.pid, signal.SIGKILL)
+
+        first = engine.pid
+        with pytest.raises(EngineLostError, match=f"engine process {first} ended .signal SIGKILL. during run"):
+            engine.run(requests, max_response_tokens=40, on_rollout=take)
+        assert 3 <= len(handed) < 12 and not engine.is_alive
+        assert all(whole[key].token_ids.tolist() == r.token_ids.tolist() for key, r in handed.items())
+        engine.restart()
+        assert engine.policy_version == NO_WEIGHTS and engine.pid != first
+        engine.policy_version = 4  # the same random weights: they follow from the seed
+        rest = [r for r in requests if r.key not in handed]
+        engine.run(rest, max_response_tokens=40, on_rollout=handed.__setitem__)
+        assert all(whole[key].token_ids.tolist() == r.token_ids.tolist() for key, r in handed.items())
+        assert len(handed) == 12
+
+        engine._config = RolloutConfig(engine_timeout_seconds=HANG_SECONDS)
+        second = engine.pid
+        os.kill(second, signal.SIGSTOP)
+        with pytest.raises(EngineLostError, match=f"engine process {second} gave no sign of life for 5 s during run"):
+            engine.run(requests, max_response_tokens=40, on_rollout=handed.__setitem__)
+        assert gone(second, 1)
+        assert engine.reset_prefix_cache() is False, "no exception: the ranks agree on it"
+    finally:
+        engine.close()
+        engine.close()
+
+
+def test_process_goes_with_its_owner(tmp_path: Path) -> None:
+    build_tiny_model(tmp_path, with_tokenizer=False)
+    code = (
+        "import sys, time\n"
+        "from megatron_rest.config import RolloutConfig\n"
+        "from megatron_rest.rollout.remote import RemoteEngine\n"
+        f"engine = RemoteEngine({str(tmp_path)!r}, RolloutConfig(kv_cache_bytes=16 << 20), seed=0, max_model_len=64)\n"
+        "print(engine.pid, flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        pid = int(owner.stdout.readline())
+        assert psutil.pid_exists(pid)
+        owner.kill()
+        owner.wait()
+    assert gone(pid)
+
+
+def test_messages_carry_arrays_and_ends_are_noticed() -> None:
+    import socket
+
+    ours, theirs = (Connection(s) for s in socket.socketpair())
+    arrays = {"a": np.arange(5, dtype=np.int32), "b": np.zeros(0, np.float32), "c": np.array([True, False])}
+    ours.send("x", arrays, value={"n": 2**62, "text": "ü"})
+    got = theirs.receive(timeout=5)
+    assert got["kind"] == "x" and got["value"] == {"n": 2**62, "text": "ü"}
+    assert all(np.array_equal(got[k], v) and got[k].dtype == v.dtype for k, v in arrays.items())
+    with pytest.raises(TimeoutError):
+        theirs.receive(timeout=0.05)
+    ours._socket.sendall(b"\0\0")  # half a header, then the end
+    ours.close()
+    with pytest.raises(ConnectionLostError):
+        theirs.receive(timeout=5)
+    with pytest.raises(ConnectionLostError):
+        for _ in range(3):
+            theirs.send("y")

@@ -1,0 +1,195 @@
+"""The loop over episodes with a scripted sampler in the place of the engine (the real one: test_multi_turn.py).
+
+1. one turn without an environment, several with one; masks, seeds and ids as promised
+2. every way a rollout ends, as data; a slow or broken environment ends its own rollout only
+3. an instance of an environment serves one rollout and is closed
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from megatron_rest.rollout.engine import make_requests, turn_seed
+from megatron_rest.rollout.environments.base import Answer, Message, Observation
+from megatron_rest.rollout.environments.calls import ParsedCalls, parse_calls
+from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
+from megatron_rest.types import PromptSample, Rollout, StopReason
+
+CONTEXT, LIMIT = 100, 40
+END = 0  # the scripted sampler's stop token
+
+
+class ScriptedSampler:
+    """Answers from a script: ``answers[prompt][turn]`` tokens, then END unless the limit comes first."""
+
+    policy_version = 7
+
+    def __init__(self, answers: dict[int, list[int]]) -> None:
+        self.answers = answers
+        self.running: dict[int, Turn] = {}
+        self.turns: dict[int, int] = {}
+        self.seen: list[tuple[int, list[int], int, int]] = []
+
+    def submit(self, key: int, token_ids: Sequence[int], *, seed: int, max_tokens: int) -> None:
+        turn = self.turns[key] = self.turns.get(key, -1) + 1
+        self.seen.append((key, list(token_ids), seed, max_tokens))
+        length = self.answers[key][turn]
+        ids = [*range(10, 10 + length), END][:max_tokens]
+        finish = "stop" if ids[-1] == END else "length"
+        log_probs = -np.arange(1, len(ids) + 1, dtype=np.float32)
+        self.running[key] = Turn(key, np.array(ids, np.int32), log_probs, finish)
+
+    def step(self) -> list[Turn]:
+        key = next(iter(self.running))
+        return [self.running.pop(key)]
+
+    def room(self, num_tokens: int) -> int:
+        return CONTEXT - num_tokens
+
+
+class Translator:
+    """A token a letter; three tokens for every message."""
+
+    def text(self, token_ids: np.ndarray) -> str:
+        return "".join(chr(97 + i) for i in token_ids if i != END)
+
+    def calls(self, text: str) -> ParsedCalls:
+        return parse_calls('<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2)
+
+    def render(self, messages: Sequence[Message]) -> np.ndarray:
+        return np.full(3 * len(messages), 90, np.int32)
+
+
+class ScriptedEnvironment:
+    """``script``: what each step does: "go", "done", "slow", "raise"."""
+
+    made: ClassVar[list[ScriptedEnvironment]] = []
+
+    def __init__(self, script: Sequence[str]) -> None:
+        self.script = list(script)
+        self.answers: list[Answer] = []
+        self.num_resets = 0
+        self.closed = threading.Event()
+        ScriptedEnvironment.made.append(self)
+
+    def reset(self) -> None:
+        self.num_resets += 1
+
+    def step(self, answer: Answer) -> Observation:
+        self.answers.append(answer)
+        match self.script[answer.turn]:
+            case "done":
+                return Observation(done=True)
+            case "slow":
+                time.sleep(1.0)
+            case "raise":
+                raise OSError("the disk is gone")
+        return Observation(messages=(Message(role="tool", content="x"),) * 2)
+
+    def reward(self) -> float | None:
+        return float(len(self.answers))
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def prompt(index: int, length: int = 5) -> PromptSample:
+    return PromptSample(
+        prompt_id=f"p{index}", token_ids=np.arange(length, dtype=np.int32), ground_truth="", index=index
+    )
+
+
+def play(answers: list[list[int]], scripts: list[Sequence[str]] | None, **settings: Any) -> tuple[list[Rollout], Any]:
+    ScriptedEnvironment.made = []
+    sampler = ScriptedSampler(dict(enumerate(answers)))
+    conversation = None
+    if scripts is not None:
+        conversation = Conversation(
+            factory=lambda p: ScriptedEnvironment(scripts[p.index]),
+            translator=Translator(),
+            max_turns=settings.pop("max_turns", 4),
+            timeout_seconds=settings.pop("timeout_seconds", 30.0),
+        )
+    length = settings.pop("prompt_length", 5)
+    requests = make_requests([prompt(i, length) for i in range(len(answers))], rollouts_per_prompt=1, seed=3)
+    done: dict[int, Rollout] = {}
+    beats: list[int] = []
+
+    def take(key: int, rollout: Rollout) -> None:
+        assert key not in done, "handed over twice"
+        done[key] = rollout
+
+    run_rollouts(
+        sampler,
+        requests,
+        max_response_tokens=LIMIT,
+        on_rollout=take,
+        conversation=conversation,
+        beat=lambda: beats.append(1),
+    )
+    assert beats and not sampler.running
+    return [done[i] for i in range(len(answers))], sampler
+
+
+def test_without_an_environment_a_rollout_is_one_turn() -> None:
+    (first, second), sampler = play([[3], [60]], None)
+    assert first.stop_reason is StopReason.EOS and first.token_ids.tolist() == [10, 11, 12, END]
+    assert second.stop_reason is StopReason.LENGTH and len(second.token_ids) == LIMIT
+    assert first.loss_mask.all() and first.reward is None and first.policy_version == 7
+    requests = make_requests([prompt(0), prompt(1)], rollouts_per_prompt=1, seed=3)
+    assert [seed for _, _, seed, _ in sampler.seen] == [r.seed for r in requests]
+    [long], _ = play([[60]], None, prompt_length=CONTEXT - 8)
+    assert long.stop_reason is StopReason.CONTEXT and len(long.token_ids) == 8
+
+
+def test_turns_are_appended_and_masked() -> None:
+    (rollout, other), sampler = play([[3, 2, 1], [1]], [["go", "go", "done"], ["done"]])
+    turns = [[10, 11, 12, END], [10, 11, END], [10, END]]
+    said = [90] * 6  # two messages of three tokens
+    assert rollout.token_ids.tolist() == [*turns[0], *said, *turns[1], *said, *turns[2]]
+    wanted = [True] * 4 + [False] * 6 + [True] * 3 + [False] * 6 + [True] * 2
+    assert rollout.loss_mask.tolist() == wanted
+    assert (rollout.log_probs[~rollout.loss_mask] == 0).all() and (rollout.log_probs[rollout.loss_mask] < 0).all()
+    assert (rollout.stop_reason, rollout.reward) == (StopReason.EOS, 3.0)
+    assert (other.stop_reason, other.reward) == (StopReason.EOS, 1.0)
+    mine = [(ids, seed) for key, ids, seed, _ in sampler.seen if key == 0]
+    head = list(range(5))
+    assert [ids for ids, _ in mine] == [head, [*head, *turns[0], *said], [*head, *turns[0], *said, *turns[1], *said]]
+    base = mine[0][1]
+    assert [seed for _, seed in mine] == [turn_seed(base, t) for t in range(3)] and len({s for _, s in mine}) == 3
+    [first] = [e for e in ScriptedEnvironment.made if len(e.answers) == 3]
+    assert [a.turn for a in first.answers] == [0, 1, 2] and first.answers[0].text == "klm"
+    assert len(first.answers[0].calls.calls) == 2, "several calls in one answer"
+    assert len(ScriptedEnvironment.made) == 2 and all(e.num_resets == 1 for e in ScriptedEnvironment.made)
+    assert all(e.closed.wait(5) for e in ScriptedEnvironment.made)
+
+
+@pytest.mark.parametrize(
+    ("answers", "script", "reason", "reward"),
+    [
+        ([1, 1, 1, 1, 1], ["go"] * 5, StopReason.TURNS, 4.0),
+        ([60], ["done"], StopReason.LENGTH, 0.0),  # cut off: the environment never saw it
+        ([33, 1], ["go", "done"], StopReason.LENGTH, 1.0),  # six tokens of tool output do not fit
+        ([30, 60], ["go", "done"], StopReason.LENGTH, 1.0),
+        ([1, 1], ["raise", "done"], StopReason.TOOL_FAILED, 0.0),
+        ([1, 1], ["slow", "done"], StopReason.TOOL_TIMEOUT, 0.0),
+    ],
+)
+def test_ends_are_data_and_stay_in_their_rollout(
+    answers: list[int], script: list[str], reason: StopReason, reward: float
+) -> None:
+    (rollout, neighbour), _ = play([answers, [1, 1]], [script, ["go", "done"]], timeout_seconds=0.3)
+    assert (rollout.stop_reason, rollout.reward) == (reason, reward)
+    assert len(rollout.token_ids) <= LIMIT and rollout.loss_mask[-1], "no tool output at the end"
+    assert (neighbour.stop_reason, neighbour.reward) == (StopReason.EOS, 2.0)
+
+
+def test_context_that_is_full_ends_a_conversation() -> None:
+    [rollout], _ = play([[1, 1]], [["go", "done"]], prompt_length=CONTEXT - 8)
+    assert rollout.stop_reason is StopReason.CONTEXT and len(rollout.token_ids) == 2
