@@ -559,7 +559,7 @@ def _sections(quick: bool, peers: str) -> list[Section]:
     sections = []
     for vocab in vocabularies:
         base = Task(case="", num_tokens=tokens, vocab=vocab, repeats=5 if vocab < 100_000 else 3, peers=peers)
-        size, linear = f"N={tokens} V={vocab}", replace(base, hidden=hidden, repeats=3 if vocab < 100_000 else 2)
+        size, linear = f"N={tokens} V={vocab}", replace(base, hidden=hidden, repeats=3 if vocab < 100_000 else 1)
         sections += [Section(f"logits {size} {dt}", "verl", _tasks(base, _FROM_LOGITS, dtype=dt)) for dt in _DTYPES]
         sections += [
             Section(f"logits {size} fp32 gloo TP={tp}", "verl", _tasks(base, _FROM_LOGITS[1:], tp=tp)) for tp in (2, 4)
