@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ from megatron_rest.ops import (
 
 _CLIP_LOW, _CLIP_HIGH, _ENTROPY_COEF = 0.2, 0.28, 0.01
 _CHECKED_ROWS = 16
+_SMALL_BLOCK = 256  # rows: the low-memory form of the fused heads on a GPU
 # Against float64 of the same operands: absolute for results, relative for gradients.  Loose enough for entropies that
 # are not centred (1e-4 at V=152k) and for bf16 gradients; a wrong formula is off by far more.
 _LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
@@ -90,6 +92,17 @@ def _load_file(package: str, path: str) -> Any:
     raise ModuleNotFoundError(f"{package} is not installed")
 
 
+def _verl_kernels() -> Any:
+    """verl's Triton projection; its packages enter as bare folders, because their ``__init__`` needs ray."""
+    for name in ("verl", "verl.utils"):
+        if name not in sys.modules:
+            folders = [str(Path(folder or ".") / name.replace(".", "/")) for folder in sys.path]
+            module = types.ModuleType(name)
+            module.__path__ = [folder for folder in folders if Path(folder).is_dir()]
+            sys.modules[name] = module
+    return importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+
+
 def _megatron_tensor_parallel(tp: int) -> Any:
     from megatron.core import parallel_state, tensor_parallel
 
@@ -117,6 +130,10 @@ def _logits_head(task: Task) -> LogitsHead:
             return log_p.gather(1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
         return naive
+    if task.case == "transformer-engine CE, log-prob only":
+        engine = importlib.import_module("transformer_engine.pytorch.cross_entropy")
+        group = dist.group.WORLD if task.tp > 1 else None
+        return lambda z, y: (-engine.parallel_cross_entropy(z[None], y[None], 0.0, False, group)[0], None)
     tensor_parallel = _megatron_tensor_parallel(task.tp)
     if task.case == "megatron-core CE, log-prob only":
         return lambda z, y: (-tensor_parallel.vocab_parallel_cross_entropy(z.float(), y), None)
@@ -424,7 +441,7 @@ def _ours(task: Task) -> LinearHead:
         else:
             loss = policy_step(
                 hidden, weight, problem.labels, problem.loss, active_rows=rows, main_grad_scale=1.0,
-                fp8_gradients="fp8" in task.case,
+                fp8_gradients="fp8" in task.case, block_size=_SMALL_BLOCK if "small blocks" in task.case else None,
             ).loss_sum  # fmt: skip
         loss.backward()
         assert hidden.grad is not None
@@ -474,6 +491,9 @@ def _linear_head(task: Task) -> LinearHead:
             return log_p.gather(1, y[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
         return _by_autograd(naive)
+    if task.case == "verl fused triton":
+        kernels = _verl_kernels()
+        return _by_autograd(lambda x, w, y: kernels.linear_cross_entropy(x, w, y, 1.0, "none"))
     assert task.case == "verl fused torch", task.case
     verl = _load_file("verl", "utils/experimental/torch_functional.py")
     return _by_autograd(lambda x, w, y: verl.FusedLinearForPPOFunction.apply(x, w, y, 1.0, 512))
@@ -639,31 +659,58 @@ class _DeviceClock:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
+    def waits(self, call: Callable[[], Any]) -> bool | None:
+        """Whether the call makes the host wait for the device."""
+        if not self.is_cuda:
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return False
 
-def _gpu_logits(num_tokens: int, vocab: int, device: torch.device) -> tuple[dict[str, Callable[[], Any]], list[str]]:
-    """Timed calls of the heads on bf16 logits, after each was checked; and what could not be run."""
+
+@dataclass
+class _GpuCases:
+    """Calls to time, each after its check; what the check found; and what could not be run."""
+
+    calls: dict[str, Callable[[], Any]]
+    errors: dict[str, dict[str, float]]
+    missing: list[str]
+
+
+def _gpu_logits(num_tokens: int, vocab: int, device: torch.device) -> _GpuCases:
+    """The heads on bf16 logits."""
     gen = torch.Generator(device).manual_seed(0)
     logits = (torch.randn(num_tokens, vocab, generator=gen, device=device, dtype=torch.float32) * 3).bfloat16()
     g, h = (torch.randn(num_tokens, generator=gen, device=device) for _ in range(2))
     problem = _LogitsProblem(logits, torch.randint(0, vocab, (num_tokens,), generator=gen, device=device), g, h * 0.1)
     small = problem.head(_CHECKED_ROWS)
-    calls, missing = {}, []
-    for case in ("ours", "verl", "naive torch"):
+    cases = _GpuCases({}, {}, [])
+    for case in ("ours", "verl", "megatron-core CE, log-prob only", "transformer-engine CE, log-prob only",
+                 "naive torch"):  # fmt: skip
         task = Task(case=case, num_tokens=num_tokens, vocab=vocab, dtype="bf16")
         try:
             head = _logits_head(task)
-            _refuse_wrong(task, small.errors(small.run(head, small.logits.clone()), 1, 0))
-        except (ImportError, ArithmeticError) as error:
-            missing.append(f"{case}: {type(error).__name__}: {error}")
+            cases.errors[case] = small.errors(small.run(head, small.logits.clone()), 1, 0)
+            _refuse_wrong(task, cases.errors[case])
+        except Exception as error:  # noqa: BLE001  a peer that fails is a line of the table
+            cases.missing.append(f"{case}: {type(error).__name__}: {error}")
             continue
-        buffer = logits if case != "ours" else logits.clone()  # ours writes its gradient over them: a copy of its own
-        calls[case] = lambda head=head, buffer=buffer: problem.run(head, buffer)
-    return calls, missing
+        # these write their gradient over the logits: a copy of their own
+        buffer = logits.clone() if case in ("ours", "transformer-engine CE, log-prob only") else logits
+        cases.calls[case] = lambda head=head, buffer=buffer: problem.run(head, buffer)
+    return cases
 
 
-def _gpu_linear(
-    num_tokens: int, hidden: int, vocab: int, device: torch.device
-) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+def _gpu_linear(num_tokens: int, hidden: int, vocab: int, device: torch.device) -> _GpuCases:
+    """The heads on bf16 hidden states, beside the three bare products."""
     gen = torch.Generator(device).manual_seed(0)
 
     def problem(n: int, active: float = 1.0) -> _LinearProblem:
@@ -682,27 +729,29 @@ def _gpu_linear(
     main_grad = torch.zeros(vocab, hidden, device=device)
     full, sparse, small = problem(num_tokens), problem(num_tokens, 0.2), problem(4 * _CHECKED_ROWS)
     block = torch.empty(num_tokens, vocab, dtype=torch.bfloat16, device=device)
-    calls: dict[str, Callable[[], Any]] = {
+    products: dict[str, Callable[[], Any]] = {
         "bare product, forward": lambda: torch.mm(full.hidden, weight.t(), out=block),
         "bare product, d_hidden": lambda: torch.mm(block, weight),
         "bare product, d_weight": lambda: torch.mm(block.t(), full.hidden),
     }
-    missing = []
-    for case in ("ours policy_step", "ours recompute", "ours policy_step, active rows", "ours policy_step, fp8",
-                 "verl fused torch"):  # fmt: skip
+    cases = _GpuCases(products, {}, [])
+    for case in ("ours policy_step", "ours policy_step, small blocks", "ours recompute",
+                 "ours policy_step, active rows", "ours policy_step, fp8", "verl fused triton", "verl fused torch",
+                 ):  # fmt: skip
         task = Task(case=case, num_tokens=num_tokens, vocab=vocab, hidden=hidden, dtype="bf16")
         try:
             head = _linear_head(task)
             limit = 6e-2 if "fp8" in case else _LIMITS["bf16"]
-            wrong = {k: e for k, e in small.errors(head(small, main_grad)).items() if not e <= limit}
+            cases.errors[case] = small.errors(head(small, main_grad))
+            wrong = {k: e for k, e in cases.errors[case].items() if not e <= limit}
             if wrong:
                 raise ArithmeticError(f"disagrees with float64, not timed: {wrong}")
-        except (ImportError, ArithmeticError, RuntimeError) as error:
-            missing.append(f"{case}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001  a peer that fails is a line of the table
+            cases.missing.append(f"{case}: {type(error).__name__}: {error}")
             continue
         rows = sparse if "active rows" in case else full
-        calls[case] = lambda head=head, rows=rows: head(rows, main_grad)
-    return calls, missing
+        cases.calls[case] = lambda head=head, rows=rows: head(rows, main_grad)
+    return cases
 
 
 def _gpu_rows(
@@ -716,7 +765,7 @@ def _gpu_rows(
     print(f"copy bandwidth {2 * source.nbytes / copied / 1e6:.0f} GB/s")
     results.append({"section": "copy", "case": "copy", "ms": [copied], "bytes": 2 * source.nbytes})
     source = target = torch.empty(0)
-    plans: list[tuple[str, Callable[[], tuple[dict[str, Callable[[], Any]], list[str]]], float]] = []
+    plans: list[tuple[str, Callable[[], _GpuCases], float]] = []
     for n, vocab in logits_sizes:
         plans.append((f"logits bf16 N={n} V={vocab}", lambda n=n, v=vocab: _gpu_logits(n, v, device), 6.0 * n * vocab))
     for n, hidden, vocab in linear_sizes:
@@ -726,9 +775,11 @@ def _gpu_rows(
         if time.monotonic() - begin > _GPU_SECONDS:
             print(f"\n== {title}\n   not measured: out of time")
             continue
-        calls, missing = prepare()
-        print(f"\n== {title}\n   {'case':34s} {'best ms':>9s} {'median':>9s} {'extra MiB':>10s}")
+        cases = prepare()
+        calls = cases.calls
+        print(f"\n== {title}\n   {'case':36s} {'best ms':>9s} {'median':>9s} {'extra MiB':>10s} {'waits':>6s}  errors")
         peaks = {case: clock.peak(call) for case, call in calls.items()}  # also the warm-up
+        waits = {case: clock.waits(call) for case, call in calls.items()}
         times: dict[str, list[float]] = {case: [] for case in calls}
         for _ in range(repeats):
             for case, call in calls.items():
@@ -736,12 +787,19 @@ def _gpu_rows(
         for case, samples in times.items():
             peak = "-" if peaks[case] is None else f"{peaks[case] / 2**20:.0f}"
             speed = f"  {traffic / min(samples) / 1e6:.0f} GB/s of 6 B a logit" if traffic and case == "ours" else ""
-            print(f"   {case:34s} {min(samples):9.3f} {statistics.median(samples):9.3f} {peak:>10s}{speed}", flush=True)
-            results.append({"section": title, "case": case, "ms": samples, "extra_bytes": peaks[case]})
-        for line in missing:
+            found = cases.errors.get(case, {})
+            errors = "  ".join(f"{name} {error:.1e}" for name, error in found.items()) + speed
+            waited = {True: "yes", False: "no", None: "-"}[waits[case]]
+            timed = f"{min(samples):9.3f} {statistics.median(samples):9.3f}"
+            print(f"   {case:36s} {timed} {peak:>10s} {waited:>6s}  {errors}", flush=True)
+            results.append(
+                {"section": title, "case": case, "ms": samples, "extra_bytes": peaks[case], "waits": waits[case]}
+                | {"errors": found}
+            )
+        for line in cases.missing:
             print(f"   not measured: {line}")
             results.append({"section": title, "error": line})
-        del calls
+        del calls, cases
         gc.collect()
         if clock.is_cuda:
             torch.cuda.empty_cache()
@@ -774,7 +832,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="measure on one CUDA device instead, within 8 minutes")
     parser.add_argument("--json", default="", help="write every sample to this file, beside sections that it holds")
     parser.add_argument("--report", default="", help="print the tables of such a file, and measure nothing")
-    parser.add_argument("--only", default="", help="run the sections whose title contains this")
+    parser.add_argument("--only", default="", help="run the section of this title, or all that contain it")
     parser.add_argument("--peers", default="", help="folder of peers installed with pip --no-deps --target")
     for hidden_option in ("--worker", "--store", "--rank"):
         parser.add_argument(hidden_option, default="", help=argparse.SUPPRESS)
@@ -792,7 +850,9 @@ def main() -> None:
     machine = _machine()
     kept = _rows_of(args.json, machine)
     print(f"CPU only, {machine}; GPU rows: not measured")
-    for section in _sections(args.quick, args.peers):
+    sections = _sections(args.quick, args.peers)
+    exact = [section for section in sections if section.title == args.only]
+    for section in exact or sections:
         if args.only in section.title:
             rows = [{"section": section.title, "reference": section.reference, **_run(task)} for task in section.tasks]
             _print(rows)

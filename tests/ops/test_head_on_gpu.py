@@ -123,4 +123,6 @@ def test_the_hot_path_never_waits_for_the_device(no_host_sync: None) -> None:
     vocab_parallel_log_probs_and_entropy(hidden @ weight.t(), labels, consume=True).log_probs.sum().backward()
     linear_log_probs_and_entropy(hidden, weight, labels).entropy.sum().backward()
     policy_step(hidden, weight, labels, loss).loss_sum.backward()
+    rows = torch.arange(0, 64, 3)  # on the CPU, as packing leaves them
+    policy_step(hidden, weight, labels, loss, active_rows=rows).loss_sum.backward()
     assert hidden.grad is not None and weight.grad is not None

@@ -10,7 +10,7 @@ import tempfile
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: the projection kernel cannot be tested here")
+pytest.importorskip("triton", reason="no triton (requirements/ci.txt): the projection is not tested")
 
 from tests.ops.test_triton_rows import in_a_process
 

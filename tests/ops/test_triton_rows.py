@@ -14,7 +14,7 @@ import tempfile
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="triton is not installed: the CUDA row kernels cannot be tested here")
+triton = pytest.importorskip("triton", reason="no triton (requirements/ci.txt): the row kernels are not tested")
 
 _SM90_SHARED_BYTES = 227 * 1024
 
