@@ -75,6 +75,7 @@ class Task:
     tp: int = 1
     active: float = 1.0  # share of rows that carry loss
     repeats: int = 3
+    warm_ups: int = 1
     peers: str = ""
 
 
@@ -323,14 +324,14 @@ def _measure_logits(task: Task, rank: int) -> dict[str, Any]:
     _refuse_wrong(task, errors)
     buffer = torch.empty_like(problem.logits)
     samples = []
-    for _ in range(task.repeats + 1):
+    for _ in range(task.warm_ups + task.repeats):
         buffer.copy_(problem.logits)  # some heads destroy their input
         if task.tp > 1:
             dist.barrier()
         with CountCollectives() as collectives, Meter() as meter:
             forward = problem.run(head, buffer, meter)[-1]
         samples.append((forward, meter.seconds - forward, meter.extra))
-    samples = samples[1:]
+    samples = samples[task.warm_ups :]
     logits_bytes = problem.logits.numel() * problem.logits.element_size()
     return {
         "forward_s": [s[0] for s in samples],
@@ -505,18 +506,19 @@ def _measure_linear(task: Task) -> dict[str, Any]:
     errors = small.errors(head(small, torch.zeros(small.weight.shape)))
     _refuse_wrong(task, errors)
     problem = _LinearProblem.create(task)
-    main_grad = torch.zeros(problem.weight.shape)
+    main_grad = torch.empty(problem.weight.shape).zero_()  # its pages exist
     samples = []
-    for _ in range(task.repeats + 1):
+    for _ in range(task.warm_ups + task.repeats):
         with Meter() as meter:
             results = head(problem, main_grad)
         samples.append((meter.seconds, meter.extra))
         del results
+    samples = samples[task.warm_ups :]
     logits_bytes = task.num_tokens * task.vocab * problem.hidden.element_size()
     return {
-        "forward_s": [s[0] for s in samples[1:]],
-        "backward_s": [0.0 for _ in samples[1:]],  # one region: some heads differentiate in their forward pass
-        "extra_over_logits": max(s[1] for s in samples[1:]) / logits_bytes,
+        "forward_s": [s[0] for s in samples],
+        "backward_s": [0.0 for _ in samples],  # one region: some heads differentiate in their forward pass
+        "extra_over_logits": max(s[1] for s in samples) / logits_bytes,
         "collectives": 0,
         "bytes_per_logit": None,
         "errors": errors,
@@ -579,13 +581,16 @@ def _sections(quick: bool, peers: str) -> list[Section]:
     sections = []
     for vocab in vocabularies:
         base = Task(case="", num_tokens=tokens, vocab=vocab, repeats=5 if vocab < 100_000 else 3, peers=peers)
-        size, linear = f"N={tokens} V={vocab}", replace(base, hidden=hidden, repeats=3 if vocab < 100_000 else 1)
+        is_long = vocab > 100_000  # up to a minute a run: one, whose libraries the check has warmed up
+        linear = replace(base, hidden=hidden, repeats=1 if is_long else 2, warm_ups=0 if is_long else 1)
+        size = f"N={tokens} V={vocab}"
         sections += [Section(f"logits {size} {dt}", "verl", _tasks(base, _FROM_LOGITS, dtype=dt)) for dt in _DTYPES]
         sections += [
             Section(f"logits {size} fp32 gloo TP={tp}", "verl", _tasks(base, _FROM_LOGITS[1:], tp=tp)) for tp in (2, 4)
         ]
         title = f"linear {size} H={hidden} fp32"
-        sections.append(Section(title, "verl fused torch", _tasks(linear, _FROM_HIDDEN)))
+        cases = ("verl fused torch", "ours recompute", "ours policy_step") if is_long else _FROM_HIDDEN
+        sections.append(Section(title, "verl fused torch", _tasks(linear, cases)))
         title, reference = f"{title}, 20 % of the rows carry loss", "ours policy_step"
         sections.append(Section(title, reference, _tasks(linear, _FROM_SPARSE_ROWS, active=0.2)))
     return sections
