@@ -25,6 +25,7 @@ new row starts after seven minutes.  GPU numbers come from a GPU only: nothing h
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -165,6 +166,7 @@ class Meter:
 
     def __enter__(self) -> Meter:
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # else the region may grow into memory that an earlier one left resident
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         self._resident = _memory("VmRSS")
         self._begin = time.process_time()
