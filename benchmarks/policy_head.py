@@ -582,8 +582,8 @@ def _sections(quick: bool, peers: str) -> list[Section]:
     tokens, vocabularies, hidden = (256, (32768,), 256) if quick else (2048, (32768, 151936), 1024)
     sections = []
     for vocab in vocabularies:
-        base = Task(case="", num_tokens=tokens, vocab=vocab, repeats=5 if vocab < 100_000 else 3, peers=peers)
-        is_long = vocab > 100_000  # up to a minute a run: one, whose libraries the check has warmed up
+        is_long = vocab > 100_000  # heads take up to a minute a run: one, whose libraries the check has warmed up
+        base = Task(case="", num_tokens=tokens, vocab=vocab, repeats=2 if is_long else 5, peers=peers)
         linear = replace(base, hidden=hidden, repeats=1 if is_long else 2, warm_ups=0 if is_long else 1)
         size = f"N={tokens} V={vocab}"
         sections += [Section(f"logits {size} {dt}", "verl", _tasks(base, _FROM_LOGITS, dtype=dt)) for dt in _DTYPES]
