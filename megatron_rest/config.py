@@ -441,9 +441,10 @@ class WeightSyncConfig:
     """Training shards into the engine."""
 
     transport: str = "local"
-    """local (engine in the trainer's process); others are named by the weight_sync package."""
+    """local (engine in the trainer's process); gloo (engine processes, each worker gets its slices), nccl_p2p (the same
+    over NCCL); broadcast (engine processes, everything to every worker)."""
     bucket_bytes: int = 64 << 20
-    """Tensors travel in buckets of about this size."""
+    """Tensors travel in buckets or messages of about this size."""
     canary_tolerance: float | None = None
     """Largest |log-prob difference| between engine and trainer on the canary after a sync, nats; null = 1e-3 if both
     compute in float32, else 0.1 (16-bit rounding alone makes up to 0.06)."""

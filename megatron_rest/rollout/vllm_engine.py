@@ -223,6 +223,10 @@ class VllmEngine:
 
     # What a weight transfer calls (megatron_rest.weight_sync.sync.SyncTarget) -------------------------------------
 
+    def weight_layout(self) -> list[dict[str, Any]]:
+        """How each worker cuts the model, and the parameters that it loads."""
+        return list(self._open().collective_rpc("weight_layout"))
+
     def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Connect the workers' transfer engine; backend-specific arguments."""
         self._open().init_weight_transfer_engine({"init_info": init_info})

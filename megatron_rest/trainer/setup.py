@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
 from megatron_rest.data.alignment import PackingAlignment, packing_alignment
@@ -110,7 +111,7 @@ def make_batch(parts: PolicyParts, samples: Sequence[TrainSample], *, max_tokens
 
 
 def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype | None = None) -> MegatronWeightSource:
-    """Full HF tensors out of this policy's shards."""
+    """This policy's shards, for whole HF tensors and for transfers by slices, in which all ranks take part."""
     context = parts.context
     return MegatronWeightSource(
         parts.policy.named_shards,
@@ -118,6 +119,8 @@ def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype |
         parts.shape,
         tp_group=context.tp_group if context.tp_size > 1 else None,
         pp_group=context.pp_group if context.pp_size > 1 else None,
+        ep_group=context.ep_group if context.ep_size > 1 else None,
+        all_ranks=dist.group.WORLD,
         bucket_bytes=bucket_bytes,
         dtype=dtype,
     )

@@ -1,8 +1,19 @@
 """Training shards into rollout engines, proved on every transfer (docs/weight_sync.md).
 
-source.py       Megatron shards -> full HF tensors on every rank, in layer order
-digest.py       128 bits that change when any byte does
 sync.py         one verified transfer: push, compare, resend once, or stop and name the tensor
-gloo.py         sender to engines in processes of their own
-vllm_plugin.py  the receiving side, inside vLLM's worker (the only module here that imports vLLM)
+transport.py    what an engine offers and what a way of transferring promises
+
+layouts.py      where pieces of HF tensors lie in Megatron's shards and in vLLM's parameters
+plan.py         who sends which bytes to whom, as data
+slices.py       a plan carried out: packing, sending, receiving, putting together
+sliced.py       transports gloo and nccl_p2p: layouts -> plans -> groups -> transfers by slices
+links.py        bytes between two processes
+
+source.py       Megatron shards -> full HF tensors on every rank, in layer order
+stream.py       transport local, and what it shares with broadcast: whole tensors
+broadcast.py    transport broadcast: everything to every worker
+
+limits.py       how fast it can be, from the rates of links (command plan-sync; no torch)
+digest.py       128 bits that change when any byte does
+vllm_plugin.py  the receiving side, inside vLLM's worker
 """

@@ -1,15 +1,19 @@
-"""The receiving side of a transfer, inside vLLM's worker: the transfer engines ``local`` and ``gloo``.
+"""The receiving side of a transfer, inside vLLM's worker: its transfer engines, one for each transport of ours.
 
-vLLM finds :func:`register` through the ``vllm.general_plugins`` entry point, in every process it starts.  Both engines
-take full tensors under HF names and load them through vLLM's layerwise reload (which cuts them for TP, quantises and
-packs them, and keeps addresses), with two repairs that are needed on CPU and do nothing elsewhere:
+vLLM finds :func:`register` through the ``vllm.general_plugins`` entry point, in every process it starts.  All load
+through vLLM's layerwise reload, which quantises and packs, and keeps addresses:
+
+* whole tensors under HF names go through the model's own ``load_weights``, which cuts them for TP;
+* slices are a worker's parameters as its weight loaders would have left them, before packing.  For the time of an
+  update such a parameter's loader is a plain copy; when a layer's parameters are complete vLLM processes it as ever.
+
+Two repairs are needed on CPU and do nothing elsewhere:
 
 * a tied ``lm_head`` owns a packed copy of the embedding that a reload leaves as it was: it is packed again;
 * the MoE kernel packs its weights when it is first built only: it is dropped before a reload, and built anew.
 
-Without them logits are silently those of the old head, or garbage.  Each tensor's digest is computed here over the
-very bytes handed to ``load_weights``; the sender fetches the digests (:class:`WorkerExtension`) and compares them
-with its own.
+Without them logits are silently those of the old head, or garbage.  Digests are computed here over the very bytes that
+came; the sender fetches them (:class:`WorkerExtension`) and compares them with its own.
 
 Only vLLM's worker-side base class is used; it has been the same since 0.25.
 """
@@ -29,10 +33,18 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from megatron_rest.weight_sync.broadcast import bucket_ranges, num_bytes
 from megatron_rest.weight_sync.digest import digest
-from megatron_rest.weight_sync.gloo import bucket_ranges, join_group, num_bytes
+from megatron_rest.weight_sync.links import join_group, open_link
+from megatron_rest.weight_sync.slices import MessageDigests, SliceReceiver, receive_schedule
 
-__all__ = ["GlooWeightTransferEngine", "LocalWeightTransferEngine", "WorkerExtension", "register"]
+__all__ = [
+    "BroadcastWeightTransferEngine",
+    "LocalWeightTransferEngine",
+    "SliceWeightTransferEngine",
+    "WorkerExtension",
+    "register",
+]
 
 
 class _ReloadEngine(WeightTransferEngine):
@@ -47,6 +59,10 @@ class _ReloadEngine(WeightTransferEngine):
         self.digests, self.loaded = {}, set()
         _drop_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
+
+    def report(self) -> dict[str, Any]:
+        """What the last pass brought, and parameters that it left at their old values."""
+        return {"digests": dict(self.digests), "missing": self.missing()}
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -100,7 +116,7 @@ class LocalWeightTransferEngine(_ReloadEngine):
 
 
 @dataclass(kw_only=True)
-class GlooInitInfo(WeightTransferInitInfo):
+class BroadcastInitInfo(WeightTransferInitInfo):
     master_address: str
     master_port: int
     rank_offset: int  # ranks before the first worker: the sender
@@ -110,31 +126,30 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
+class BroadcastUpdateInfo(WeightTransferUpdateInfo):
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
 
 
-class GlooWeightTransferEngine(_ReloadEngine):
-    """For engine processes without a common accelerator: buckets of bytes broadcast over a group of its own."""
+class BroadcastWeightTransferEngine(_ReloadEngine):
+    """Buckets of whole tensors, broadcast over a group of its own."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = BroadcastInitInfo
+    update_info_cls = BroadcastUpdateInfo
     group: Any = None
     bucket_bytes = 0
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        parallel = self.parallel_config
-        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+    def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
+        rank = init_info.rank_offset + _worker_index(self)
         self.bucket_bytes = init_info.bucket_bytes
         self.group = join_group(
             init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_seconds
         )
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: BroadcastUpdateInfo) -> None:
         if self.group is None:
-            raise RuntimeError("the gloo transfer engine is not connected: init_weight_transfer_engine comes first")
+            raise RuntimeError("the broadcast engine is not connected: init_weight_transfer_engine comes first")
         dtypes = [getattr(torch, name) for name in update_info.dtype_names]
         sizes = [num_bytes(shape, dtype) for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
         for indices in bucket_ranges(sizes, self.bucket_bytes):
@@ -151,23 +166,162 @@ class GlooWeightTransferEngine(_ReloadEngine):
         self.group = None
 
 
+@dataclass(kw_only=True)
+class SliceInitInfo(WeightTransferInitInfo):
+    master_address: str
+    master_port: int
+    rank_offset: int  # ranks before the first worker: the training ranks
+    world_size: int
+    timeout_seconds: int
+    backend: str
+
+
+@dataclass
+class SliceUpdateInfo(WeightTransferUpdateInfo):
+    detailed: bool  # a digest of every copy instead of one of every message
+
+
+class SliceWeightTransferEngine(_ReloadEngine):
+    """Each worker's own slices, from all training ranks, by the plan that these made."""
+
+    init_info_cls = SliceInitInfo
+    update_info_cls = SliceUpdateInfo
+    _receiver: SliceReceiver | None = None
+    _received: MessageDigests
+    _parameters: dict[str, Any]
+    _loaders: list[tuple[Any, Any]]
+
+    def init_transfer_engine(self, init_info: SliceInitInfo) -> None:
+        device = torch.device(self.device)
+        rank = init_info.rank_offset + _worker_index(self)
+        link = open_link(
+            init_info.backend,
+            init_info.master_address,
+            init_info.master_port,
+            rank,
+            init_info.world_size,
+            init_info.timeout_seconds,
+            device,
+        )
+        self._receiver = SliceReceiver(link, receive_schedule(link, device), device, self._put)
+
+    def start_weight_update(self) -> None:
+        super().start_weight_update()
+        if self._receiver is None:
+            raise RuntimeError("the engine has no schedule of slices: init_weight_transfer_engine comes first")
+        self._received, self._loaders = [], []
+        self._parameters = dict(self.model.named_parameters())
+        sliced = {t.name for t in self._receiver.schedule.tensors if not t.is_whole}
+        for prefix, module in self.model.named_modules():
+            self._take_slices(module, [p for n, p in module._parameters.items() if f"{prefix}.{n}" in sliced])
+
+    def receive_weights(self, update_info: SliceUpdateInfo) -> None:
+        assert self._receiver is not None
+        self._received = self._receiver.receive(detailed=update_info.detailed)
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        for parameter, loader in self._loaders:
+            parameter.weight_loader = loader
+        self._parameters, self._loaders = {}, []
+
+    def report(self) -> dict[str, Any]:
+        num_bytes = 0 if self._receiver is None else self._receiver.num_bytes
+        return {"digests": self._received, "missing": self.missing(), "num_bytes": num_bytes}
+
+    def shutdown(self) -> None:
+        self._receiver = None
+
+    def _put(self, name: str, tensor: Tensor, is_whole: bool) -> None:
+        if is_whole:
+            self.load([(name, tensor)])
+            return
+        parameter = self._parameters[name]
+        parameter.weight_loader(parameter, tensor)
+        self.loaded.add(name)
+
+    def _take_slices(self, module: torch.nn.Module, parameters: list[Any]) -> None:
+        """Let these parameters of ``module``, which wait for a reload, be loaded as they are."""
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        if not parameters:
+            return
+        for parameter in parameters:
+            self._loaders.append((parameter, layerwise._get_original_loader(parameter)))
+            parameter.weight_loader = _copy_slice
+        layerwise.initialize_online_processing(module)  # the reload watches the new loaders as it did the old ones
+
+
 class WorkerExtension:
     """Methods that vLLM's worker gains as RPCs (``worker_extension_cls``); no name may clash with a worker's own."""
 
     weight_transfer_engine: _ReloadEngine
 
     def received_weights(self) -> dict[str, Any]:
-        """Digests of what the last pass handed to the model, and parameters that it left as they were."""
-        engine = self.weight_transfer_engine
-        return {"digests": dict(engine.digests), "missing": engine.missing()}
+        """Digests of what the last pass brought, and parameters that it left as they were."""
+        return self.weight_transfer_engine.report()
+
+    def weight_layout(self) -> dict[str, Any]:
+        """How this worker cuts the model, and name, shape and data type of the parameters that its loaders fill."""
+        model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
+        return {"layout": _layout(model), "parameters": list(_loadable(model))}
 
 
 def register() -> None:
     """Entry point of vLLM's plugin loader; may be called several times in a process."""
     known = WeightTransferEngineFactory._registry
-    for name, engine in (("local", LocalWeightTransferEngine), ("gloo", GlooWeightTransferEngine)):
+    engines = {
+        "local": LocalWeightTransferEngine,
+        "broadcast": BroadcastWeightTransferEngine,
+        "gloo": SliceWeightTransferEngine,
+        "nccl_p2p": SliceWeightTransferEngine,  # "nccl" is vLLM's own: whole tensors from one rank
+    }
+    for name, engine in engines.items():
         if name not in known:
             WeightTransferEngineFactory.register_engine(name, engine)
+
+
+def _worker_index(engine: WeightTransferEngine) -> int:
+    parallel = engine.parallel_config
+    return int(parallel.data_parallel_index * parallel.world_size + parallel.rank)
+
+
+def _copy_slice(param: Tensor, loaded_weight: Tensor) -> None:
+    """Weight loader of a parameter whose slice comes ready to be used."""
+    param.data.copy_(loaded_weight)
+
+
+def _layout(model: torch.nn.Module) -> dict[str, Any]:
+    from vllm.distributed import parallel_state
+
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    layout: dict[str, Any] = {"tp_rank": tp_rank, "tp_size": tp_size, "experts": []}
+    for module in model.modules():
+        experts: Any = getattr(module, "moe_config", None)
+        if experts is None or not hasattr(module, "w13_weight"):
+            continue
+        parallel, global_to_local = experts.moe_parallel_config, getattr(module, "_expert_map", None)
+        ids = range(experts.num_experts) if global_to_local is None else global_to_local.tolist()
+        mine = {int(local): expert for expert, local in enumerate(ids) if local >= 0}
+        layout |= {
+            "expert_tp_rank": parallel.tp_rank,
+            "expert_tp_size": parallel.tp_size,
+            "experts": [mine[i] for i in sorted(mine)],
+        }
+        break
+    return layout
+
+
+def _loadable(model: torch.nn.Module) -> Iterator[tuple[str, list[int], str]]:
+    """Parameters as vLLM's weight loaders see them: what is packed or freed after loading is described as it was."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for prefix, module in model.named_modules():
+        before = get_layerwise_info(module).restore_metadata[0]
+        names = [n for n, p in module._parameters.items() if p is not None and (not before or n == "bias")]
+        for name, parameter in [*before.items(), *((n, module._parameters[n]) for n in names if n not in before)]:
+            yield f"{prefix}.{name}", list(parameter.shape), str(parameter.dtype).removeprefix("torch.")
 
 
 def _typed(part: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, to_megatron
+from megatron_rest.weight_sync.layouts import TrainingLayout, training_shards
 from megatron_rest.weight_sync.source import MegatronWeightSource
 from tests.helpers.distributed import run_distributed
+from tests.weight_sync.test_plan import shards_of
 
 CONFIG = {
     "model_type": "qwen3",
@@ -162,6 +164,55 @@ def check_traffic(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert traffic.needed <= traffic.moved <= 1.02 * traffic.needed
 
 
+def check_experts(rank: int, *, tp_size: int, pp_size: int, ep_size: int) -> None:
+    """Experts lie whole on one rank of every EP group, which may span TP and data-parallel ranks."""
+    shape = ModelShape.from_hf_config(
+        {**CONFIG, "model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 10, "num_experts_per_tok": 2}
+    )
+    layout = TrainingLayout(
+        tensor_parallel=tp_size,
+        pipeline_parallel=pp_size,
+        data_parallel=4 // tp_size // pp_size,
+        expert_parallel=ep_size,
+    )
+    stage_ranks = 4 // pp_size
+    ep_group = None
+    for begin in range(0, 4, ep_size):  # consecutive ranks of a stage
+        group = dist.new_group(range(begin, begin + ep_size))
+        ep_group = group if begin <= rank < begin + ep_size else ep_group
+    tp_group = pp_group = None
+    for begin in range(0, 4, tp_size):
+        group = dist.new_group(range(begin, begin + tp_size))
+        tp_group = group if begin <= rank < begin + tp_size and tp_size > 1 else tp_group
+    for column in range(stage_ranks if pp_size > 1 else 0):
+        group = dist.new_group(range(column, 4, stage_ranks))
+        pp_group = group if rank % stage_ranks == column else pp_group
+    state = full_state(shape, torch.float32)
+    shards = shards_of(shape, state, training_shards(shape, layout)[rank])
+    source = MegatronWeightSource(
+        lambda: shards,
+        parameter_map(shape),
+        shape,
+        tp_group=tp_group,
+        pp_group=pp_group,
+        ep_group=ep_group,
+        all_ranks=dist.group.WORLD,
+        bucket_bytes=2000,
+    )
+    got = dict(source)
+    assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
+    assert source.faults == [] and source.drifted == []
+    assert source.rank == rank and source.all_gather(rank) == [0, 1, 2, 3]
+    held = source.all_gather(source.holdings())
+    assert held == training_shards(shape, layout)
+    source.note_drift(source.all_gather(source.replica_digests(shards)))
+    assert source.drifted == []
+    if rank == 3:
+        shards[next(name for name in shards if name.endswith("router.weight"))][0] += 1
+    source.note_drift(source.all_gather(source.replica_digests(shards)))
+    assert len(source.drifted) == 1 and source.drifted[0].endswith("router.weight")
+
+
 def four_ranks(rank: int, world: int) -> str:
     """All layouts in one set of processes: starting them costs more than what they do."""
     check_traffic(rank, pytest.MonkeyPatch())
@@ -170,6 +221,9 @@ def four_ranks(rank: int, world: int) -> str:
     check_layout(rank, world, tp_size=2, chunks=[0, 1, 0, 1], tied=False, dtype=bf16, wire=bf16)  # virtual stages
     check_layout(rank, world, tp_size=4, chunks=[0], tied=False, dtype=f32, wire=bf16)
     check_layout(rank, world, tp_size=1, chunks=[0, 1, 2, 3], tied=True, dtype=f32, wire=f32)
+    check_experts(rank, tp_size=2, pp_size=2, ep_size=2)
+    check_experts(rank, tp_size=2, pp_size=1, ep_size=4)
+    check_experts(rank, tp_size=1, pp_size=2, ep_size=2)
     check_faults(rank)
     return "exact"
 

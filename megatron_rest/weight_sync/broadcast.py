@@ -1,4 +1,7 @@
-"""Transport ``gloo``: packed buckets of bytes, broadcast to the workers of an engine in processes of its own.
+"""Transport ``broadcast``: packed buckets of whole tensors to all workers of an engine in processes of its own.
+
+What most systems do: simple, needs to know nothing of how the engine cuts its weights, and moves everything to
+everybody.  The transport by slices (sliced.py) moves what is needed; this one stands beside it in the benchmark.
 
 The sender and every worker form one process group beside torch's default one.  Names, dtypes and shapes travel once,
 with vLLM's own RPC; both ends cut the stream into the same buckets from them, so no bucket needs a header.  The next
@@ -7,20 +10,20 @@ bucket is gathered and packed while the workers load the one before it.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from megatron_rest.weight_sync.links import free_port, join_group
+
 if TYPE_CHECKING:
     from megatron_rest.weight_sync.source import TensorMeta
-    from megatron_rest.weight_sync.sync import SyncTarget
+    from megatron_rest.weight_sync.transport import SyncTarget
 
-__all__ = ["GlooSender", "bucket_ranges", "join_group", "num_bytes"]
+__all__ = ["BroadcastSender", "bucket_ranges", "num_bytes"]
 
 _TIMEOUT_SECONDS = 600
 _SENDER = 0  # rank of the sender in the transfer's group; workers follow
@@ -46,18 +49,7 @@ def bucket_ranges(sizes: Sequence[int], limit: int) -> Iterator[range]:
         yield range(start, len(sizes))
 
 
-def join_group(address: str, port: int, rank: int, world_size: int, timeout_seconds: int) -> Any:
-    """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees."""
-    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
-
-    # Under torchrun torch's own rendezvous never opens a store (TORCHELASTIC_USE_AGENT_STORE): rank 0 brings one.
-    listening = socket.create_server((address, port)) if rank == 0 else None
-    return stateless_init_torch_distributed_process_group(
-        address, port, rank, world_size, "gloo", listen_socket=listening, timeout=timedelta(seconds=timeout_seconds)
-    )
-
-
-class GlooSender:
+class BroadcastSender:
     """The trainer's end; one rank of TP x PP holds it.
 
     Args:
@@ -76,7 +68,7 @@ class GlooSender:
 
     def connect(self, engine: SyncTarget) -> None:
         """Rendezvous with the engine's workers; both ends join the group at the same time."""
-        port, world_size = _free_port(self._address), 1 + engine.num_workers
+        port, world_size = free_port(self._address), 1 + engine.num_workers
         info = {
             "master_address": self._address,
             "master_port": port,
@@ -124,9 +116,3 @@ def _bytes_of(item: tuple[str, Tensor], expected: TensorMeta) -> Tensor:
     if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
         raise ValueError(f"the source yields {name} {tensor.dtype} {tuple(tensor.shape)}, but announced {expected}")
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

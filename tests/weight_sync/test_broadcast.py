@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rest.weight_sync.gloo import bucket_ranges, num_bytes
+from megatron_rest.weight_sync.broadcast import bucket_ranges, num_bytes
 from megatron_rest.weight_sync.sync import WeightSyncError
 from tests.weight_sync.test_sync import FP32_BAND, flip, gap_to, make_bench
 
@@ -28,7 +28,7 @@ def test_buckets_cover_everything_in_order() -> None:
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_engine_process_follows(tmp_path: Path, tensor_parallel: int) -> None:
     setting: dict[str, Any] = {"arch": "qwen3", "tied": True, "dtype": "float32", "random_weights": True}
-    bench = make_bench(tmp_path, transport="gloo", tensor_parallel=tensor_parallel, **setting)
+    bench = make_bench(tmp_path, transport="broadcast", tensor_parallel=tensor_parallel, **setting)
     try:
         for seed in (2, 3):
             bench.train(seed)

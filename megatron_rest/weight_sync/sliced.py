@@ -1,0 +1,244 @@
+"""Slices: every training rank sends every worker of every engine its part of the plan, nothing else moves.
+
+    connect   engines say how they are laid out, ranks say what they hold; everybody makes the same plans; the ranks
+              and one engine's workers meet in a process group of that engine; workers get their schedules
+    attempt   engines start an update, ranks send, engines finish; digests of all ranks and workers are compared on
+              every rank, so every rank knows the same faults by name
+
+Whatever breaks on one rank reaches the others in the next exchange between ranks; sends to a dead worker fail.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_rest.weight_sync.layouts import EngineTensor, WorkerLayout, engine_tensors, whole_tensors
+from megatron_rest.weight_sync.links import Link, free_port, open_link
+from megatron_rest.weight_sync.plan import SyncPlan, make_plan
+from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
+from megatron_rest.weight_sync.source import MegatronWeightSource
+from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
+
+__all__ = ["SliceTransport", "worker_tensors"]
+
+_TIMEOUT_SECONDS = 600
+_FIRST = 0  # the rank whose address and ports count
+
+
+@dataclass(frozen=True, slots=True)
+class _Hello:
+    """What a rank says before anything is planned."""
+
+    layout: list[dict[str, Any]] | None  # of its engine's workers
+    error: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What a rank says after an attempt."""
+
+    sent: dict[tuple[int, int], list[tuple[int, int]]]  # digests by (engine, position in its plan)
+    received: list[dict[str, Any]] | None  # of its engine's workers
+    num_bytes: int
+    replicas: list[tuple[str, tuple[int, int]]]
+
+
+class SliceTransport:
+    """Point-to-point transfer by plan.
+
+    Args:
+        source: the policy's shards; its ranks are the senders.
+        message_bytes: size at which a message is closed.
+        backend: ``gloo`` or ``nccl``: what links senders and workers.
+        timeout_seconds: how long either side waits for the other.
+    """
+
+    def __init__(
+        self,
+        source: MegatronWeightSource,
+        *,
+        message_bytes: int,
+        backend: str = "gloo",
+        timeout_seconds: int = _TIMEOUT_SECONDS,
+    ) -> None:
+        self._source = source
+        self._message_bytes = message_bytes
+        self._backend = backend
+        self._timeout_seconds = timeout_seconds
+        self.plans: list[SyncPlan] = []
+        """One for each engine, in the order of the ranks that own them."""
+        self._mine: int | None = None  # index of this rank's engine
+        self._sender: SliceSender | None = None
+
+    def connect(self, engine: SyncTarget | None) -> None:
+        """Raises ValueError when the layouts do not fit, ConnectionError when an engine cannot be reached."""
+        hellos: list[_Hello] = self._source.all_gather(_hello(engine))
+        if problems := [hello.error for hello in hellos if hello.error]:
+            raise ConnectionError(f"an engine did not say how it is laid out: {'; '.join(problems)}")
+        owners = [rank for rank, hello in enumerate(hellos) if hello.layout is not None]
+        held = self._source.all_gather(self._source.holdings())
+        self.plans, load = [], [0] * len(held)
+        for rank in owners:
+            layout = hellos[rank].layout
+            assert layout is not None
+            tensors, dtype = worker_tensors(self._source.shape, layout)
+            plan = make_plan(
+                self._source.shape, held, tensors, dtype=dtype, message_bytes=self._message_bytes, load=load
+            )
+            self.plans.append(plan)
+            load = [a + b for a, b in zip(load, plan.sent_by, strict=True)]
+        self._mine = owners.index(self._source.rank) if self._source.rank in owners else None
+        links = self._meet(engine, owners, hellos, len(held))
+        self._sender = SliceSender(self._source.rank, self.plans, links, len(held))
+
+    def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
+        """See :class:`~megatron_rest.weight_sync.transport.Transport`."""
+        assert self._sender is not None, "connect() comes first"
+        outcome = Outcome()
+        shards = self._source.local_shards()
+        replicas = self._source.replica_digests(shards)
+        try:
+            if engine is not None:
+                engine.start_weight_update()
+        except Exception as e:  # noqa: BLE001  raised by WeightSync after all ranks have agreed
+            outcome.error = e
+        if self._source.worst_of_ranks(int(outcome.error is not None)):
+            return outcome  # nobody may send to a worker that does not listen
+        sent, received = {}, None
+        started = time.perf_counter()
+        executor = ThreadPoolExecutor(1)  # workers load while this rank sends
+        try:
+            loading = None if engine is None else executor.submit(engine.update_weights, {"detailed": detailed})
+            sent = self._sender.send(shards, detailed=detailed, tamper=tamper)
+            if engine is not None and loading is not None:
+                loading.result()
+                outcome.transfer_seconds = time.perf_counter() - started
+                engine.finish_weight_update()
+                received = engine.received_weights()
+        except Exception as e:  # noqa: BLE001  as above
+            outcome.error = e
+        finally:
+            executor.shutdown(wait=False)
+        results = self._source.all_gather(_Result(sent, received, self._sender.num_bytes, replicas))
+        if not self._source.worst_of_ranks(int(outcome.error is not None)):
+            self._compare(outcome, results)
+        self._source.note_drift([result.replicas for result in results])
+        return outcome
+
+    def _compare(self, outcome: Outcome, results: Sequence[_Result]) -> None:
+        """Every digest of a sender with the worker's, every count of bytes with the plan's; on every rank alike."""
+        sent: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for result in results:
+            sent |= result.sent
+        engines = [result.received for result in results if result.received is not None]
+        for index, (plan, workers) in enumerate(zip(self.plans, engines, strict=True)):
+            for worker, report in enumerate(workers):
+                mine = [i for i, message in enumerate(plan.messages) if message.worker == worker]
+                for position, got in zip(mine, report["digests"], strict=True):
+                    expected = sent[index, position]
+                    outcome.wrong += _wrong_names(plan, position, expected, [tuple(value) for value in got])
+                outcome.wrong += [f"{name} (engine parameter that nothing was sent for)" for name in report["missing"]]
+                if report["num_bytes"] != plan.received_by()[worker]:
+                    outcome.wrong.append(
+                        f"worker {worker} of engine {index}: {report['num_bytes']} bytes came, "
+                        f"{plan.received_by()[worker]} were planned"
+                    )
+        outcome.wrong = list(dict.fromkeys(outcome.wrong))
+        outcome.num_bytes = sum(result.num_bytes for result in results)
+        outcome.num_tensors = sum(len(tensors) for plan in self.plans for tensors in plan.tensors)
+        outcome.checksum = hashlib.blake2b(
+            repr(sorted((key, digests[0]) for key, digests in sent.items())).encode(), digest_size=8
+        ).hexdigest()
+
+    def _meet(
+        self, engine: SyncTarget | None, owners: Sequence[int], hellos: Sequence[_Hello], num_sources: int
+    ) -> list[Link]:
+        """One transfer group an engine: sources first, then its workers; the workers get their schedules."""
+        # On one machine the loopback is enough, and no name has to resolve.
+        address = "127.0.0.1" if len({h.host for h in hellos}) == 1 else socket.gethostbyname(socket.gethostname())
+        offers = self._source.all_gather((address, [free_port(address) for _ in owners]))
+        address, ports = offers[_FIRST]
+        links: list[Link] = []
+        error: Exception | None = None
+        for index, (plan, port) in enumerate(zip(self.plans, ports, strict=True)):
+            world_size = num_sources + len(plan.tensors)
+            info = {
+                "master_address": address,
+                "master_port": port,
+                "rank_offset": num_sources,
+                "world_size": world_size,
+                "timeout_seconds": self._timeout_seconds,
+                "backend": self._backend,
+            }
+            executor = ThreadPoolExecutor(1)
+            try:
+                joining = None
+                if engine is not None and index == self._mine:
+                    joining = executor.submit(engine.init_weight_transfer, info)
+                rank, device = self._source.rank, self._source.device
+                links.append(open_link(self._backend, address, port, rank, world_size, self._timeout_seconds, device))
+                if rank == _FIRST:
+                    hand_out(plan, links[-1], num_sources)
+                if joining is not None:
+                    joining.result()
+            except Exception as e:  # noqa: BLE001  every rank hears of it below
+                error = e
+                break
+            finally:
+                executor.shutdown(wait=False)
+        if self._source.worst_of_ranks(int(error is not None)):
+            reason = error or "another rank reported a fault"
+            raise ConnectionError(f"training ranks and engines did not meet: {reason}") from error
+        return links
+
+
+def worker_tensors(shape: Any, layout: Sequence[Mapping[str, Any]]) -> tuple[list[list[EngineTensor]], torch.dtype]:
+    """What each worker of an engine takes, from what they say of themselves, and the data type that travels.
+
+    A parameter that a worker holds in the table's shape is taken in slices.  One with another shape or name (another
+    version of vLLM, a padded kernel) is taken whole, through vLLM's own loader, by all workers alike.
+    """
+    workers = [WorkerLayout(**{**entry["layout"], "experts": tuple(entry["layout"]["experts"])}) for entry in layout]
+    tables = [engine_tensors(shape, worker) for worker in workers]
+    shapes = [{name: tuple(size) for name, size, _ in entry["parameters"]} for entry in layout]
+    refused = {
+        tensor.name
+        for table, known in zip(tables, shapes, strict=True)
+        for tensor in table
+        if known.get(tensor.name) != tensor.shape
+    }
+    tensors = [whole_tensors(table, shape, lambda tensor: tensor.name not in refused) for table in tables]
+    dtypes = {getattr(torch, dtype) for entry in layout for _, _, dtype in entry["parameters"]}
+    # A router in float32 beside bfloat16 matrices: nothing may be rounded on the way.
+    return tensors, functools.reduce(torch.promote_types, dtypes)
+
+
+def _wrong_names(
+    plan: SyncPlan, position: int, expected: Sequence[tuple[int, int]], got: Sequence[tuple[int, ...]]
+) -> Iterator[str]:
+    message = plan.messages[position]
+    if tuple(expected[0]) == tuple(got[0]):
+        return
+    copies = zip(message.copies, expected[1:], got[1:], strict=False)
+    names = [plan.tensors[message.worker][copy.tensor].name for copy, a, b in copies if a != b]
+    yield from names or message_names(plan, message)  # without details any of its tensors may be the one
+
+
+def _hello(engine: SyncTarget | None) -> _Hello:
+    host = socket.gethostname()
+    if engine is None:
+        return _Hello(None, "", host)
+    try:
+        return _Hello(engine.weight_layout(), "", host)
+    except Exception as e:  # noqa: BLE001  every rank raises it
+        return _Hello(None, f"{type(e).__name__}: {e}", host)

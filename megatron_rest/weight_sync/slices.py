@@ -1,0 +1,307 @@
+"""A plan carried out: training ranks pack, cast and send; workers receive, check and put together.
+
+    rank:    slice -> cast -> pack -> digest -> send            two messages under way: packing overlaps sending
+    worker:  receive (the next ones are asked for already) -> digest -> scatter -> a complete tensor goes to the engine
+
+Nothing but the planned bytes travels: sender and worker know sizes and order from the plan, and the digests are
+compared afterwards, over another way.  A worker whose engine fails goes on receiving, so that no sender waits for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rest.weight_sync.digest import digest
+from megatron_rest.weight_sync.links import Link, Work
+from megatron_rest.weight_sync.plan import Copy, Message, SyncPlan, region
+
+__all__ = [
+    "MessageDigests",
+    "Schedule",
+    "ScheduledTensor",
+    "SliceReceiver",
+    "SliceSender",
+    "hand_out",
+    "message_names",
+    "receive_schedule",
+]
+
+_IN_FLIGHT = 2  # messages a sender has under way, and a worker asks for ahead
+_FIRST = 0  # the source that hands out schedules
+
+MessageDigests = list[list[tuple[int, int]]]
+"""For every message, in order: a digest of the whole; in a detailed pass one of each copy, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledTensor:
+    """An :class:`~megatron_rest.weight_sync.plan.EngineTensor` without its placements."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_whole: bool
+    covered: int  # elements that arrive; the others are padding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """What one worker has to know: its tensors, and the messages that fill them, in order."""
+
+    tensors: tuple[ScheduledTensor, ...]
+    messages: tuple[Message, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, plan: SyncPlan, worker: int) -> Schedule:
+        return cls(
+            tensors=tuple(ScheduledTensor(t.name, t.shape, t.is_whole, t.covered) for t in plan.tensors[worker]),
+            messages=tuple(message for message in plan.messages if message.worker == worker),
+            dtype=plan.dtype,
+        )
+
+    def to_json(self) -> str:
+        """Names and numbers: a worker unpickles nothing that comes over the wire."""
+        return json.dumps({
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tensors": [[t.name, t.shape, t.is_whole, t.covered] for t in self.tensors],
+            "messages": [
+                [m.source, m.worker, m.num_elements, [[c.tensor, c.start, c.size] for c in m.copies]]
+                for m in self.messages
+            ],
+        })  # fmt: skip
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """The inverse, but for what only the source needs of a copy."""
+        data = json.loads(text)
+        return cls(
+            tensors=tuple(ScheduledTensor(name, tuple(shape), *rest) for name, shape, *rest in data["tensors"]),
+            messages=tuple(
+                Message(source, worker, tuple(Copy("", (), t, tuple(at), tuple(n)) for t, at, n in copies), numel)
+                for source, worker, numel, copies in data["messages"]
+            ),
+            dtype=getattr(torch, data["dtype"]),
+        )
+
+
+def message_names(plan: SyncPlan, message: Message) -> list[str]:
+    """Tensors of the engine that a message writes to."""
+    return list(dict.fromkeys(plan.tensors[message.worker][copy.tensor].name for copy in message.copies))
+
+
+class SliceSender:
+    """One training rank's part of the plans of all engines.
+
+    Args:
+        rank: this rank's number among the sources.
+        plans: one for each engine.
+        links: one for each engine; in an engine's transfer group the sources come first, then its workers.
+        num_sources: training ranks.
+    """
+
+    def __init__(self, rank: int, plans: Sequence[SyncPlan], links: Sequence[Link], num_sources: int) -> None:
+        self._links, self._num_sources = links, num_sources
+        # One order that all ranks and workers agree on: position in the plan, then engine.
+        mine = [
+            (position, engine, plan.dtype, message, plan)
+            for engine, plan in enumerate(plans)
+            for position, message in enumerate(plan.messages)
+            if message.source == rank
+        ]
+        self._messages = sorted(mine, key=lambda entry: entry[:2])
+        self.num_bytes = 0
+        """Handed to the links in the last pass."""
+
+    def send(
+        self,
+        shards: Mapping[str, Tensor],
+        *,
+        detailed: bool = False,
+        tamper: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Send this rank's messages; digests by (engine, position in its plan).
+
+        ``tamper`` is fault injection, between digest and link.  Raises what a link raises, for instance because a
+        worker is gone.
+        """
+        digests: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        under_way: deque[tuple[int, Work, Tensor]] = deque()  # the engine, and what must live until the work is done
+        broken: dict[int, Exception] = {}
+        self.num_bytes = 0
+
+        def attempt(engine: int, action: Callable[[], Any]) -> Any:
+            try:
+                return action()
+            except Exception as error:  # noqa: BLE001  raised below: the other engines must not be left waiting
+                broken.setdefault(engine, error)
+
+        def finish_one() -> None:
+            engine, work, _ = under_way.popleft()
+            attempt(engine, work.wait)
+
+        for position, engine, dtype, message, plan in self._messages:
+            if engine in broken:
+                continue
+            packed = pack(message.copies, shards, dtype)
+            digests[engine, position] = _digests(packed, message.copies, dtype, detailed)
+            if tamper is not None:
+                packed = _tampered(packed, message, plan, tamper)
+            while len(under_way) >= _IN_FLIGHT:
+                finish_one()
+            target = self._num_sources + message.worker
+            work = attempt(engine, functools.partial(self._links[engine].send, packed, target))
+            if work is not None:
+                self.num_bytes += packed.numel()
+                under_way.append((engine, work, packed))
+        while under_way:
+            finish_one()
+        for error in broken.values():
+            raise error
+        return digests
+
+
+@dataclass(slots=True)
+class _Open:
+    """A tensor that is not complete yet."""
+
+    value: Tensor
+    left: int  # elements
+
+
+@dataclass(slots=True)
+class SliceReceiver:
+    """A worker's part: receives its messages and hands complete tensors to ``put``.
+
+    ``put(name, tensor, is_whole)`` gets memory that is its own.  Elements that no copy covers (padding) are zero.
+    """
+
+    link: Link
+    schedule: Schedule
+    device: torch.device
+    put: Callable[[str, Tensor, bool], None]
+    num_bytes: int = 0
+    """Taken from the link in the last pass."""
+    _open: dict[int, _Open] = field(default_factory=dict)
+
+    def receive(self, *, detailed: bool = False) -> MessageDigests:
+        """One pass over all messages.  Raises the first error of ``put`` when everything has been received."""
+        digests: MessageDigests = []
+        error: Exception | None = None
+        self.num_bytes = 0
+        self._open.clear()
+        for message, buffer, in_place in self._incoming():
+            self.num_bytes += buffer.numel()
+            digests.append(_digests(buffer, message.copies, self.schedule.dtype, detailed))
+            try:
+                self._scatter(message, None if in_place else buffer, hand_over=error is None)
+            except Exception as failure:  # noqa: BLE001  raised below: senders must get rid of their messages first
+                error = failure
+        if error is not None:
+            raise error
+        return digests
+
+    def _incoming(self) -> Iterator[tuple[Message, Tensor, bool]]:
+        """Messages as they arrive, and whether they arrived in the place where they belong."""
+        asked: deque[tuple[Message, Tensor, bool, Work]] = deque()
+        for message in self.schedule.messages:
+            buffer, in_place = self._place(message)
+            asked.append((message, buffer, in_place, self.link.receive(buffer, message.source)))
+            if len(asked) > _IN_FLIGHT:
+                yield _arrived(*asked.popleft())
+        while asked:
+            yield _arrived(*asked.popleft())
+
+    def _place(self, message: Message) -> tuple[Tensor, bool]:
+        if len(message.copies) == 1:
+            [copy] = message.copies
+            target = region(self._tensor(copy.tensor).value, copy.start, copy.size)
+            if target.is_contiguous():
+                return target.view(-1).view(torch.uint8), True
+        num_bytes = message.num_elements * self.schedule.dtype.itemsize
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device), False
+
+    def _tensor(self, index: int) -> _Open:
+        if index not in self._open:
+            wanted = self.schedule.tensors[index]
+            make = torch.empty if wanted.covered == torch.Size(wanted.shape).numel() else torch.zeros
+            value = make(wanted.shape, dtype=self.schedule.dtype, device=self.device)
+            self._open[index] = _Open(value, wanted.covered)
+        return self._open[index]
+
+    def _scatter(self, message: Message, buffer: Tensor | None, hand_over: bool) -> None:
+        """Put a message's copies in place, unless they are; complete tensors leave."""
+        parts = None if buffer is None else _parts(message.copies, buffer.view(self.schedule.dtype))
+        for copy in message.copies:
+            target = self._tensor(copy.tensor)
+            if parts is not None:
+                region(target.value, copy.start, copy.size).copy_(next(parts)[1])
+            target.left -= torch.Size(copy.size).numel()
+            if target.left == 0:
+                del self._open[copy.tensor]
+                if hand_over:
+                    wanted = self.schedule.tensors[copy.tensor]
+                    self.put(wanted.name, target.value, wanted.is_whole)
+
+
+def pack(copies: Sequence[Copy], shards: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The copies' elements one after another, cast to ``dtype``; uint8 [num_bytes] on the shards' device.
+
+    A copy that is alone, in one piece and of that type already is a view of the live parameter.
+    """
+    parts = [region(shards[copy.parameter].detach(), copy.source_start, copy.size) for copy in copies]
+    if len(parts) == 1 and parts[0].dtype is dtype and parts[0].is_contiguous():
+        return parts[0].view(-1).view(torch.uint8)
+    packed = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
+    for part, (_, target) in zip(parts, _parts(copies, packed), strict=True):
+        target.copy_(part)
+    return packed.view(torch.uint8)
+
+
+def _parts(copies: Sequence[Copy], packed: Tensor) -> Iterator[tuple[Copy, Tensor]]:
+    at = 0
+    for copy in copies:
+        numel = torch.Size(copy.size).numel()
+        yield copy, packed[at : at + numel].view(copy.size)
+        at += numel
+
+
+def _digests(packed: Tensor, copies: Sequence[Copy], dtype: torch.dtype, detailed: bool) -> list[tuple[int, int]]:
+    parts = _parts(copies, packed.view(dtype)) if detailed else ()
+    return [digest(packed), *(digest(part) for _, part in parts)]
+
+
+def _tampered(packed: Tensor, message: Message, plan: SyncPlan, tamper: Callable[[str, Tensor], Tensor]) -> Tensor:
+    tensors = plan.tensors[message.worker]
+    parts = [tamper(tensors[copy.tensor].name, part) for copy, part in _parts(message.copies, packed.view(plan.dtype))]
+    return torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
+
+
+def _arrived(message: Message, buffer: Tensor, in_place: bool, work: Work) -> tuple[Message, Tensor, bool]:
+    work.wait()
+    return message, buffer, in_place
+
+
+def hand_out(plan: SyncPlan, link: Link, num_sources: int) -> None:
+    """The first source tells every worker its schedule."""
+    for worker in range(len(plan.tensors)):
+        text = torch.frombuffer(bytearray(Schedule.of(plan, worker).to_json().encode()), dtype=torch.uint8)
+        length = torch.tensor([text.numel()], dtype=torch.int64).view(torch.uint8)
+        link.send(length, num_sources + worker).wait()
+        link.send(text, num_sources + worker).wait()
+
+
+def receive_schedule(link: Link, device: torch.device) -> Schedule:
+    """A worker's counterpart of :func:`hand_out`."""
+    length = torch.empty(8, dtype=torch.uint8, device=device)
+    link.receive(length, _FIRST).wait()
+    text = torch.empty(int(length.view(torch.int64).item()), dtype=torch.uint8, device=device)
+    link.receive(text, _FIRST).wait()
+    return Schedule.from_json(bytes(text.cpu().numpy()).decode())

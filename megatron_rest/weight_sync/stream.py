@@ -1,0 +1,103 @@
+"""Whole tensors: the source's stream on every rank, handed to an engine by reference or broadcast to its workers."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from megatron_rest.weight_sync.digest import digest
+from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
+from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
+
+__all__ = ["LocalSender", "StreamTransport"]
+
+
+class Sender(Protocol):
+    """How a stream of tensors reaches an engine's workers."""
+
+    def connect(self, engine: SyncTarget) -> None: ...
+
+    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
+        """Let the engine receive and load the whole stream, which is what ``metadata`` says."""
+        ...
+
+
+class LocalSender:
+    """The engine lives in this process: it pulls the tensors from the stream, by reference."""
+
+    def connect(self, engine: SyncTarget) -> None:
+        engine.init_weight_transfer({})
+
+    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
+        engine.update_weights({"weights": stream})
+
+
+class StreamTransport:
+    """Every rank iterates the source; each rank with an engine sends to it.
+
+    A rank whose engine fails goes on iterating, because the gathers are collectives.
+    """
+
+    def __init__(self, source: MegatronWeightSource, sender: Sender) -> None:
+        self._source, self._sender = source, sender
+
+    def connect(self, engine: SyncTarget | None) -> None:
+        if engine is not None:
+            self._sender.connect(engine)
+
+    def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
+        """Digests are taken of every tensor anyway: ``detailed`` changes nothing."""
+        sent = _Pass(self._source, tamper)
+        stream = iter(sent)
+        outcome = Outcome()
+        received: list[dict[str, Any]] = []
+        started = time.perf_counter()
+        try:
+            if engine is not None:
+                engine.start_weight_update()
+                started = time.perf_counter()
+                self._sender.send(engine, stream, self._source.metadata())
+                outcome.transfer_seconds = time.perf_counter() - started
+                engine.finish_weight_update()
+                received = engine.received_weights()
+        except Exception as e:  # noqa: BLE001  raised by WeightSync after all ranks have agreed; alone it would strand them
+            outcome.error = e
+        for _ in stream:  # what the engine did not take: the gathers are collectives
+            pass
+        wrong = list(self._source.faults)
+        for worker in received:
+            got = {name: tuple(value) for name, value in worker["digests"].items()}  # an RPC makes lists of tuples
+            wrong += [name for name, value in sent.digests.items() if got.get(name) != value]
+            wrong += [f"{name} (engine parameter that nothing was sent for)" for name in worker["missing"]]
+        outcome.wrong = list(dict.fromkeys(wrong))
+        outcome.num_bytes, outcome.num_tensors = sent.num_bytes, len(sent.digests)
+        outcome.checksum = hashlib.blake2b(repr(list(sent.digests.items())).encode(), digest_size=8).hexdigest()
+        outcome.gather_seconds = sent.gather_seconds
+        return outcome
+
+
+class _Pass:
+    """One pass over the source, with the digest of every tensor that leaves."""
+
+    def __init__(self, source: MegatronWeightSource, tamper: Tamper | None) -> None:
+        self._source, self._tamper = source, tamper
+        self.digests: dict[str, tuple[int, int]] = {}
+        self.num_bytes = 0
+        self.gather_seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        tensors = iter(self._source)
+        while True:
+            waited = time.perf_counter()
+            item = next(tensors, None)
+            self.gather_seconds += time.perf_counter() - waited
+            if item is None:
+                return
+            name, tensor = item
+            self.digests[name] = digest(tensor)
+            self.num_bytes += tensor.numel() * tensor.element_size()
+            yield name, tensor if self._tamper is None else self._tamper(name, tensor)

@@ -1,0 +1,63 @@
+"""What a transfer needs from an engine, and what every way of transferring offers the one who verifies it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["Outcome", "SyncTarget", "Tamper", "Transport"]
+
+Tamper = Callable[[str, Tensor], Tensor]
+"""Fault injection of the tests: changes a tensor between its digest and its hand-over."""
+
+
+class SyncTarget(Protocol):
+    """What an engine offers a transfer: vLLM's four weight-transfer calls, two checks, and what it is made of."""
+
+    policy_version: int
+
+    @property
+    def num_workers(self) -> int: ...
+
+    def weight_layout(self) -> list[dict[str, Any]]: ...
+
+    def init_weight_transfer(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self) -> None: ...
+
+    def received_weights(self) -> list[dict[str, Any]]: ...
+
+    def reset_prefix_cache(self) -> bool: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """One attempt to give the engines the present weights, as this rank saw it."""
+
+    wrong: list[str] = field(default_factory=list)  # tensors that did not arrive as sent
+    error: Exception | None = None  # what broke on this rank
+    num_bytes: int = 0
+    num_tensors: int = 0
+    checksum: str = ""
+    gather_seconds: float = 0.0
+    transfer_seconds: float = 0.0
+
+
+class Transport(Protocol):
+    """A way from training ranks into engines.  Both methods are collective over the ranks of the source."""
+
+    def connect(self, engine: SyncTarget | None) -> None:
+        """Once, before the first attempt; again only by making a new transport.  Raises on every rank or on none."""
+        ...
+
+    def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
+        """Send everything once.  Does not raise: ranks must agree first.  ``detailed`` asks for a digest of everything
+        that has a name, where a coarser one is enough to find out that something is wrong."""
+        ...

@@ -1,0 +1,190 @@
+"""Plans carried out by real gloo ranks: exact slices, exactly the planned bytes, faults found and named."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_rest.model_map import ModelShape
+from megatron_rest.weight_sync.layouts import EngineTensor, engine_tensors, engine_workers, training_shards
+from megatron_rest.weight_sync.links import GlooLink
+from megatron_rest.weight_sync.plan import make_plan
+from megatron_rest.weight_sync.slices import Schedule, SliceReceiver, SliceSender, message_names
+from tests.helpers.distributed import run_distributed
+from tests.weight_sync.test_plan import EngineLayout, TrainingLayout, full_state, loaded_by_vllm, random_case, shards_of
+
+
+def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: list[EngineLayout], fault: str) -> Any:
+    """Ranks: sources, then the workers of each engine.  Every worker compares what it got with what vLLM would load."""
+    held = training_shards(shape, training)
+    workers = [engine_workers(shape, engine) for engine in engines]
+    plans, load = [], [0] * len(held)
+    for layouts in workers:
+        tensors = [engine_tensors(shape, worker) for worker in layouts]
+        plans.append(make_plan(shape, held, tensors, dtype=torch.bfloat16, message_bytes=3000, load=load))
+        load = [a + b for a, b in zip(load, plans[-1].sent_by, strict=True)]
+    state = {name: (tensor % 509 + 1).to(torch.bfloat16) for name, tensor in full_state(shape).items()}
+    if rank < len(held):
+        links = []
+        for engine in range(len(workers)):
+            offset = sum(len(w) for w in workers[:engine])
+            links.append(_Shifted(offset, len(held)))
+        sender = SliceSender(rank, plans, links, len(held))
+        # fp32 masters: the cast to bfloat16 happens on the way
+        shards = {name: t.float() for name, t in shards_of(shape, state, held[rank]).items()}
+        flip = _flip(fault) if fault and rank == 0 else None
+        digests = [sender.send(shards, detailed=detailed, tamper=flip) for detailed in (False, True)]
+        assert sender.num_bytes == sum(plan.sent_by[rank] for plan in plans)
+        return digests
+    index = rank - len(held)
+    engine, worker = next(
+        (e, index - sum(len(w) for w in workers[:e]))
+        for e in range(len(workers))
+        if index < sum(len(w) for w in workers[: e + 1])
+    )
+    got: dict[str, torch.Tensor] = {}
+    schedule = Schedule.from_json(Schedule.of(plans[engine], worker).to_json())
+    receiver = SliceReceiver(
+        GlooLink(dist.group.WORLD), schedule, torch.device("cpu"), lambda name, tensor, _: got.update({name: tensor})
+    )
+    digests = [receiver.receive(detailed=detailed) for detailed in (False, True)]
+    assert receiver.num_bytes == plans[engine].received_by()[worker]
+    if not fault:
+        wanted = loaded_by_vllm(shape, state, workers[engine][worker])
+        assert got.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            expected = torch.where(tensor == -1, 0, tensor)  # padding
+            assert torch.equal(got[name], expected.to(torch.bfloat16)), name
+    return [(engine, position) for position, m in enumerate(plans[engine].messages) if m.worker == worker], digests
+
+
+class _Shifted(GlooLink):
+    """All engines share the test's default group, so an engine's workers start later in it."""
+
+    def __init__(self, offset: int, num_sources: int) -> None:
+        super().__init__(dist.group.WORLD)
+        self._offset = offset
+
+    def send(self, data: torch.Tensor, rank: int) -> Any:
+        return super().send(data, rank + self._offset)
+
+
+def _flip(name: str) -> Any:
+    def tamper(tensor_name: str, part: torch.Tensor) -> torch.Tensor:
+        if tensor_name != name:
+            return part
+        broken = part.clone()
+        broken.view(-1).view(torch.uint8)[3] ^= 0x40
+        return broken
+
+    return tamper
+
+
+CASES = [(random_case(random.Random(seed))[:2], seed) for seed in range(60)]
+
+
+def four_ranks(rank: int, world: int) -> str:
+    """Every case that fits two sources and two workers, and a fault in one of them; one set of processes for all."""
+    count = 0
+    for (shape, training), seed in CASES:
+        if training.num_ranks != 2:
+            continue
+        engines = [EngineLayout(tensor_parallel=2, expert_parallel=seed % 2 == 0)] if seed % 3 else [EngineLayout()] * 2
+        take_part(rank, shape, training, engines, "")
+        count += 1
+    assert count >= 5
+    (shape, training), _ = next(case for case in CASES if case[0][1].num_ranks == 2)
+    fault = "model.layers.1.self_attn.qkv_proj.weight"
+    engines = [EngineLayout(tensor_parallel=2)]
+    mine = take_part(rank, shape, training, engines, fault)
+    results: list[Any] = [None] * world
+    dist.all_gather_object(results, mine)
+    if rank == 0:
+        _check_fault(shape, training, engines, results, fault)
+    return "exact"
+
+
+def _check_fault(shape: ModelShape, training: TrainingLayout, engines: Any, results: list[Any], fault: str) -> None:
+    held = training_shards(shape, training)
+    tensors = [engine_tensors(shape, worker) for worker in engine_workers(shape, engines[0])]
+    plan = make_plan(shape, held, tensors, dtype=torch.bfloat16, message_bytes=3000)
+    for detailed in (0, 1):
+        sent = {key: value for source in results[:2] for key, value in source[detailed].items()}
+        wrong: set[str] = set()
+        for keys, received in results[2:]:
+            for key, value in zip(keys, received[detailed], strict=True):
+                message = plan.messages[key[1]]
+                if detailed:
+                    for copy, a, b in zip(message.copies, sent[key][1:], value[1:], strict=True):
+                        wrong |= {plan.tensors[message.worker][copy.tensor].name} if a != b else set()
+                elif sent[key] != value:
+                    wrong |= set(message_names(plan, message))
+        assert fault in wrong and (len(wrong) == 1 or not detailed)
+
+
+@pytest.mark.slow
+def test_four_ranks() -> None:
+    assert run_distributed(four_ranks, 4) == ["exact"] * 4
+
+
+def test_engine_failure_does_not_stop_the_senders() -> None:
+    shape, training, _ = random_case(random.Random(3))
+    held = training_shards(shape, training)
+    tensors: list[EngineTensor] = engine_tensors(shape, engine_workers(shape, EngineLayout())[0])
+    plan = make_plan(shape, held, [tensors], dtype=torch.float32, message_bytes=100)
+    taken = []
+
+    class Canned:
+        def send(self, data: torch.Tensor, rank: int) -> Any:
+            raise AssertionError("a worker sends nothing")
+
+        def receive(self, buffer: torch.Tensor, rank: int) -> Any:
+            taken.append(buffer.numel())
+            return type("Done", (), {"wait": lambda self: None})()
+
+    def fails(name: str, tensor: torch.Tensor, is_whole: bool) -> None:
+        raise MemoryError(f"no room for {name}")
+
+    receiver = SliceReceiver(Canned(), Schedule.of(plan, 0), torch.device("cpu"), fails)
+    with pytest.raises(MemoryError, match="no room for model"):
+        receiver.receive()
+    assert sum(taken) == plan.moved_bytes
+
+
+def test_a_lost_engine_does_not_keep_the_others_waiting() -> None:
+    shape, _, _ = random_case(random.Random(3))
+    held = training_shards(shape, TrainingLayout())
+    tensors = engine_tensors(shape, engine_workers(shape, EngineLayout())[0])
+    plan = make_plan(shape, held, [tensors], dtype=torch.float32, message_bytes=100)
+    assert len(plan.messages) > 4
+    sent: list[int] = []
+
+    class Engine:
+        """Takes everything, or breaks: as it is handed a message, or while the message is under way."""
+
+        def __init__(self, breaks: str) -> None:
+            self._breaks, self._count = breaks, 0
+
+        def send(self, data: torch.Tensor, rank: int) -> Any:
+            self._count += 1
+            if self._breaks == "send" and self._count == 3:
+                raise RuntimeError("connection closed by peer")
+            sent.append(data.numel() if not self._breaks else 0)
+            return self
+
+        def wait(self) -> None:
+            if self._breaks == "wait" and self._count == 3:
+                raise RuntimeError("connection closed by peer")
+
+    for breaks in ("send", "wait"):
+        sent.clear()
+        links: list[Any] = [Engine(breaks), Engine("")]
+        sender = SliceSender(0, [plan, plan], links, 1)
+        state = shards_of(shape, full_state(shape), held[0])
+        with pytest.raises(RuntimeError, match="connection closed by peer"):
+            sender.send({name: t.float() for name, t in state.items()})
+        assert sum(sent) == plan.moved_bytes
