@@ -120,6 +120,8 @@ class SliceTransport:
         try:
             loading = None if engine is None else executor.submit(engine.update_weights, {"detailed": detailed})
             sent = self._sender.send(shards, detailed=detailed, tamper=tamper)
+            if self._mine in self._sender.broken:
+                raise self._sender.broken[self._mine]
             if engine is not None and loading is not None:
                 loading.result()
                 outcome.transfer_seconds = time.perf_counter() - started
@@ -130,7 +132,9 @@ class SliceTransport:
         finally:
             executor.shutdown(wait=False)
         results = self._source.all_gather(_Result(sent, received, self._sender.num_bytes, replicas))
-        if not self._source.worst_of_ranks(int(outcome.error is not None)):
+        for index, error in self._sender.broken.items():
+            outcome.lost_peer = f"the link to engine {index} broke: {error}"
+        if not self._source.worst_of_ranks(int(outcome.is_broken)):
             self._compare(outcome, results)
         self._source.note_drift([result.replicas for result in results])
         return outcome

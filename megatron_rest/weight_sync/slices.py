@@ -119,6 +119,8 @@ class SliceSender:
         self._messages = sorted(mine, key=lambda entry: entry[:2])
         self.num_bytes = 0
         """Handed to the links in the last pass."""
+        self.broken: dict[int, Exception] = {}
+        """Engines whose link broke in the last pass."""
 
     def send(
         self,
@@ -129,26 +131,26 @@ class SliceSender:
     ) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """Send this rank's messages; digests by (engine, position in its plan).
 
-        ``tamper`` is fault injection, between digest and link.  Raises what a link raises, for instance because a
-        worker is gone.
+        ``tamper`` is fault injection, between digest and link.  A link that breaks, for instance because a worker is
+        gone, goes to :attr:`broken`, and its engine gets nothing more; the others get all of theirs.
         """
         digests: dict[tuple[int, int], list[tuple[int, int]]] = {}
         under_way: deque[tuple[int, Work, Tensor]] = deque()  # the engine, and what must live until the work is done
-        broken: dict[int, Exception] = {}
+        self.broken.clear()
         self.num_bytes = 0
 
         def attempt(engine: int, action: Callable[[], Any]) -> Any:
             try:
                 return action()
-            except Exception as error:  # noqa: BLE001  raised below: the other engines must not be left waiting
-                broken.setdefault(engine, error)
+            except Exception as error:  # noqa: BLE001  the other engines must not be left waiting
+                self.broken.setdefault(engine, error)
 
         def finish_one() -> None:
             engine, work, _ = under_way.popleft()
             attempt(engine, work.wait)
 
         for position, engine, dtype, message, plan in self._messages:
-            if engine in broken:
+            if engine in self.broken:
                 continue
             packed = pack(message.copies, shards, dtype)
             digests[engine, position] = _digests(packed, message.copies, dtype, detailed)
@@ -163,8 +165,6 @@ class SliceSender:
                 under_way.append((engine, work, packed))
         while under_way:
             finish_one()
-        for error in broken.values():
-            raise error
         return digests
 
 

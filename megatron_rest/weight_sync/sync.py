@@ -97,7 +97,7 @@ class WeightSync:
         started = time.perf_counter()
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             outcome = self._transport.attempt(self._engine, detailed=attempt > 1, tamper=self._tamper)
-            mine = _BROKEN if outcome.error else _DIFFERENT if outcome.wrong else _OK
+            mine = _BROKEN if outcome.is_broken else _DIFFERENT if outcome.wrong else _OK
             worst = self._source.worst_of_ranks(mine)
             if worst == _OK:
                 break
@@ -137,4 +137,4 @@ def _explain(version: int, attempt: int, outcome: Outcome) -> str:
     if wrong := outcome.wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         return f"{head}: bytes received differ from bytes sent in {', '.join(wrong[:5])}{more}"
-    return f"{head}: another rank reported a fault"
+    return f"{head}: {outcome.lost_peer or 'another rank reported a fault'}"

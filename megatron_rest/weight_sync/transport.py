@@ -42,12 +42,18 @@ class Outcome:
     """One attempt to give the engines the present weights, as this rank saw it."""
 
     wrong: list[str] = field(default_factory=list)  # tensors that did not arrive as sent
-    error: Exception | None = None  # what broke on this rank
+    error: Exception | None = None  # what broke on this rank: its engine is half loaded, or gone
+    lost_peer: str = ""  # an engine that another rank owns could not be reached; this rank's own is not to blame
     num_bytes: int = 0
     num_tensors: int = 0
     checksum: str = ""
     gather_seconds: float = 0.0
     transfer_seconds: float = 0.0
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether sending again cannot help."""
+        return self.error is not None or bool(self.lost_peer)
 
 
 class Transport(Protocol):

@@ -185,6 +185,6 @@ def test_a_lost_engine_does_not_keep_the_others_waiting() -> None:
         links: list[Any] = [Engine(breaks), Engine("")]
         sender = SliceSender(0, [plan, plan], links, 1)
         state = shards_of(shape, full_state(shape), held[0])
-        with pytest.raises(RuntimeError, match="connection closed by peer"):
-            sender.send({name: t.float() for name, t in state.items()})
+        sender.send({name: t.float() for name, t in state.items()})
+        assert list(sender.broken) == [0] and "connection closed by peer" in str(sender.broken[0])
         assert sum(sent) == plan.moved_bytes
