@@ -12,21 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.compat import ensure_nemo_run_importable
-from launch.executors import check_executor
-from launch.recipe import GIVEN, ROOT, as_yaml, resolve, stop
-from launch.script import command_script, rank_script
+from launch.executors import GPUS_PER_NODE, check_executor
+from launch.recipe import GIVEN, ROOT, as_yaml, plan_text, resolve, stop
+from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
 from launch.version import code_version
-from megatron_rest.config import ConfigError, RestConfig
-from megatron_rest.planner.hardware import HARDWARE
-from megatron_rest.planner.plan import make_plan
-from megatron_rest.planner.report import as_text
+from megatron_rest.config import RestConfig
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 from nemo_run.core.execution.base import ExecutorMacros  # noqa: E402
 
 __all__ = ["Stages", "launch_training"]
+
+_POLL_SECONDS = 5  # how late the job's script notices that a group has ended; NeMo-Run's own 60 wastes a minute a link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +41,11 @@ class Stages:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
+    """A script on its executor; several of both are the groups of one heterogeneous job."""
+
     name: str
-    script: str
-    executor: run.SlurmExecutor
+    scripts: tuple[str, ...]
+    executors: tuple[run.SlurmExecutor, ...]
     waits_for: str = ""  # name of the job before it
 
 
@@ -65,14 +66,16 @@ def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, sta
     world_size = executor.nodes * executor.ntasks_per_node
     config = resolve(base, world_size=world_size, baseline=stages.baseline)
     _check(executor, config, dryrun=ctx.dryrun)
-    plan = _plan(config, world_size)
+    plan = plan_text(config, "h100", world_size=world_size)
     jobs = _jobs(executor, config, stages)
     with run.Experiment(title, executor=executor, log_level="WARNING", clean_mode=ctx.dryrun) as experiment:
         ids: dict[str, str] = {}
         for job in jobs:
+            scripts = [run.Script(inline=script) for script in job.scripts]
+            is_group = len(scripts) > 1
             ids[job.name] = experiment.add(
-                run.Script(inline=job.script),
-                executor=job.executor,
+                scripts if is_group else scripts[0],
+                executor=list(job.executors) if is_group else job.executors[0],
                 name=job.name,
                 dependencies=[ids[job.waits_for]] if job.waits_for else [],
                 tail_logs=len(jobs) == 1,
@@ -97,20 +100,23 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
     ranks.dependency_type = "afterok"
     code = code_version(ROOT)
 
-    def add(name: str, script: str, runs_on: run.SlurmExecutor) -> None:
-        refuse_secrets(script, f"the script of {name}")
-        jobs.append(_Job(name=name, script=script, executor=runs_on, waits_for=jobs[-1].name if jobs else ""))
+    def add(name: str, *parts: tuple[str, run.SlurmExecutor]) -> None:
+        scripts, executors = zip(*parts, strict=True)
+        for script in scripts:
+            refuse_secrets(script, f"the script of {name}")
+        before = jobs[-1].name if jobs else ""
+        jobs.append(_Job(name=name, scripts=scripts, executors=executors, waits_for=before))
 
     if GIVEN.preprocess:
         if not Path(GIVEN.preprocess).is_absolute():
             stop(f"preprocess={GIVEN.preprocess} is relative: name an absolute path that the job's node sees")
         arguments = ["convert", "--input", GIVEN.preprocess, "--output", config.data.train, "--tokenizer"]
-        add("preprocess", command_script("data_tools", [*arguments, config.model.path]), one)
+        add("preprocess", (command_script("data_tools", [*arguments, config.model.path]), one))
     if stages.warm_start:
         folder = f"{config.trainer.run_dir}/warm-start"
         warm = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=folder))
         module = "megatron_rest.trainer.warm_start"
-        add("warm-start", rank_script(warm, module, ranks_per_node=ranks.ntasks_per_node, code=code), ranks)
+        add("warm-start", (rank_script(warm, module, ranks_per_node=ranks.ntasks_per_node, code=code), ranks))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=f"{folder}/hf"))
     script = rank_script(config, "megatron_rest.trainer", ranks_per_node=ranks.ntasks_per_node, code=code)
     for link in range(1, stages.links + 1):
@@ -118,10 +124,23 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
         if link > 1:  # a link that was stopped by the time limit ends with a failure status; the next one goes on
             train.dependency_type = "afterany"
         if stages.requeue:
-            train.retries = stages.requeue
-            train.additional_parameters = {**(train.additional_parameters or {}), "requeue": True}
-        add("train" if stages.links == 1 else f"train-{link}", script, train)
+            train.retries = stages.requeue  # NeMo-Run's script calls scontrol requeue; its sbatch says --requeue
+        name = "train" if stages.links == 1 else f"train-{link}"
+        if config.rollout.nodes:
+            # The trainer comes first: its exit status is the job's, and when it ends the engines' group is ended.
+            add(name, *_groups(train, script, config))
+        else:
+            add(name, (script, train))
     return jobs
+
+
+def _groups(train: run.SlurmExecutor, script: str, config: RestConfig) -> list[tuple[str, run.SlurmExecutor]]:
+    """One heterogeneous job: ranks on their nodes, one engine host on each node of the other group."""
+    train.heterogeneous = True
+    train.wait_time_for_group_job, train.monitor_group_job_wait_time = 1, _POLL_SECONDS
+    hosts = train.clone()
+    hosts.nodes, hosts.ntasks_per_node = config.rollout.nodes, 1
+    return [(script, train), (host_script(config, gpus=train.gpus_per_node or GPUS_PER_NODE), hosts)]
 
 
 def _check(executor: run.SlurmExecutor, config: RestConfig, *, dryrun: bool) -> None:
@@ -139,13 +158,6 @@ def _check(executor: run.SlurmExecutor, config: RestConfig, *, dryrun: bool) -> 
     executor.env_vars["MASTER_ADDR"] = "$$" + ExecutorMacros.HEAD_NODE_IP_VAR
     if executor.container_image:  # by name, so that the job's values win over those baked into the image
         executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars})
-
-
-def _plan(config: RestConfig, world_size: int) -> str:
-    try:
-        return as_text(make_plan(config, HARDWARE["h100"], world_size=world_size))
-    except ConfigError as error:
-        return f"plan: not possible: {error}"
 
 
 def _show(experiment: run.Experiment) -> None:

@@ -14,8 +14,11 @@ from pathlib import Path
 import yaml
 
 from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
+from megatron_rest.planner.hardware import HARDWARE
+from megatron_rest.planner.plan import make_plan
+from megatron_rest.planner.report import as_text
 
-__all__ = ["GIVEN", "ROOT", "Given", "Stage", "as_yaml", "claim", "resolve", "stop", "write_atomically"]
+__all__ = ["GIVEN", "ROOT", "Given", "Stage", "as_yaml", "claim", "plan_text", "resolve", "stop", "write_atomically"]
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: what is shipped, and where the sample data lies."""
@@ -75,6 +78,14 @@ def _baseline(name: str) -> list[str]:
     if name not in known:
         stop(f"baseline={name} is unknown: known are {', '.join(filter(None, known))}")
     return known[name]
+
+
+def plan_text(config: RestConfig, hardware: str, *, world_size: int) -> str:
+    """The planner's page; or why there is none (a model that nobody here knows is no reason not to start)."""
+    try:
+        return as_text(make_plan(config, HARDWARE[hardware], world_size=world_size))
+    except ConfigError as error:
+        return f"plan: not possible: {error}"
 
 
 def as_yaml(config: RestConfig) -> str:

@@ -21,6 +21,9 @@ from megatron_rest.config import (
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
+NODES = 1
+GPUS = NODES * 8
+
 RECIPE = RestConfig(
     model=ModelConfig(
         path="/models/Qwen3-8B",
@@ -69,7 +72,7 @@ RECIPE = RestConfig(
 @run.cli.entrypoint(type="experiment", name="rest_8b")
 def rest_8b(
     ctx: run.cli.RunContext,
-    nodes: int = 1,
+    nodes: int = NODES,
     links: int = 1,
     requeue: int = 0,
     baseline: str = "",

@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
-from launch.recipe import ROOT, Stage, as_yaml, claim, resolve, stop, write_atomically
+from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -170,6 +170,7 @@ def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/dem
     stages = plan(folder, config)
     if ctx.dryrun:
         show_stages(stages, run_dir / "logs")
+        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=RANKS)}")
         print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
         return
     claim(config)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from launch.recipe import as_yaml, stop
 from megatron_rest.config import RestConfig
 
-__all__ = ["command_script", "rank_script"]
+__all__ = ["command_script", "host_script", "rank_script"]
 
 _PORT = 29400  # jobs have their nodes to themselves (exclusive), so a fixed port is free
 _END = "END_OF_RUN_YAML"
@@ -39,6 +39,17 @@ else
   exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
 fi
 exec {_PYTHON} -m {module} --config "$config"
+"""
+
+
+def host_script(config: RestConfig, *, gpus: int) -> str:
+    """A node that runs engines for the ranks of another group (megatron_rest/rollout/host.py)."""
+    refuse_rewritten(config.trainer.run_dir)
+    return f"""set -euo pipefail
+run_dir={shlex.quote(config.trainer.run_dir)}
+mkdir -p "$run_dir/logs"
+exec >> "$run_dir/logs/engines-$SLURM_PROCID.log" 2>&1
+exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" --gpus {gpus}
 """
 
 

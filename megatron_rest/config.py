@@ -233,6 +233,9 @@ class RolloutConfig:
     replicas: int = 0
     """Engines in processes of their own, each started by one rank and given weights by gloo; 0 = one engine in every
     rank's process (colocated, weights by reference)."""
+    nodes: int = 0
+    """Nodes that hold nothing but the replicas and announce themselves in run_dir/engines (megatron_rest.rollout.host;
+    a heterogeneous Slurm job starts them); 0 = replicas take GPUs of their owners' nodes."""
     max_staleness: int = 0
     """Optimised policy versions that rollouts may lag behind; 0 = each step waits for its rollouts, 1 = they are
     sampled while the step before trains (needs replicas and loss.tis_cap)."""
@@ -258,7 +261,13 @@ class RolloutConfig:
             raise ConfigError(f"rollout.temperature is {self.temperature}: RL samples from the policy, it must be > 0")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.top_p is {self.top_p}, expected a number in (0, 1]")
-        for name, least in (("tensor_parallel", 1), ("replicas", 0), ("max_restarts", 0), ("max_turns", 1)):
+        for name, least in (
+            ("tensor_parallel", 1),
+            ("replicas", 0),
+            ("nodes", 0),
+            ("max_restarts", 0),
+            ("max_turns", 1),
+        ):
             _at_least(f"rollout.{name}", getattr(self, name), least)
         for name in ("engine_timeout_seconds", "tool_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
@@ -267,6 +276,11 @@ class RolloutConfig:
             raise ConfigError(f"rollout.max_staleness is {self.max_staleness}: 0 (synchronous) or 1 (one step off)")
         if self.sleep_level not in (0, 1, 2):
             raise ConfigError(f"rollout.sleep_level is {self.sleep_level}: vLLM has 1 and 2; 0 = engines stay awake")
+        if self.nodes and (not self.replicas or self.replicas % self.nodes):
+            raise ConfigError(
+                f"rollout.replicas {self.replicas} do not spread evenly over rollout.nodes {self.nodes}: set replicas "
+                "to a multiple of nodes, or nodes to 0"
+            )
         if self.replicas and self.sleep_level:
             raise ConfigError(
                 "rollout.sleep_level is for engines that share the trainer's GPUs, and rollout.replicas gives them "

@@ -12,7 +12,15 @@ from megatron_rest.planner.activations import layer_bytes
 from megatron_rest.planner.hardware import Hardware
 from megatron_rest.planner.parameters import StageParameters, count_stages, layers_of_chunk, total_parameters
 
-__all__ = ["Item", "StageMemory", "itemsize", "kv_bytes_per_token", "num_microbatches", "stage_memories"]
+__all__ = [
+    "Item",
+    "StageMemory",
+    "engine_memory",
+    "itemsize",
+    "kv_bytes_per_token",
+    "num_microbatches",
+    "stage_memories",
+]
 
 _FP32 = 4
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -33,16 +41,17 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
-    """One rank of a pipeline stage.  Training and syncing do not happen at once: the larger of the two counts."""
+    """One rank of a pipeline stage.  Sampling, training and syncing do not happen at once: the largest counts."""
 
     stage: int
     always: tuple[Item, ...]
+    sampling: tuple[Item, ...]
     training: tuple[Item, ...]
     syncing: tuple[Item, ...]
 
     @property
     def peak(self) -> int:
-        return _sum(self.always) + max(_sum(self.training), _sum(self.syncing))
+        return _sum(self.always) + max(_sum(phase) for phase in (self.sampling, self.training, self.syncing))
 
     @property
     def training_peak(self) -> int:
@@ -56,12 +65,17 @@ _OURS = ("weights", "FP8 copies", "gradients", "optimiser")
 def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *, world_size: int) -> list[StageMemory]:
     """One entry a pipeline stage."""
     stages = count_stages(shape, config.parallel)
+    engine = () if config.rollout.replicas else engine_memory(config, shape, hardware)
+    is_asleep = config.rollout.sleep_level > 0 and not hardware.is_cpu  # gives its memory back while the policy trains
+    why = "the imported libraries" if hardware.is_cpu else "CUDA context, NCCL, fragmentation: assumed"
+    rest = Item(name="not ours", num_bytes=hardware.reserve, why=why)
     return [
         StageMemory(
             stage=stage,
-            always=(*_state(config, held, world_size), *_engine(config, shape, hardware, world_size)),
+            always=(*_state(config, held, world_size), *(() if is_asleep else engine), rest),
+            sampling=engine if is_asleep else (),
             training=_training(config, shape, hardware, held, stage, world_size),
-            syncing=_syncing(config, shape),
+            syncing=(*_syncing(config, shape), *(engine[:1] if is_asleep else ())),
         )
         for stage, held in enumerate(stages)
     ]
@@ -190,13 +204,13 @@ def _chunks_in_flight(config: RestConfig, stage: int, world_size: int) -> int:
     return min(warm_up + 1, most)
 
 
-def _engine(config: RestConfig, shape: ModelShape, hardware: Hardware, world_size: int) -> tuple[Item, ...]:
-    """What vLLM takes of the same memory, and what is nobody's."""
+def engine_memory(config: RestConfig, shape: ModelShape, hardware: Hardware) -> tuple[Item, ...]:
+    """What vLLM takes of a GPU's memory: the policy's too if engines are colocated, else one of its own."""
     r = config.rollout
     weights = total_parameters(shape) * itemsize(r.dtype) // r.tensor_parallel
     if hardware.is_cpu:
         return (
-            Item(name="engine: weights", num_bytes=weights, why=f"in every rank's process, {r.dtype}"),
+            Item(name="engine: weights", num_bytes=weights, why=f"{r.dtype}"),
             Item(name="engine: KV cache", num_bytes=r.kv_cache_bytes, why="rollout.kv_cache_bytes"),
         )
     share = int(r.gpu_memory_utilization * hardware.memory)
@@ -210,7 +224,6 @@ def _engine(config: RestConfig, shape: ModelShape, hardware: Hardware, world_siz
             f"{kv // kv_bytes_per_token(config, shape):,} tokens",
         ),
         Item(name="engine: activations", num_bytes=_engine_work(config, shape), why="prefill of 8,192 tokens, logits"),
-        Item(name="not ours", num_bytes=hardware.reserve, why="CUDA context, NCCL, fragmentation: assumed"),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from megatron_rest.config import RestConfig, validate
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import Hardware
-from megatron_rest.planner.memory import StageMemory, kv_bytes_per_token, stage_memories
+from megatron_rest.planner.memory import Item, StageMemory, engine_memory, kv_bytes_per_token, stage_memories
 from megatron_rest.planner.shapes import find_shape
 from megatron_rest.planner.steptime import Lengths, StepTime, step_time
 from megatron_rest.planner.synctime import SyncTime, sync_time
@@ -26,9 +26,15 @@ class Plan:
     world_size: int
     lengths: Lengths
     stages: tuple[StageMemory, ...]
+    engine: tuple[Item, ...]
     time: StepTime | None
     sync: SyncTime | None
     problems: tuple[str, ...]
+
+    @property
+    def num_engine_gpus(self) -> int:
+        """GPUs of engines that have their own."""
+        return self.config.rollout.replicas * self.config.rollout.tensor_parallel
 
     @property
     def peak(self) -> int:
@@ -61,7 +67,7 @@ def make_plan(
     lengths = Lengths.of(config, prompt=mean_prompt, response=mean_response)
     draft = Plan(
         config=config, shape=shape, shape_source=source, hardware=hardware, world_size=world_size, lengths=lengths,
-        stages=(), time=None, sync=None, problems=(),
+        stages=(), engine=(), time=None, sync=None, problems=(),
     )  # fmt: skip
     return _plan(draft)
 
@@ -71,7 +77,12 @@ def _plan(draft: Plan) -> Plan:
     stages = stage_memories(draft.config, draft.shape, draft.hardware, world_size=draft.world_size)
     time = step_time(draft.config, draft.shape, draft.hardware, world_size=draft.world_size, lengths=draft.lengths)
     plan = replace(
-        draft, stages=tuple(stages), time=time, sync=sync_time(draft.config, draft.shape, draft.hardware), problems=()
+        draft,
+        stages=tuple(stages),
+        engine=engine_memory(draft.config, draft.shape, draft.hardware),
+        time=time,
+        sync=sync_time(draft.config, draft.shape, draft.hardware, world_size=draft.world_size),
+        problems=(),
     )
     return replace(plan, problems=tuple(_problems(plan)))
 
@@ -82,9 +93,9 @@ def _problems(plan: Plan) -> list[str]:
         found.append(
             f"stage {plan.fullest.stage} needs {plan.peak / 1e9:.1f} GB a rank, {plan.limit / 1e9:.1f} GB are there"
         )
-    cache = next((item.num_bytes for item in plan.stages[0].always if item.name == "engine: KV cache"), None)
+    cache = next(item.num_bytes for item in plan.engine if item.name == "engine: KV cache")
     one = plan.config.model.max_sequence_length * kv_bytes_per_token(plan.config, plan.shape)
-    if cache is not None and cache < one:
+    if cache < one:
         found.append(
             f"the engine's KV cache of {cache / 1e9:.2f} GB holds not one sequence of "
             f"{plan.config.model.max_sequence_length} tokens ({one / 1e9:.2f} GB): raise "

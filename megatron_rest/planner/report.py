@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_rest.planner.advice import Change, changes_that_fit
 from megatron_rest.planner.hardware import EFFICIENCY
+from megatron_rest.planner.memory import Item
 from megatron_rest.planner.parameters import total_parameters
 from megatron_rest.planner.plan import Plan
 
@@ -28,7 +29,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             {
                 "stage": stage.stage,
                 "peak_bytes": stage.peak,
-                "items": {i.name: i.num_bytes for i in (*stage.always, *stage.training, *stage.syncing)},
+                "items": {
+                    i.name: i.num_bytes for i in (*stage.always, *stage.sampling, *stage.training, *stage.syncing)
+                },
             }
             for stage in plan.stages
         ],
@@ -48,28 +51,38 @@ def _head(plan: Plan) -> list[str]:
     layout += f" (VPP {p.virtual_pipeline})" if p.virtual_pipeline > 1 else ""
     layout += f" x CP {p.context_parallel}" if p.context_parallel > 1 else ""
     layout += f" x DP {dp}" + (f", EP {p.expert_parallel}" if p.expert_parallel > 1 else "")
+    engines = f", and {plan.num_engine_gpus} for engines" if plan.num_engine_gpus else ""
     total, active = total_parameters(plan.shape), total_parameters(plan.shape, active_only=True)
     count = f"{total / 1e9:.2f} G parameters" + (f", {active / 1e9:.2f} G a token" if active != total else "")
     return [
         f"plan: {count} ({plan.shape_source})",
-        f"      {plan.world_size} x {plan.hardware.name}: {layout}; computed, not measured (docs/planner.md)",
+        f"      {plan.world_size} x {plan.hardware.name}: {layout}{engines}; computed, not measured (docs/planner.md)",
     ]
 
 
 def _memory(plan: Plan) -> list[str]:
     stage = plan.fullest
     lines = [f"memory of a rank of stage {stage.stage}, the fullest, GB:"]
-    for title, items in (
-        ("always", stage.always),
-        ("while training", stage.training),
-        ("while syncing", stage.syncing),
-    ):
-        lines.append(f"  {title}")
-        lines += [f"    {item.name:<19} {item.num_bytes / 1e9:8.2f}   {item.why}" for item in items]
+    parts = {
+        "always": stage.always,
+        "while sampling": stage.sampling,
+        "while training": stage.training,
+        "while syncing": stage.syncing,
+    }
+    for title, items in parts.items():
+        if items:
+            lines += [f"  {title}", *_items(items)]
     lines.append(f"  {'peak':<21} {stage.peak / 1e9:8.2f}   of {plan.limit / 1e9:.1f}")
     if len(plan.stages) > 1:
         lines.append("  every stage: " + ", ".join(f"{s.peak / 1e9:.1f}" for s in plan.stages))
+    if plan.num_engine_gpus:
+        replicas, group = plan.config.rollout.replicas, plan.config.rollout.tensor_parallel
+        lines += [f"memory of a GPU of the {replicas} engines with {group} GPUs each, GB:", *_items(plan.engine)]
     return lines
+
+
+def _items(items: tuple[Item, ...]) -> list[str]:
+    return [f"    {item.name:<19} {item.num_bytes / 1e9:8.2f}   {item.why}" for item in items]
 
 
 def _time(plan: Plan) -> list[str]:
@@ -79,7 +92,8 @@ def _time(plan: Plan) -> list[str]:
     e = EFFICIENCY
     return [
         f"time of a step, about {t.total:.0f} s: rollout {t.rollout:.0f}, score {t.score:.0f}, update {t.update:.0f}; "
-        f"{t.num_microbatches} microbatches an update, {100 * t.bubble:.0f} % of the pipeline idle",
+        f"{t.num_microbatches} microbatches an update, {100 * t.bubble:.0f} % of the pipeline idle"
+        + (", rollouts beside the step before" if t.is_overlapped else ""),
         f"  for {plan.lengths.prompt:.0f} + {plan.lengths.response:.0f} tokens on average, "
         f"{t.train_flops:.3g} operations; assumed shares of the data sheet: training {e.training:.0%}, "
         f"scoring {e.scoring:.0%}, decoding {e.decode_bandwidth:.0%} of memory bandwidth",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_rest.config import Fp8Recipe, RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
-from megatron_rest.planner.memory import itemsize, kv_bytes_per_token, num_microbatches
+from megatron_rest.planner.memory import engine_memory, itemsize, kv_bytes_per_token, num_microbatches
 from megatron_rest.planner.parameters import total_parameters
 
 __all__ = ["Lengths", "StepTime", "forward_flops", "step_time"]
@@ -39,10 +39,12 @@ class StepTime:
     train_flops: float  # scoring and update, whole job
     bubble: float  # share of the pipeline's time that is idle
     num_microbatches: int
+    is_overlapped: bool = False  # the next step's rollouts run while this one trains
 
     @property
     def total(self) -> float:
-        return self.rollout + self.score + self.update
+        training = self.score + self.update
+        return max(self.rollout, training) if self.is_overlapped else self.rollout + training
 
 
 def forward_flops(shape: ModelShape, *, tokens: float, mean_context: float, head: bool = True) -> float:
@@ -85,6 +87,7 @@ def step_time(
         train_flops=forward + update,
         bubble=idle / (1 + idle),
         num_microbatches=microbatches,
+        is_overlapped=config.rollout.max_staleness > 0,
     )
 
 
@@ -103,15 +106,16 @@ def _rollout_time(
     As many steps as the longest response has tokens, or more where not all sequences run at once.
     """
     r = config.rollout
-    replicas = max(world_size // r.tensor_parallel, 1)
+    replicas = r.replicas or max(world_size // r.tensor_parallel, 1)
     prompts = config.data.prompts_per_step / replicas
     sequences = prompts * r.rollouts_per_prompt
     group = r.tensor_parallel
     prefill = forward_flops(shape, tokens=prompts * lengths.prompt, mean_context=lengths.prompt / 2, head=False)
-    running = min(sequences, r.max_concurrent)
+    context = lengths.prompt + lengths.response / 2
+    cache = next(item.num_bytes for item in engine_memory(config, shape, hardware) if item.name == "engine: KV cache")
+    running = max(min(sequences, r.max_concurrent, cache / (context * kv_bytes_per_token(config, shape))), 1.0)
     steps = max(r.max_response_tokens, sequences * lengths.response / running)
     weights = total_parameters(shape, active_only=shape.num_experts > running * shape.num_experts_per_token)
-    context = lengths.prompt + lengths.response / 2
     read = weights * itemsize(r.dtype) / group + running * context * kv_bytes_per_token(config, shape)
     compute = forward_flops(shape, tokens=running, mean_context=context) / (group * hardware.bf16_flops)
     one = max(read / (hardware.memory_bandwidth * efficiency.decode_bandwidth), compute / efficiency.prefill)

@@ -23,9 +23,11 @@ class SyncTime:
 
 
 def sync_time(
-    config: RestConfig, shape: ModelShape, hardware: Hardware, *, efficiency: Efficiency = EFFICIENCY
+    config: RestConfig, shape: ModelShape, hardware: Hardware, *, world_size: int, efficiency: Efficiency = EFFICIENCY
 ) -> SyncTime | None:
-    """Colocated engines: a GPU needs ``1 / rollout.tensor_parallel`` of a copy and holds some of it already.
+    """Engines of their own: every copy leaves the training GPUs and enters an engine's, over the network.
+
+    Colocated engines: a GPU needs ``1 / rollout.tensor_parallel`` of a copy and holds some of it already.
 
     The limit counts at least reading and writing that share once in GPU memory.  Between pipeline stages bytes cross
     the network (a stage is a node or more), inside one they cross NVLink.
@@ -34,6 +36,10 @@ def sync_time(
         return None
     p = config.parallel
     size = total_parameters(shape) * itemsize(config.rollout.dtype)
+    if config.rollout.replicas:
+        out = config.rollout.replicas * size / (world_size * hardware.nic)
+        into = size / (config.rollout.tensor_parallel * hardware.nic)
+        return SyncTime(copy_bytes=size, limit=max(out, into), gather=size / (hardware.nic * efficiency.links))
     share = size / config.rollout.tensor_parallel
     away = 1 - 1 / p.pipeline_parallel  # of what is needed lies on another stage
     beside = (1 - away) * (1 - 1 / p.tensor_parallel)

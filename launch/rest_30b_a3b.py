@@ -1,0 +1,99 @@
+"""ResT on Qwen3-30B-A3B (128 experts, 8 a token): 2 nodes of 8 H100 train (PP 2 x DP 8, EP 8), 1 node holds engines.
+
+nemo-run launch/rest_30b_a3b.py --dryrun model.path=/models/Qwen3-30B-A3B data.train=/data/rlla trainer.run_dir=/runs/a
+"""
+
+from launch.cli import run_recipe
+from launch.cluster import Stages, launch_training
+from launch.compat import ensure_nemo_run_importable
+from megatron_rest.config import (
+    CheckpointConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RestConfig,
+    RolloutConfig,
+    TrainerConfig,
+    WeightSyncConfig,
+)
+
+ensure_nemo_run_importable()
+import nemo_run as run  # noqa: E402
+
+NODES = 2
+GPUS = NODES * 8
+
+RECIPE = RestConfig(
+    model=ModelConfig(
+        path="/models/Qwen3-30B-A3B",
+        max_sequence_length=4096,  # 2048 + 2048, as the authors trained
+        dtype="bfloat16",
+    ),
+    parallel=ParallelConfig(
+        tensor_parallel=1,  # hidden size 2048: cutting it leaves products too small for a GPU
+        pipeline_parallel=2,  # a node a stage, so that the experts' all-to-all stays inside NVLink
+        expert_parallel=8,  # the 8 GPUs of a stage: 16 experts each, 1.8e9 parameters
+        distributed_optimizer=True,  # of the dense part over DP 8; every expert has one copy a stage
+        recompute="full",  # a token has 8 copies at its experts: without, 24 layers keep 4 MB a token
+    ),
+    data=DataConfig(
+        train="/data/rlla_4k",
+        prompts_per_step=512,  # authors
+        max_prompt_tokens=2048,  # authors
+    ),
+    rollout=RolloutConfig(
+        rollouts_per_prompt=4,  # authors
+        max_response_tokens=2048,  # authors
+        temperature=1.0,
+        dtype="bfloat16",
+        nodes=1,
+        replicas=2,
+        tensor_parallel=4,  # 61 GB of weights / 4 = 15 GB a GPU; 4 KV heads, one a GPU
+        gpu_memory_utilization=0.9,  # the GPUs are the engine's own
+        max_concurrent=512,  # 2048 sequences over 2 replicas, twice round
+    ),
+    loss=LossConfig(clip_low=0.2, clip_high=0.2, dual_clip=3.0),  # authors
+    optimizer=OptimizerConfig(
+        lr=1e-6,  # authors (dense models); not tuned for experts
+        weight_decay=0.01,
+        clip_grad=1.0,
+        updates_per_step=8,  # authors: mini-batches of 64 prompts
+    ),
+    weight_sync=WeightSyncConfig(transport="gloo", bucket_bytes=256 << 20),
+    checkpoint=CheckpointConfig(save_every=15, keep_last=2),  # authors save every 15 steps; 430 GB each
+    trainer=TrainerConfig(
+        run_dir="/runs/rest_30b_a3b",
+        steps=105,  # authors
+        max_tokens_per_microbatch=8192,  # 256 sequences an update / DP 8 / 2 = 16 microbatches, 8 x PP
+        timeout_minutes=60,  # the first collective waits for 16 ranks that read 61 GB
+    ),
+)
+
+
+@run.cli.entrypoint(type="experiment", name="rest_30b_a3b")
+def rest_30b_a3b(
+    ctx: run.cli.RunContext,
+    nodes: int = NODES,
+    links: int = 1,
+    requeue: int = 0,
+    baseline: str = "",
+    warm_start: bool = False,
+) -> None:
+    """ResT on a 30B mixture of experts, 3 H100 nodes.
+
+    Args:
+        ctx: filled in by NeMo-Run.
+        nodes: nodes of ranks, a multiple of 2; those of the engines are rollout.nodes.
+        links: jobs one after the other, each continues where the last one stopped.
+        requeue: times a job goes back into the queue when it fails, loses a node or is stopped by its time limit.
+        baseline: grpo = uniform token weights.
+        warm_start: train on the reference answers first.
+    """
+    stages = Stages(nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start)
+    launch_training(ctx, "rest_30b_a3b", RECIPE, stages)
+
+
+if __name__ == "__main__":
+    run_recipe(rest_30b_a3b, executor="slurm")

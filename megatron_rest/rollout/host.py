@@ -1,0 +1,164 @@
+"""Engines on nodes of their own: ``python -m megatron_rest.rollout.host FOLDER``, one process a rollout node.
+
+    host                                            rank that owns an engine (megatron_rest.rollout.remote)
+    announces address and key in FOLDER             reads them there: whoever may read the run's folder may ask
+    accepts a connection  <--------------------     {"kind": "engine", "key": ..., "devices": "0,1,2,3"}
+    starts a worker with that very socket           talks to the worker; this process never reads what passes
+    ends the worker when the connection ends,
+    and the connection when the worker ends
+
+SIGTERM is ignored: a scheduler warns all nodes of a job before its time limit, and the ranks still need their engines
+for the step they finish.  The job's end ends this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hmac
+import json
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_rest.rollout.wire import Connection, ConnectionLostError
+
+__all__ = ["EngineHost", "announced", "ask_for_engine", "main", "worker_environment"]
+
+_POLL_MILLISECONDS = 200  # how late a hang-up or an exit may be noticed
+_HELLO_SECONDS = 10.0
+# The owner's own rank in its job is none of the engine's business.
+_OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineHost:
+    """Where a host listens, and what it wants to see."""
+
+    address: str
+    port: int
+    key: str
+    num_gpus: int
+
+
+def announced(folder: str | Path) -> list[EngineHost]:
+    """Hosts that have announced themselves in ``folder`` and accept connections, ordered by name.
+
+    What an earlier job left there does not answer, and is left out.
+    """
+    hosts = []
+    for path in sorted(Path(folder).glob("*.json")):
+        host = EngineHost(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            with ask_for_engine(host, devices=None, is_probe=True) as sock:
+                Connection(sock).receive(_HELLO_SECONDS)
+        except (OSError, ConnectionLostError):
+            continue
+        hosts.append(host)
+    return hosts
+
+
+def ask_for_engine(host: EngineHost, *, devices: str | None, is_probe: bool = False) -> socket.socket:
+    """A socket whose other end is a new worker's on ``host``, with the GPUs ``devices`` (None: all it sees)."""
+    sock = socket.create_connection((host.address, host.port), timeout=_HELLO_SECONDS)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.settimeout(None)
+    Connection(sock).send("probe" if is_probe else "engine", key=host.key, devices=devices)
+    return sock
+
+
+def worker_environment(devices: str | None) -> dict[str, str]:
+    """Of a worker that this process starts; ``devices`` as for CUDA_VISIBLE_DEVICES, None leaves this process's."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_OWNER)}
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    return environment
+
+
+def serve(folder: Path, *, num_gpus: int) -> None:
+    """Announce, then answer until the process is ended."""
+    with socket.create_server(("", 0)) as server:
+        host = EngineHost(
+            address=socket.gethostbyname(socket.gethostname()),
+            port=server.getsockname()[1],
+            key=secrets.token_hex(16),
+            num_gpus=num_gpus,
+        )
+        with _announcement(folder, host):
+            print(f"engines for {folder} at {host.address}:{host.port}, {num_gpus} GPUs", flush=True)
+            while True:
+                sock, _ = server.accept()
+                threading.Thread(target=_answer, args=(sock, host.key), daemon=True).start()
+
+
+@contextmanager
+def _announcement(folder: Path, host: EngineHost) -> Iterator[None]:
+    """A file that only its owner may read, whole or not there at all, as long as the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{socket.gethostname()}-{host.port}.json"
+    partial = path.with_suffix(".partial")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump({f: getattr(host, f) for f in EngineHost.__dataclass_fields__}, file)
+    partial.rename(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _answer(sock: socket.socket, key: str) -> None:
+    with sock:
+        connection = Connection(sock)
+        try:
+            hello = connection.receive(_HELLO_SECONDS)
+            if not hmac.compare_digest(str(hello.get("key", "")), key):
+                return
+            if hello["kind"] == "probe":
+                connection.send("here")
+                return
+        except (ConnectionLostError, TimeoutError, ValueError, KeyError):
+            return
+        sock.settimeout(None)
+        _run_worker(sock, hello["devices"])
+
+
+def _run_worker(sock: socket.socket, devices: str | None) -> None:
+    command = [sys.executable, "-m", "megatron_rest.rollout.worker", str(sock.fileno()), str(os.getpid())]
+    # A session of its own: ending it ends the workers that vLLM may have started under it.
+    child = subprocess.Popen(
+        command,
+        pass_fds=[sock.fileno()],
+        env=worker_environment(devices),
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    )
+    hang_up = select.poll()
+    hang_up.register(sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
+    while child.poll() is None and not hang_up.poll(_POLL_MILLISECONDS):
+        pass
+    with suppress(ProcessLookupError):  # it had ended by itself, with all it had started
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until ended."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where ranks look for hosts: RUN_DIR/engines")
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this node; 0 on CPU")
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    serve(args.folder, num_gpus=args.gpus)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
