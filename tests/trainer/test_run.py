@@ -272,19 +272,19 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
 
 
 def test_run_with_killed_engines_ends_as_an_undisturbed_one(base):
-    """SIGKILL in the middle of generation, of the transfer that repairs it, and of the generation after that."""
+    """SIGKILL in the middle of generation and of the transfer that repairs it; `make chaos` kills ten times."""
     calm, disturbed = base / "calm", base / "disturbed"
-    for run_dir, kills in ((calm, 0), (disturbed, 3)):
+    for run_dir, kills in ((calm, 0), (disturbed, 2)):
         chaos.train(base, run_dir, "trainer.steps=2", ranks=2, replicas=1, kills=kills)
     assert chaos.differences(calm, disturbed) == []
-    assert (chaos.restarts_of(calm), chaos.restarts_of(disturbed)) == (0, 3)
+    assert (chaos.restarts_of(calm), chaos.restarts_of(disturbed)) == (0, 2)
     assert [step["rollout/count"] for step in chaos.steps_of(disturbed)] == [24, 24]
 
 
 def test_one_step_off_every_rollout_is_one_version_old(base):
     run_dir = base / "one-step-off"
     overrides = ("rollout.max_staleness=1", "loss.tis_cap=2.0", "checkpoint.export_hf=false", "trainer.steps=3")
-    chaos.train(base, run_dir, *overrides, ranks=2, replicas=2, kills=0)
+    chaos.train(base, run_dir, *overrides, ranks=1, replicas=1, kills=0)
     steps = chaos.steps_of(run_dir)
     assert [step["rollout/staleness"] for step in steps] == [0, 1, 1]
     assert [row["policy_version"] for row in metrics(run_dir)] == [0, 1, 2]
