@@ -24,12 +24,12 @@ def sing(rank: int, world_size: int, model: str) -> tuple[float, str]:
     engine = VllmEngine(model, config.rollout, seed=1, max_model_len=128, stop_token_ids=[EOS_ID])
     prompt = PromptSample(prompt_id="canary", token_ids=np.arange(40, 60, dtype=np.int32), ground_truth="")
     canary = Canary(prompt=prompt, num_tokens=8, tolerance=1e-3)
-    agreed = canary.check(engine, parts.policy)
+    agreed = canary.check(engine, parts.policy, is_first=True)
     shard = parts.policy.named_shards()["decoder.layers.1.mlp.linear_fc2.weight"]
     with torch.no_grad():
         shard.add_(0.05 * torch.randn_like(shard))  # trained on, but never transferred
     with pytest.raises(CanaryError) as error:
-        canary.check(engine, parts.policy)
+        canary.check(engine, parts.policy, is_first=True)
     engine.close()
     return agreed, str(error.value)
 
