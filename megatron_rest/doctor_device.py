@@ -59,22 +59,29 @@ def recipes(found: Mapping[str, Any] | None) -> list[Finding]:
 
 
 def transports(found: Mapping[str, Any] | None) -> list[Finding]:
-    """``found``: GPUs and torch.distributed backends."""
+    """``found``: GPUs, torch.distributed backends, and the names that ``weight_sync.transport`` may take."""
     if found is None:
         return []
-    findings = []
-    if found["gloo"]:
-        findings.append(Finding(name="gloo", state=OK, detail="collectives and weight transfer on CPU tensors"))
-    else:
-        need = "a torch with gloo (torch.distributed.is_gloo_available)"
-        findings.append(Finding(name="gloo", state=OFF, detail="this torch has none", mend=f"needs {need}"))
-    if found["nccl"] and found["gpus"]:
-        detail = f"collectives and weight transfer between {len(found['gpus'])} GPUs"
-        findings.append(Finding(name="NCCL", state=OK, detail=detail))
-    else:
+    gloo = None if found["gloo"] else ("this torch has no gloo", "needs a torch that was built with it")
+    nccl = None
+    if not (found["nccl"] and found["gpus"]):
         lacks = "no CUDA device" if found["nccl"] else "this torch has no NCCL"
-        need = "torch's CUDA build and NVIDIA GPUs"
-        findings.append(Finding(name="NCCL", state=OFF, detail=lacks, mend=f"needs {need}"))
+        nccl = (lacks, "needs torch's CUDA build and NVIDIA GPUs")
+    obstacles = {"local": None, "broadcast": gloo, "gloo": gloo, "nccl_p2p": nccl}
+    what = {
+        "local": "an engine in the trainer's process takes tensors by reference",
+        "broadcast": "whole tensors to every engine worker, on CPU tensors",
+        "gloo": "slices between CPU tensors of ranks and engine workers",
+        "nccl_p2p": "slices between GPUs of ranks and engine workers",
+    }
+    rows = [(f"weight transfer {name}", what[name], obstacles[name]) for name in found["transports"]]
+    rows.append(("NCCL", f"collectives between {len(found['gpus'])} GPUs", nccl))
+    findings = [
+        Finding(name=name, state=OK, detail=detail)
+        if obstacle is None
+        else Finding(name=name, state=OFF, detail=obstacle[0], mend=obstacle[1])
+        for name, detail, obstacle in rows
+    ]
     devices = sorted(path.name for path in _INFINIBAND.glob("*")) if _INFINIBAND.is_dir() else []
     if devices:
         findings.append(Finding(name="InfiniBand", state=OK, detail=", ".join(devices)))

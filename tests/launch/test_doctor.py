@@ -115,14 +115,15 @@ def test_what_the_trainer_finds_is_what_is_printed() -> None:
         *doctor_device.transports(doctor._json(results, "torch")),
     ]
     by_name = {finding.name: finding for finding in found}
-    assert {"fused Adam", "fused layers and norms", "fused weight gradients", "gloo", "NCCL"} <= by_name.keys()
+    assert {"fused Adam", "fused layers and norms", "fused weight gradients", "NCCL"} <= by_name.keys()
     assert {f"FP8 {recipe}" for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")} <= by_name.keys()
     assert all(finding.mend for finding in found if finding.state != doctor.OK)
-    assert by_name["gloo"].state == doctor.OK
+    assert by_name["weight transfer gloo"].state == by_name["weight transfer local"].state == doctor.OK
     assert "megatron-core 0.16.1" in doctor._megatron(results).detail
     if "+cpu" in doctor._version("torch"):
         assert by_name["fused Adam"].detail == "torch AdamW"
-        assert {by_name[name].state for name in by_name if name != "gloo" and name != "InfiniBand"} == {doctor.OFF}
+        gpu_only = [n for n in by_name if n.startswith(("fused", "FP8", "NCCL"))] + ["weight transfer nccl_p2p"]
+        assert {by_name[name].state for name in gpu_only} == {doctor.OFF}
 
 
 H100 = {"transformer_engine": "2.20.2", "transformer_engine_fault": "", "gpu": "H100", "cuda": "13.0"}
@@ -142,12 +143,20 @@ def test_recipes_of_other_machines() -> None:
 
 
 def test_transports_of_other_machines() -> None:
-    def states(**found: object) -> dict[str, str]:
-        return {finding.name: finding.state for finding in doctor_device.transports(found)}
+    from megatron_rest.weight_sync.sync import TRANSPORTS
 
-    assert states(gloo=True, nccl=True, gpus=["H100"] * 8)["NCCL"] == doctor.OK
-    assert states(gloo=True, nccl=True, gpus=[])["NCCL"] == doctor.OFF
-    assert states(gloo=False, nccl=False, gpus=[])["gloo"] == doctor.OFF
+    def states(**found: object) -> dict[str, str]:
+        findings = doctor_device.transports({**found, "transports": TRANSPORTS})
+        assert [f.name for f in findings[: len(TRANSPORTS)]] == [f"weight transfer {name}" for name in TRANSPORTS]
+        return {finding.name.removeprefix("weight transfer "): finding.state for finding in findings}
+
+    ok, off = doctor.OK, doctor.OFF
+    gpus = states(gloo=True, nccl=True, gpus=["H100"] * 8)
+    assert (gpus["NCCL"], gpus["nccl_p2p"], gpus["gloo"], gpus["local"]) == (ok, ok, ok, ok)
+    cpu = states(gloo=True, nccl=True, gpus=[])
+    assert (cpu["NCCL"], cpu["nccl_p2p"], cpu["gloo"], cpu["broadcast"], cpu["local"]) == (off, off, ok, ok, ok)
+    bare = states(gloo=False, nccl=False, gpus=[])
+    assert (bare["gloo"], bare["broadcast"], bare["local"]) == (off, off, ok)
 
 
 def test_megatron_without_psutil_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,10 +158,12 @@ def compare(rank: int, world_size: int, tokenizer: str, data: str, model: str) -
 
 def through_the_trainer(parts: Any, tokenizer: str, data: str) -> str:
     """What a run prints at its start.  The recipe is a name here: both passes are FP32, so nothing may differ."""
+    from megatron_rest.trainer import trainer as trainer_module
     from megatron_rest.trainer.console import Console
     from megatron_rest.trainer.run import _certify
-    from megatron_rest.trainer.trainer import RestTrainer
     from megatron_rest.weighting import RestWeighting
+
+    trainer_module._CERTIFICATE_PROMPTS = 4  # in this rank's process: what is printed does not depend on it
 
     config = load(
         overrides=[
@@ -172,7 +174,7 @@ def through_the_trainer(parts: Any, tokenizer: str, data: str) -> str:
     )
     judge, prompts = real_judge(tokenizer), PromptDataset.open(data, tokenizer_path=tokenizer)
     nothing: Any = None  # engine and transfer are not asked
-    trainer = RestTrainer(
+    trainer = trainer_module.RestTrainer(
         config, parts=parts, prompts=prompts, engine=nothing, source=nothing, sync=nothing, judge=judge,
         weighting=RestWeighting.from_config(config.weighting),
     )  # fmt: skip
