@@ -61,7 +61,10 @@ RECIPE = RestConfig(
         clip_grad=1.0,
         updates_per_step=8,  # authors: mini-batches of 64 prompts
     ),
-    weight_sync=WeightSyncConfig(transport="gloo", bucket_bytes=256 << 20),
+    weight_sync=WeightSyncConfig(
+        transport="nccl_p2p",  # every worker of an engine gets its slices from the ranks that hold them, over NCCL
+        bucket_bytes=256 << 20,  # an expert's matrices are 9 MB: thousands travel in a hundred messages
+    ),
     checkpoint=CheckpointConfig(save_every=15, keep_last=2),  # authors save every 15 steps; 430 GB each
     trainer=TrainerConfig(
         run_dir="/runs/rest_30b_a3b",

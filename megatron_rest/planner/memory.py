@@ -67,7 +67,7 @@ def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *,
     stages = count_stages(shape, config.parallel)
     engine = () if config.rollout.replicas else engine_memory(config, shape, hardware)
     is_asleep = config.rollout.sleep_level > 0 and not hardware.is_cpu  # gives its memory back while the policy trains
-    why = "the imported libraries" if hardware.is_cpu else "CUDA context, NCCL, fragmentation: assumed"
+    why = "libraries and engine: measured" if hardware.is_cpu else "CUDA context, NCCL, fragmentation: assumed"
     rest = Item(name="not ours", num_bytes=hardware.reserve, why=why)
     return [
         StageMemory(
@@ -236,7 +236,10 @@ def _engine_work(config: RestConfig, shape: ModelShape) -> int:
 
 
 def _syncing(config: RestConfig, shape: ModelShape) -> tuple[Item, ...]:
-    """A bucket as gathered, what was made of it, and this rank's part of it."""
+    """A bucket as gathered, what was made of it, and this rank's part of it; or two messages of slices."""
+    if config.weight_sync.transport in ("gloo", "nccl_p2p"):
+        num_bytes = 2 * config.weight_sync.bucket_bytes
+        return (Item(name="sync buffers", num_bytes=num_bytes, why="2 x weight_sync.bucket_bytes: slices, pipelined"),)
     size = itemsize(config.model.dtype)
     largest = max(sum(math.prod(d) for d in hf_shapes(spec, shape)) for spec in parameter_map(shape)) * size
     bucket = max(config.weight_sync.bucket_bytes, largest)

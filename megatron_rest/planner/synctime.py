@@ -9,6 +9,7 @@ from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
 from megatron_rest.planner.memory import itemsize
 from megatron_rest.planner.parameters import total_parameters
+from megatron_rest.weight_sync.limits import Links, SyncSetting, sync_limits
 
 __all__ = ["SyncTime", "sync_time"]
 
@@ -37,9 +38,15 @@ def sync_time(
     p = config.parallel
     size = total_parameters(shape) * itemsize(config.rollout.dtype)
     if config.rollout.replicas:
-        out = config.rollout.replicas * size / (world_size * hardware.nic)
-        into = size / (config.rollout.tensor_parallel * hardware.nic)
-        return SyncTime(copy_bytes=size, limit=max(out, into), gather=size / (hardware.nic * efficiency.links))
+        setting = SyncSetting(
+            num_parameters=total_parameters(shape),
+            train_gpus=world_size,
+            engine_gpus=config.rollout.tensor_parallel,
+            replicas=config.rollout.replicas,
+            dtype=config.rollout.dtype,
+        )
+        limits = sync_limits(setting, Links(nic=hardware.nic, nvlink=hardware.nvlink, hbm=hardware.memory_bandwidth))
+        return SyncTime(copy_bytes=size, limit=limits.slices, gather=limits.broadcast / efficiency.links)
     share = size / config.rollout.tensor_parallel
     away = 1 - 1 / p.pipeline_parallel  # of what is needed lies on another stage
     beside = (1 - away) * (1 - 1 / p.tensor_parallel)

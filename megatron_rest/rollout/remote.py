@@ -83,6 +83,11 @@ class RemoteEngine:
         return self._config.tensor_parallel
 
     @property
+    def machine(self) -> str:
+        """Where its process runs."""
+        return socket.gethostname() if self._host is None else self._host.address
+
+    @property
     def is_alive(self) -> bool:
         return self._process is not None and self._process.is_alive
 

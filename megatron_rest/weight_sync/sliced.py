@@ -239,7 +239,8 @@ def _wrong_names(
 
 
 def _hello(engine: SyncTarget | None) -> _Hello:
-    host = socket.gethostname()
+    # An engine that another node started (RemoteEngine.machine) has to be reached over the network.
+    host = getattr(engine, "machine", socket.gethostname())
     if engine is None:
         return _Hello(None, "", host)
     try:

@@ -64,6 +64,7 @@ def test_an_engine_of_another_node_lives_dies_and_comes_back(
         engine.policy_version = 1  # random weights will do here
         tokens, _ = engine.greedy([1, 2, 3], 5)
         assert engine.is_alive
+        assert engine.machine == host.address, "the weight transfer asks where to reach it"
         process[0].send_signal(signal.SIGTERM)  # a scheduler's warning: the ranks still need their engines
         [worker] = workers(process[0])
         os.kill(worker.pid, signal.SIGKILL)
