@@ -19,7 +19,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test test-gpu oracle bench bench-gpu preprocess lint types arch clean chaos
+.PHONY: help setup demo test test-host test-gpu oracle bench bench-gpu preprocess lint types arch clean chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,22 @@ demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
 test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
+# The second line declares Python 3.12, for which there is no CPU build of torch everywhere: its released code runs on 3.11.
+# Importing it needs Triton, which compiles nothing here.
+HOST_VERSION := 0.19.2
+HOST := .cache/megatron-core-$(HOST_VERSION)
+HOST_TESTS := tests/mcore/test_host_contract.py tests/mcore/test_head.py tests/mcore/test_policy.py tests/examples
+
+$(HOST): | $(STAMP)
+	@rm -rf $@.part && mkdir -p $@.part
+	@$(BIN)/python -m pip install -q --no-deps --no-compile --target $@.part triton==3.9.0
+	@$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d $@.part megatron-core==$(HOST_VERSION)
+	@$(BIN)/python -m zipfile -e $@.part/megatron_core-$(HOST_VERSION)-*.whl $@.part
+	@mv $@.part $@
+
+test-host: $(HOST) ## the Megatron layer on the second supported line, megatron-core 0.19.2 (docs/embedding.md)
+	@PYTHONPATH=$(CURDIR)/$(HOST) MEGATRON_REST_HOST=$(HOST_VERSION) $(BIN)/python -m pytest $(HOST_TESTS)
+
 test-gpu: ## tests that need a CUDA device, FP8 certificates, step time and memory; 8 minutes; in the environment that python3 is
 	@python3 -m megatron_rest.doctor || true  # what this machine has, above what it measured
 	@status=0; python3 -m pytest -m gpu -s $(TEST_ARGS) $$(grep -rl --include='*.py' 'pytest.mark.gpu' tests) || status=$$?; \
@@ -59,6 +75,7 @@ oracle: $(STAMP) ## mbridge in an environment of its own (.oracle): tests/mcore/
 bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@mkdir -p runs/bench
 	@$(BIN)/python -m benchmarks.policy_head --quick --json runs/bench/policy_head.json
+	@$(BIN)/python -m benchmarks.step_overhead --json runs/bench/step_overhead.json
 	@$(BIN)/python -m benchmarks.regions --json runs/bench/regions.json
 	@$(BIN)/python -m benchmarks.weight_sync --json runs/bench/weight_sync.json
 	@$(BIN)/python -m benchmarks.data --json runs/bench/data.json

@@ -96,9 +96,12 @@ class ModelConfig:
     """Longest prompt + response in tokens; longer ones are refused, never cut."""
     dtype: str = "float32"
     """Training precision: float32 or bfloat16."""
+    head: str = "fused"
+    """fused: log-probs from hidden states, rows without loss are not projected; logits: through logits of every row."""
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.head", self.head, ("fused", "logits"))
         _at_least("model.max_sequence_length", self.max_sequence_length, 2)
 
 

@@ -171,9 +171,14 @@ class MicroBatch:
     old_log_probs: Tensor | None = None  # float32 [T], from the scoring pass
     token_weights: Tensor | None = None  # float32 [T]; None = uniform
     cp_size: int = 1  # ranks that share every sequence
+    active_rows: Tensor | None = (
+        None  # int64 on the CPU: where loss_mask is True; made here, so that no device is asked
+    )
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
+        if self.loss_mask.device.type == "cpu":  # always anew, so that a part of a microbatch lists its own rows
+            object.__setattr__(self, "active_rows", self.loss_mask.nonzero()[:, 0])
         for name in (
             "labels",
             "position_ids",
@@ -197,8 +202,8 @@ class MicroBatch:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same microbatch on ``device``."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        """The same microbatch on ``device``; ``active_rows`` stays on the CPU."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "active_rows"}
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
@@ -226,11 +231,11 @@ class LossInputs:
     """
 
     log_probs: Tensor  # float32 [T], current policy
-    old_log_probs: Tensor  # float32 [T], training engine at the start of the step
     advantages: Tensor  # float32 [T]
     loss_mask: Tensor  # bool [T]
     sequence_lengths: Tensor  # float32 [T], loss tokens of the whole sequence of t, whatever the split
-    totals: BatchTotals
+    totals: BatchTotals | None = None  # None = not known yet: LossOutput.num_tokens is then the denominator to sum up
+    old_log_probs: Tensor | None = None  # float32 [T], at the start of the step; None = log_probs: every ratio is 1
     entropy: Tensor | None = None  # float32 [T], nats
     token_weights: Tensor | None = None  # float32 [T]; None = uniform, plain GRPO
     rollout_log_probs: Tensor | None = None  # float32 [T], needed by importance-sampling correction only
@@ -240,10 +245,10 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOutput:
-    """Megatron's loss contract: sums travel, one division happens at the end (by the global token count)."""
+    """Megatron's loss contract: sums travel, one division happens at the end (by the global sum of ``num_tokens``)."""
 
-    loss_sum: Tensor  # scalar float32 with gradient; loss = sum over everything / totals.num_tokens
-    num_tokens: Tensor  # scalar int, loss tokens of this microbatch
+    loss_sum: Tensor  # scalar float32 with gradient; loss = sum over everything / sum of num_tokens over everything
+    num_tokens: Tensor  # scalar int, this microbatch's part of the denominator: its loss tokens
     metrics: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sum, count), detached
 
 

@@ -13,6 +13,10 @@ step):
 The denominators are known before the first forward pass (:class:`BatchTotals`), so loss and gradient are the same for
 every split into microbatches, data- and context-parallel ranks.  KL and entropy terms use the same aggregation without
 weights. Masked positions are selected away, never multiplied: they may hold NaN.
+
+A loop that meets its microbatches one by one does not know the totals.  Without them c_t drops M (sequence_mean:
+w_t / T_i, token_mean: w_t, taking weights of mean 1) and ``num_tokens`` counts what the whole has to be divided by:
+sequences or tokens.  Megatron sums that over the step and divides once, so the result is the same.
 """
 
 from __future__ import annotations
@@ -27,10 +31,38 @@ from megatron_rest.algorithms.kl import kl_estimate
 from megatron_rest.config import LossAggregation, LossConfig
 from megatron_rest.types import LossInputs, LossOutput
 
-__all__ = ["rest_policy_loss"]
+__all__ = ["RestPolicyLoss", "rest_policy_loss"]
 
 # The published code adds this to the weight sum of a microbatch.
 _REFERENCE_EPSILON = 1e-8
+
+# Whole sequences add up to an integer within float32 rounding of 1 / T_i; a cut one misses by at least 1 / T_i.
+_COUNT_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class RestPolicyLoss:
+    """:func:`rest_policy_loss` of one configuration, and what a fused head asks of a loss.
+
+    ``is_token_separable``: whether the loss of a token needs no other token.  Then ``token_losses`` of any rows are
+    those rows of ``token_losses`` of all, and a head may differentiate block by block.
+    """
+
+    config: LossConfig
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        return rest_policy_loss(inputs, self.config)
+
+    @property
+    def is_token_separable(self) -> bool:
+        config = self.config
+        needs_sequences = config.tis_cap is not None and config.tis_level == "sequence"
+        return config.aggregation is not LossAggregation.REFERENCE_CODE and not needs_sequences
+
+    def token_losses(self, inputs: LossInputs) -> Tensor:
+        """float32 ``[T]``, the parts of ``loss_sum``; differentiable in log_probs and entropy."""
+        _check(inputs, self.config)
+        return _token_losses(inputs, self.config)[0]
 
 
 def rest_policy_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
@@ -41,23 +73,37 @@ def rest_policy_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     collective.
 
     Args:
-        inputs: float32 ``[T]`` tensors; ``totals`` of the whole optimiser step.
+        inputs: float32 ``[T]`` tensors; ``totals`` of the whole optimiser step, or None where they are not known.
         config: clipping, aggregation and optional terms.
 
     Returns:
-        ``loss_sum`` (scalar; divide the sum over everything by ``totals.num_tokens``), ``num_tokens`` (int64 scalar)
+        ``loss_sum`` (scalar; divide the sum over everything by the sum of ``num_tokens``, which is
+        ``totals.num_tokens``), ``num_tokens`` (int64 scalar; without totals and with sequence_mean it counts sequences)
         and detached, unweighted metrics.  ``clip_fraction`` counts tokens where the clipped side is the larger loss,
         of which ``clip_fraction_high`` / ``_low`` are those above / below the range; ``dual_clip_fraction`` those
         bounded by ``-c A``.
 
     Raises:
-        ValueError: a shape that is not ``[T]``, a mask that is not bool, or an input that the configuration needs and
-            lacks.
+        ValueError: a shape that is not ``[T]``, a mask that is not bool, an input that the configuration needs and
+            lacks, or no totals where a sequence is cut (on CUDA this one is a device-side assertion).
     """
     _check(inputs, config)
+    losses, metrics = _token_losses(inputs, config)
+    mask = inputs.loss_mask
+    num_tokens = mask.sum()
+    sums = {name: (torch.where(mask, value, 0.0).sum(), num_tokens) for name, value in metrics.items()}
+    counts_sequences = inputs.totals is None and config.aggregation is LossAggregation.SEQUENCE_MEAN
+    return LossOutput(
+        loss_sum=losses.sum(), num_tokens=_num_sequences(inputs) if counts_sequences else num_tokens, metrics=sums
+    )
+
+
+def _token_losses(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """Aggregated loss ``[T]`` (its sum is the loss) and detached metrics ``[T]`` of checked inputs."""
     mask = inputs.loss_mask
     log_probs = torch.where(mask, inputs.log_probs, 0.0)
-    old_log_probs = torch.where(mask, inputs.old_log_probs.detach(), 0.0)
+    old = inputs.log_probs if inputs.old_log_probs is None else inputs.old_log_probs
+    old_log_probs = torch.where(mask, old.detach(), 0.0)
     advantages = torch.where(mask, inputs.advantages.detach(), 0.0)
     token_loss, metrics = _clipped_loss(log_probs, old_log_probs, advantages, mask, config)
     if config.tis_cap is not None:
@@ -66,22 +112,42 @@ def rest_policy_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
         metrics["tis_weight"] = correction
     weights = None if inputs.token_weights is None else torch.where(mask, inputs.token_weights.detach(), 0.0)
     aggregate = _Aggregation.of(inputs, config)
-    loss_sum = aggregate(token_loss, weights)
+    losses = aggregate(token_loss, weights)
     metrics["policy_loss"] = token_loss.detach()
     if config.kl_coef:
         assert inputs.ref_log_probs is not None  # checked at the door
         ref_log_probs = torch.where(mask, inputs.ref_log_probs.detach(), 0.0)
         kl = kl_estimate(log_probs, ref_log_probs, estimator=config.kl_estimator, max_log_ratio=config.max_log_ratio)
-        loss_sum = loss_sum + config.kl_coef * aggregate(kl, None)
+        losses = losses + config.kl_coef * aggregate(kl, None)
         metrics["kl_ref"] = kl.detach()
     if inputs.entropy is not None:
         entropy = torch.where(mask, inputs.entropy, 0.0)
         metrics["entropy"] = entropy.detach()
         if config.entropy_coef:
-            loss_sum = loss_sum - config.entropy_coef * aggregate(entropy, None)
-    num_tokens = mask.sum()
-    sums = {name: (torch.where(mask, value, 0.0).sum(), num_tokens) for name, value in metrics.items()}
-    return LossOutput(loss_sum=loss_sum, num_tokens=num_tokens, metrics=sums)
+            losses = losses - config.entropy_coef * aggregate(entropy, None)
+    return losses, metrics
+
+
+def _num_sequences(inputs: LossInputs) -> Tensor:
+    """Sequences with loss tokens in this microbatch, int64; every one of them must be whole."""
+    total = _inverse_lengths(inputs).double().sum()
+    count = total.round()
+    message = (
+        "a sequence is cut: without LossInputs.totals the sequences of a microbatch are counted, so all their loss "
+        "tokens must be in it; pass the totals of the whole step (context parallelism needs them)"
+    )
+    is_whole = (total - count).abs() < _COUNT_TOLERANCE
+    if is_whole.device.type != "cpu":
+        torch._assert_async(is_whole, message)
+    elif not bool(is_whole):
+        raise ValueError(f"{message}; counted {float(total):.4f}")
+    return count.long()
+
+
+def _inverse_lengths(inputs: LossInputs) -> Tensor:
+    """1 / T_i of each token's sequence ``[T]``, 0 where there is no loss."""
+    mask = inputs.loss_mask
+    return torch.where(mask, 1.0 / torch.where(mask, inputs.sequence_lengths, 1.0), 0.0)
 
 
 def _clipped_loss(
@@ -112,42 +178,41 @@ def _clipped_loss(
 
 @dataclass(frozen=True, slots=True)
 class _Aggregation:
-    """Token values ``[T]`` -> this microbatch's part of ``M * loss``."""
+    """Token values ``[T]`` -> their parts of ``M * loss`` ``[T]`` (without totals, of N or M times the loss)."""
 
     mask: Tensor
-    per_token: Tensor | None  # 1 / T_i, sequence_mean only
-    share: Tensor | None  # this microbatch's share of the sequences, reference_code only
-    num_tokens: float
-    factor: float  # M / N for sequence_mean
-    weight_sum: float
+    coefficient: Tensor | float  # of each token's value, before weights
+    weighted_scale: float  # token_mean only: M / W
+    share: Tensor | None  # reference_code only: M x this microbatch's share of the sequences
 
     @classmethod
     def of(cls, inputs: LossInputs, config: LossConfig) -> _Aggregation:
-        totals, mask = inputs.totals, inputs.loss_mask
-        kind = config.aggregation
-        inverse = None
-        if kind is not LossAggregation.TOKEN_MEAN:
-            inverse = torch.where(mask, 1.0 / torch.where(mask, inputs.sequence_lengths, 1.0), 0.0)
-        is_reference = kind is LossAggregation.REFERENCE_CODE
-        return cls(
-            mask=mask,
-            per_token=None if is_reference else inverse,
-            share=inverse.sum() / totals.num_sequences if is_reference and inverse is not None else None,
-            num_tokens=totals.num_tokens,
-            factor=totals.num_tokens / totals.num_sequences if totals.num_sequences else 0.0,
-            weight_sum=totals.weight_sum,
-        )
+        totals, kind = inputs.totals, config.aggregation
+        coefficient: Tensor | float = 1.0
+        weighted_scale, share = 1.0, None
+        if kind is LossAggregation.SEQUENCE_MEAN:
+            factor = 1.0 if totals is None else _ratio(totals.num_tokens, totals.num_sequences)
+            coefficient = _inverse_lengths(inputs) * factor
+        elif kind is LossAggregation.TOKEN_MEAN:
+            weighted_scale = 1.0 if totals is None else _ratio(totals.num_tokens, totals.weight_sum)
+        else:
+            assert totals is not None  # checked at the door
+            share = _inverse_lengths(inputs).sum() / totals.num_sequences * totals.num_tokens
+        return cls(mask=inputs.loss_mask, coefficient=coefficient, weighted_scale=weighted_scale, share=share)
 
     def __call__(self, values: Tensor, weights: Tensor | None) -> Tensor:
-        values = torch.where(self.mask, values, 0.0)
-        weighted = values if weights is None else values * weights
-        if self.share is not None:
-            denominator = self.mask.sum() if weights is None else weights.sum()
-            return weighted.sum() / (denominator + _REFERENCE_EPSILON) * self.share * self.num_tokens
-        if self.per_token is not None:
-            return (weighted * self.per_token).sum() * self.factor
-        scale = 1.0 if weights is None else (self.num_tokens / self.weight_sum if self.weight_sum else 0.0)
-        return weighted.sum() * scale
+        values = torch.where(self.mask, values, 0.0) * self.coefficient
+        if weights is not None:
+            values = values * weights * self.weighted_scale
+        if self.share is None:
+            return values
+        denominator = self.mask.sum() if weights is None else weights.sum()
+        return values / (denominator + _REFERENCE_EPSILON) * self.share
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """0 where there is nothing to divide."""
+    return numerator / denominator if denominator else 0.0
 
 
 def _check(inputs: LossInputs, config: LossConfig) -> None:
@@ -171,6 +236,7 @@ def _check(inputs: LossInputs, config: LossConfig) -> None:
         "rollout_log_probs": config.tis_cap is not None,
         "sequence_ids": config.tis_cap is not None and config.tis_level == "sequence",
     }
+    needed["totals"] = config.aggregation is LossAggregation.REFERENCE_CODE
     missing = [name for name, is_needed in needed.items() if is_needed and getattr(inputs, name) is None]
     if missing:
         raise ValueError(f"this loss configuration needs {', '.join(missing)} in LossInputs, but got None")

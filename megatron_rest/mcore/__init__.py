@@ -8,7 +8,9 @@ precision.py    FP8: Megatron's settings, delayed scales of scoring and training
 accelerations.py  which fused parts run: Transformer Engine's, Apex's, torch's
 build.py        process groups, model, optimiser: configuration in, objects out
 output.py       log-probs and entropy in the place of Megatron's cross-entropy
-forward_step.py Megatron's ``forward_step`` / ``loss_func`` contract for policy losses
+head.py         what output.py puts there: hidden states in, log-probs and entropy out
+step_loss.py    a policy loss for one microbatch, as Megatron's ``loss_func`` contract wants it
+forward_step.py ``forward_step`` functions of the trainer
 policy.py       the policy the trainer sees: score, update, shards
 checkpoint.py   Megatron distributed checkpoints
 hf.py           HF safetensors into Megatron shards

@@ -267,7 +267,7 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
             pg_collection=context.pg_collection,
             vp_stage=stage,
         )
-        attach(model, vocab_size=shape.vocab_size, temperature=config.rollout.temperature)
+        attach(model, vocab_size=shape.vocab_size, temperature=config.rollout.temperature, form=config.model.head)
         accelerations.fuse_weight_gradients(model)
         chunks.append(model.to(context.device))
     return chunks

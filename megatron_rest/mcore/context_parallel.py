@@ -44,14 +44,17 @@ def zigzag_order(lengths: Tensor, cp_size: int) -> Tensor:
 
 
 def shard(microbatch: MicroBatch, *, cp_rank: int, cp_size: int) -> MicroBatch:
-    """This rank's tokens of ``microbatch``; ``cu_seqlens`` still speaks of the whole sequences."""
+    """This rank's tokens of ``microbatch``; ``cu_seqlens`` still speaks of the whole sequences.
+
+    On the CPU: the rows with loss are listed anew there.
+    """
     if cp_size == 1:
         return microbatch
     mine = zigzag_order(microbatch.cu_seqlens.diff(), cp_size)[cp_rank]
     tokens = {
         f.name: value[mine]
         for f in fields(microbatch)
-        if isinstance(value := getattr(microbatch, f.name), Tensor) and f.name != "cu_seqlens"
+        if isinstance(value := getattr(microbatch, f.name), Tensor) and f.name not in ("cu_seqlens", "active_rows")
     }
     return replace(microbatch, cp_size=cp_size, **tokens)
 

@@ -1,13 +1,9 @@
-"""Megatron's ``forward_step`` / ``loss_func`` contract for losses over log-probs and entropy.
+"""``forward_step`` functions of the trainer: packed :class:`MicroBatch` in, Megatron's contract out.
 
-In a Megatron loop of one's own these are the two lines that change:
+    step = partial(forward_step, loss=RestPolicyLoss(loss_config), totals=batch.totals)
+    forward_backward_func(forward_step_func=step, data_iterator=iter(batch.microbatches), ...)
 
-    step = partial(forward_step, loss=partial(rest_policy_loss, config=loss_config), totals=batch.totals)
-    losses = forward_backward_func(forward_step_func=step, data_iterator=iter(batch.microbatches), ...)
-
-``loss_func`` returns Megatron's 3-tuple ``(loss_sum, num_tokens, {name: (sum, count)})``; the model's config must have
-``calculate_per_token_loss=True``, so that Megatron divides by the token count of the whole global batch and no split
-of the work changes the gradient.
+A loop with batches of its own writes these few lines itself: ``step_loss.py`` has what they are made of.
 """
 
 from __future__ import annotations
@@ -19,11 +15,11 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_rest.types import BatchTotals, LossInputs, LossOutput, MicroBatch
+from megatron_rest.mcore.head import HeadContext, PolicyOutput
+from megatron_rest.mcore.step_loss import LossTokens, PolicyLoss, StepLoss
+from megatron_rest.types import BatchTotals, MicroBatch
 
-__all__ = ["PolicyLoss", "forward_step", "loss_inputs", "packed_seq_params", "score_step"]
-
-PolicyLoss = Callable[[LossInputs], LossOutput]
+__all__ = ["forward_step", "packed_seq_params", "score_step"]
 
 
 def packed_seq_params(microbatch: MicroBatch) -> PackedSeqParams:
@@ -38,56 +34,38 @@ def packed_seq_params(microbatch: MicroBatch) -> PackedSeqParams:
     )
 
 
-def _forward(microbatch: MicroBatch, model: Any) -> Tensor:
+def _forward(microbatch: MicroBatch, model: Any, context: HeadContext) -> Any:
     return model(
         microbatch.token_ids.unsqueeze(0),
         microbatch.position_ids.unsqueeze(0),
         None,  # causal by construction
         labels=microbatch.labels.unsqueeze(0),
         packed_seq_params=packed_seq_params(microbatch),
-    )
-
-
-def loss_inputs(microbatch: MicroBatch, output: Tensor, totals: BatchTotals) -> LossInputs:
-    """``output`` [2, 1, T] of a model with :func:`megatron_rest.mcore.output.attach` -> typed loss arguments."""
-    log_probs, entropy = output[0, 0], output[1, 0]
-    old = microbatch.old_log_probs
-    return LossInputs(
-        log_probs=log_probs,
-        entropy=entropy,
-        old_log_probs=log_probs.detach() if old is None else old,
-        advantages=microbatch.advantages,
-        loss_mask=microbatch.loss_mask,
-        sequence_lengths=microbatch.sequence_lengths,
-        sequence_ids=microbatch.sequence_ids,
-        token_weights=microbatch.token_weights,
-        rollout_log_probs=microbatch.rollout_log_probs,
-        totals=totals,
+        output_processor_context=context,
     )
 
 
 def forward_step(
     data_iterator: Iterator[MicroBatch], model: Any, *, loss: PolicyLoss, totals: BatchTotals
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]]]:
+) -> tuple[Any, StepLoss]:
     """Training pass of one microbatch: Megatron's ``forward_step_func`` once ``loss`` and ``totals`` are bound."""
     microbatch = next(data_iterator)
-
-    def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        out = loss(loss_inputs(microbatch, output, totals))
-        return out.loss_sum, out.num_tokens.to(torch.int), dict(out.metrics)
-
-    return _forward(microbatch, model), loss_func
+    step = StepLoss(loss, LossTokens.of_microbatch(microbatch, totals))
+    return _forward(microbatch, model, step.context), step
 
 
-def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
     """Scoring pass (forward only).
 
-    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage (``[3, T]`` with beta).
+    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage (``[3, T]`` with beta).  Rows
+    without loss hold 0 where the head does not project them.
     """
     microbatch = next(data_iterator)
-    return _forward(microbatch, model), _scores
+    return _forward(microbatch, model, HeadContext(active_rows=microbatch.active_rows)), _scores
 
 
-def _scores(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    zero = torch.zeros((), device=output.device)
-    return zero, zero.to(torch.int), output[:, 0].detach().clone()
+def _scores(output: PolicyOutput) -> tuple[Tensor, Tensor, Tensor]:
+    output = PolicyOutput(*output)
+    rows = [row[0].detach() for row in (output.log_probs, output.entropy, output.beta) if row is not None]
+    zero = torch.zeros((), device=rows[0].device)
+    return zero, zero.to(torch.int), torch.stack(rows)

@@ -1,149 +1,209 @@
 """THE seam into Megatron's cross-entropy path: log-probs and entropy where the language-model loss was.
 
-``GPTModel.forward(labels=...)`` on the last pipeline stage projects hidden states through its own ``output_layer``
-(tied or untied weights, sequence parallelism and DDP hooks as they are) and hands ``(labels, vocab-parallel logits)``
-to ``compute_language_model_loss``.  :func:`attach` puts our op into that one place of one model instance; nothing
-global changes and :func:`detach` gives the model back as it was.
-
     attach(model, vocab_size=151936)
-    out = model(tokens, position_ids, None, labels=labels)      # [2, b, s] float32
-    log_probs, entropy = out                                    # both differentiable
+    log_probs, entropy, *_ = model(tokens, position_ids, None, labels=labels)      # [b, s] float32, differentiable
 
-Reweighting by score norms also needs the hidden states, which that place does not see.  ``with measuring_beta(model):``
-hooks the input of ``output_layer`` for as long as it lasts; outside of it nothing is hooked, computed or sent.
+:func:`attach` gives one model instance a :class:`~megatron_rest.mcore.head.PolicyHead`; nothing global changes and
+:func:`detach` gives the model back as it was.  How it gets there depends on what the installed Megatron can do, which
+its signatures say and its version does not:
 
-The logits are the model's own scratch: nobody else holds them, so the gradient overwrites them (``consume=True``) and
-no second vocabulary-sized tensor is made.
+* ``GPTModel.forward(output_processor=..., output_processor_context=...)`` exists (0.17 and newer): a forward pre-hook
+  of the instance passes the head as that argument.  Nothing of Megatron is replaced.
+* it does not (0.16): the instance's ``_postprocess``, in which its forward pass ends, is shadowed by an adapter that
+  hands the head the same arguments.  The one symbol that is replaced; if it has moved, attaching raises and names it.
+
+Either way a step may pass ``output_processor_context=HeadContext(...)``: rows with loss, and a loss to differentiate
+within the forward pass.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from megatron_rest.mcore.head import HeadContext, PolicyHead, PolicyOutput, check_fusable
 
-from megatron_rest.ops import vocab_parallel_log_probs_and_entropy
+__all__ = [
+    "HeadContext",
+    "PolicyHead",
+    "PolicyOutput",
+    "at_temperature",
+    "attach",
+    "detach",
+    "has_output_processor",
+    "is_attached",
+    "measuring_beta",
+]
 
-__all__ = ["at_temperature", "attach", "detach", "is_attached", "measuring_beta"]
+_ARGUMENT, _CONTEXT = "output_processor", "output_processor_context"
+_ADAPTED = "_postprocess"
+_NEEDED = ("hidden_states", "labels")  # of _postprocess, by keyword
+_FORMS = ("fused", "logits")
+_LABELS_POSITION = 4  # forward(input_ids, position_ids, attention_mask, decoder_input, labels)
+_KEY = "_megatron_rest_seam"
 
-_SEAM = "compute_language_model_loss"
 
-
-def attach(model: Any, *, vocab_size: int | None = None, temperature: float = 1.0) -> None:
-    """Make ``model(..., labels=labels)`` return ``[2, b, s]`` float32: log-probs (nats) and entropy (nats) of each
-    label.
+def attach(model: Any, *, vocab_size: int | None = None, temperature: float = 1.0, form: str = "fused") -> None:
+    """Make ``model(..., labels=labels)`` return :class:`~megatron_rest.mcore.head.PolicyOutput`, not a loss.
 
     Args:
-        model: a ``GPTModel`` chunk (unwrapped).  A chunk without the last pipeline stage is left alone.
+        model: a ``GPTModel`` chunk, unwrapped, of any pipeline stage; all chunks of a pipeline, so that all take
+            ``output_processor_context``.  Without labels a model answers as before.
         vocab_size: true vocabulary size; columns beyond it (padding of the embedding) are not part of the softmax.
         temperature: logits are divided by it, as the sampler does.
+        form: "fused" or "logits", see :mod:`megatron_rest.mcore.head`.
 
-    Collectives: one all-gather of ``[4, b * s]`` float32 over the model's tensor-parallel group.  Idempotent:
-        attaching again replaces the settings.  Raises ``RuntimeError`` naming the symbol if this Megatron has moved
-        the seam.
+    Idempotent: attaching again replaces the settings.
+
+    Raises:
+        RuntimeError: this Megatron has neither of the two places to attach to; names them.
+        ValueError: unknown form, or an output layer that cannot be fused.
     """
-    if not getattr(model, "post_process", False):
-        return
-    if not hasattr(type(model), _SEAM):
-        raise RuntimeError(
-            f"{type(model).__module__}.{type(model).__name__} has no method {_SEAM}: this Megatron-Core computes its "
-            "loss elsewhere; megatron_rest 0.1 supports megatron-core 0.16"
-        )
-    # An instance attribute shadows the method: reversible, and other models of this class are not touched.
-    object.__setattr__(model, _SEAM, _Output(model.pg_collection.tp, vocab_size, temperature))
+    if form not in _FORMS:
+        raise ValueError(f"form is {form!r}, expected one of {', '.join(_FORMS)}")
+    is_last = getattr(model, "post_process", False)
+    if is_last and form == "fused":
+        check_fusable(model.output_layer, model.config)
+    is_native = has_output_processor(model)
+    if not is_native:
+        _check_adaptable(model)
+    detach(model)
+    head = PolicyHead(vocab_size=vocab_size, temperature=temperature, form=form) if is_last else None
+    # object's own setter: the seam is no submodule and no part of the state.
+    object.__setattr__(model, _KEY, (_NativeSeam if is_native else _AdaptedSeam)(model, head))
 
 
 def detach(model: Any) -> None:
     """Give ``model`` Megatron's own cross-entropy back.  Harmless if nothing was attached."""
-    model.__dict__.pop(_SEAM, None)
+    seam = model.__dict__.pop(_KEY, None)
+    if seam is not None:
+        seam.remove()
 
 
 def is_attached(model: Any) -> bool:
     """Whether :func:`attach` is in force on this instance."""
-    return _SEAM in model.__dict__
+    return _KEY in model.__dict__
+
+
+def has_output_processor(model: Any) -> bool:
+    """Whether this model's forward pass takes ``output_processor``."""
+    return _ARGUMENT in inspect.signature(type(model).forward).parameters
 
 
 @contextmanager
 def at_temperature(model: Any, temperature: float) -> Iterator[None]:
     """While it lasts, ``model`` scores at another temperature than :func:`attach` was given."""
-    output = model.__dict__.get(_SEAM)
-    if output is None:
+    head = _head_of(model)
+    if head is None:
         yield
         return
-    before, output.temperature = output.temperature, temperature
+    before, head.temperature = head.temperature, temperature
     try:
         yield
     finally:
-        output.temperature = before
+        head.temperature = before
 
 
 @contextmanager
 def measuring_beta(model: Any) -> Iterator[None]:
-    """While it lasts, ``model(..., labels=labels)`` returns ``[3, b, s]``: the third row is beta of each position.
+    """While it lasts, ``model(..., labels=labels)`` also returns beta of each position.
 
     ``beta = ||h||^2 (1 - sum p^2) / temperature^2``, float32, constant: the expected squared Frobenius norm of
     ``d log p(a) / d W`` over ``a ~ p``, for the output matrix ``W`` and the hidden state ``h`` that enters it.  Exact
     for this layer; a proxy for the norm of the whole gradient.  Where p is almost a point mass, ``1 - sum p^2`` is a
     difference of float32 numbers: its absolute error is about 1e-7.
 
-    Collectives, besides those of :func:`attach` (its all-gather carries a fifth number a token): under sequence
-    parallelism one all-gather of ``[b * s / TP]`` float32 over the tensor-parallel group.
+    Collectives, besides those of the head (whose all-gather carries a fifth number a row): under sequence parallelism
+    one all-gather of ``[b * s / TP]`` float32 over the tensor-parallel group.
 
     ``model`` is an unwrapped chunk with :func:`attach`; one without the last pipeline stage is left alone.
     """
-    output = model.__dict__.get(_SEAM)
-    if output is None:
+    head = _head_of(model)
+    if head is None:
         yield
         return
-    layer = model.output_layer
-
-    def keep_squared_norm(_: Any, arguments: tuple[Tensor, ...]) -> None:
-        hidden = arguments[0].detach()  # [s, b, H], or [s / TP, b, H] under sequence parallelism
-        squared_norm = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).square()
-        output.squared_norm = (
-            _gather_sequence(squared_norm, output.tp_group) if layer.sequence_parallel else squared_norm
-        )
-
-    hook = layer.register_forward_pre_hook(keep_squared_norm)
+    head.with_beta = True
     try:
         yield
     finally:
-        hook.remove()
-        output.squared_norm = None
+        head.with_beta = False
 
 
-class _Output:
-    """What stands in the place of the cross-entropy: ``labels`` [b, s] global ids, ``logits`` [s, b, V/TP]."""
+def _head_of(model: Any) -> PolicyHead | None:
+    seam = model.__dict__.get(_KEY)
+    return None if seam is None else seam.head
 
-    def __init__(self, tp_group: dist.ProcessGroup, vocab_size: int | None, temperature: float) -> None:
-        self.tp_group = tp_group
-        self.vocab_size = vocab_size
-        self.temperature = temperature
-        self.squared_norm: Tensor | None = None  # float32 [s, b] of the hidden states of this forward pass, if wanted
 
-    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """``[2, b, s]`` float32, or ``[3, b, s]`` inside :func:`measuring_beta`."""
-        scores = vocab_parallel_log_probs_and_entropy(
-            logits,
-            labels.transpose(0, 1).contiguous(),
-            tp_group=self.tp_group if self.tp_group.size() > 1 else None,
-            temperature=self.temperature,
-            vocab_size=self.vocab_size,
-            consume=torch.is_grad_enabled(),
-            with_collision=self.squared_norm is not None,
+class _NativeSeam:
+    """Passes the head as Megatron's own ``output_processor`` argument."""
+
+    def __init__(self, model: Any, head: PolicyHead | None) -> None:
+        self.head = head
+        self._hook = model.register_forward_pre_hook(self._pass_head, with_kwargs=True)
+
+    def _pass_head(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self.head is not None and _has_labels(args, kwargs):
+            kwargs.setdefault(_ARGUMENT, self.head)
+        return args, kwargs
+
+    def remove(self) -> None:
+        self._hook.remove()
+
+
+class _AdaptedSeam:
+    """Gives a ``GPTModel`` without ``output_processor`` that contract: shadows ``_postprocess`` on the instance."""
+
+    def __init__(self, model: Any, head: PolicyHead | None) -> None:
+        self.head = head
+        self._model = model
+        self._context: HeadContext | None = None
+        self._hook = model.register_forward_pre_hook(self._take_context, with_kwargs=True)
+        if head is not None:
+            object.__setattr__(model, _ADAPTED, self._postprocess)
+
+    def _take_context(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._context = kwargs.pop(_CONTEXT, None)
+        return args, kwargs
+
+    def _postprocess(self, *, hidden_states: Any, labels: Any, **others: Any) -> Any:
+        model, context = self._model, self._context
+        self._context = None
+        if labels is None:
+            return getattr(type(model), _ADAPTED)(model, hidden_states=hidden_states, labels=labels, **others)
+        assert self.head is not None
+        is_shared = model.share_embeddings_and_output_weights
+        return self.head(
+            hidden_states=hidden_states,
+            output_layer=model.output_layer,
+            output_weight=model.shared_embedding_or_output_weight() if is_shared else None,
+            labels=labels,
+            context=context,
         )
-        rows = [scores.log_probs, scores.entropy]
-        if scores.collision is not None and self.squared_norm is not None:
-            rows.append(self.squared_norm * (1.0 - scores.collision).clamp_min(0.0) / self.temperature**2)
-        return torch.stack([row.transpose(0, 1) for row in rows])
+
+    def remove(self) -> None:
+        self._hook.remove()
+        self._model.__dict__.pop(_ADAPTED, None)
 
 
-def _gather_sequence(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """``[s / TP, b]`` of every rank -> ``[s, b]``, in rank order as Megatron shards the sequence."""
-    whole = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(whole, local.contiguous(), group=group)
-    return whole
+def _has_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    positional = args[_LABELS_POSITION] if len(args) > _LABELS_POSITION else None
+    return kwargs.get("labels", positional) is not None
+
+
+def _check_adaptable(model: Any) -> None:
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    method = getattr(type(model), _ADAPTED, None)
+    parameters = () if method is None else inspect.signature(method).parameters
+    if not all(needed in parameters for needed in _NEEDED):
+        raise RuntimeError(
+            f"{name} has neither an argument {_ARGUMENT} of forward nor a method {_ADAPTED}({', '.join(_NEEDED)}, "
+            "...): this Megatron-Core finishes its forward pass elsewhere; megatron_rest knows GPTModel of "
+            "megatron-core 0.16 (the method) and of 0.17 to 0.19 (the argument)"
+        )
+    if getattr(model.config, "mtp_num_layers", None):
+        raise RuntimeError(
+            f"{name}: multi-token prediction adds its loss inside {_ADAPTED}, which a head would replace; it needs a "
+            f"Megatron-Core whose forward takes {_ARGUMENT} (0.17 and newer)"
+        )

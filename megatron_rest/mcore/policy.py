@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,17 +20,18 @@ from torch import Tensor
 
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.context_parallel import gather, shard
-from megatron_rest.mcore.forward_step import PolicyLoss, forward_step, score_step
+from megatron_rest.mcore.forward_step import forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.mcore.precision import dequantised, settle_scales, untouched_scales, without_fp8
-from megatron_rest.types import LossInputs, LossOutput, MicroBatch, TrainBatch
+from megatron_rest.mcore.step_loss import PolicyLoss
+from megatron_rest.types import MicroBatch, TrainBatch
 
 __all__ = ["MegatronPolicy", "Scores", "UpdateReport"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Scoring pass of one microbatch, label-aligned."""
+    """Scoring pass of one microbatch, label-aligned; where loss_mask is False 0, unless the head projects all rows."""
 
     log_probs: Tensor  # float32 [T], nats
     entropy: Tensor  # float32 [T], nats
@@ -132,7 +133,7 @@ class MegatronPolicy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        step = partial(forward_step, loss=partial(_with_loss_metric, loss), totals=batch.totals)
+        step = partial(forward_step, loss=loss, totals=batch.totals)
         results = self._schedule(step, batch.microbatches, forward_only=False)
         is_applied, grad_norm, _ = self.optimizer.step()
         lr = self.optimizer.param_groups[0]["lr"]
@@ -183,16 +184,15 @@ class MegatronPolicy:
             forward_only=forward_only,
         )
 
-    def _reduce_metrics(self, results: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[float, float]]:
+    def _reduce_metrics(self, results: Iterable[Mapping[str, Tensor]]) -> dict[str, tuple[float, float]]:
         """Sum (sum, count) pairs over microbatches, DP and CP on the last stage, then tell the other stages."""
         context = self.context
         payload: list[Any] = [None]
         if context.is_last_stage:
             sums: dict[str, Tensor] = {}
             for result in results:
-                for name, (total, count) in result.items():
-                    pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()
-                    sums[name] = sums[name] + pair if name in sums else pair
+                for name, pair in result.items():
+                    sums[name] = sums[name] + pair.double() if name in sums else pair.double()
             names = sorted(sums)
             table = torch.stack([sums[n] for n in names]).to(context.device)
             dist.all_reduce(table, group=context.dp_cp_group)
@@ -216,11 +216,6 @@ class _Shards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parameters)
-
-
-def _with_loss_metric(loss: PolicyLoss, inputs: LossInputs) -> LossOutput:
-    out = loss(inputs)
-    return replace(out, metrics={**out.metrics, "loss": (out.loss_sum.detach(), out.num_tokens.detach())})
 
 
 def _layer_offset(module: Any) -> int:

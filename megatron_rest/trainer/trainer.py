@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rest.algorithms import rest_policy_loss
+from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import Fp8Recipe, RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
@@ -87,7 +87,7 @@ class RestTrainer:
             num_tokens=config.weight_sync.canary_tokens,
             tolerance=canary_tolerance(config),
         )
-        self.loss = partial(rest_policy_loss, config=config.loss)
+        self.loss = RestPolicyLoss(config.loss)
 
     def progress(self, step: int) -> float:
         """Curriculum progress in [0, 1]; steps count from 1."""
