@@ -173,9 +173,9 @@ def through_the_trainer(parts: Any, tokenizer: str, data: str) -> str:
         ]
     )
     judge, prompts = real_judge(tokenizer), PromptDataset.open(data, tokenizer_path=tokenizer)
-    nothing: Any = None  # engine and transfer are not asked
+    nothing: Any = None  # engines and transfer are not asked
     trainer = trainer_module.RestTrainer(
-        config, parts=parts, prompts=prompts, engine=nothing, source=nothing, sync=nothing, judge=judge,
+        config, parts=parts, prompts=prompts, fleet=nothing, source=nothing, judge=judge,
         weighting=RestWeighting.from_config(config.weighting),
     )  # fmt: skip
     trainer.settle_precision()
