@@ -234,7 +234,7 @@ def measure_open(prepared: Path, folder: Path, *, mebibytes: int) -> dict[str, f
     }
 
 
-def measure_kills(rows: Path, tokenizer: str, folder: Path, *, kills: int, processes: int) -> dict[str, Any]:
+def measure_kills(rows: Path, tokenizer: str, folder: Path, *, kills: int, processes: int, seed: int) -> dict[str, Any]:
     """Kill a conversion again and again; what comes out in the end must be what comes out undisturbed."""
     from data_tools.writer import sha256_file
 
@@ -244,7 +244,7 @@ def measure_kills(rows: Path, tokenizer: str, folder: Path, *, kills: int, proce
 
     start = time.monotonic()
     subprocess.run(command("whole"), check=True, capture_output=True)
-    seconds, chance, hits, finished, same = time.monotonic() - start, random.Random(1), 0, 0, True
+    seconds, chance, hits, finished, same = time.monotonic() - start, random.Random(seed), 0, 0, True
     expected = {path.name: sha256_file(path) for path in (folder / "whole").iterdir()}
     for point in range(kills):
         output = f"killed-{point}"
@@ -271,6 +271,7 @@ def main() -> int:
     )
     parser.add_argument("--open-mib", type=int, default=500, help="size of the output to open; 0 = skip")
     parser.add_argument("--kills", type=int, default=0, help="kill a conversion so often instead")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments of the kills")
     parser.add_argument("--only-ours", action="store_true", help="no peers: for memory at large --rows")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=4, metavar=("NAME", "ROWS", "OUTPUT", "TOKENIZER"), help=argparse.SUPPRESS)
@@ -292,7 +293,12 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> int:
     report: dict[str, Any] = {"rows": arguments.rows, "cpu_count": os.cpu_count(), "load_average": os.getloadavg()[0]}
     if arguments.kills:
         report["kills"] = measure_kills(
-            folder / "rows.parquet", tokenizer, folder, kills=arguments.kills, processes=arguments.processes
+            folder / "rows.parquet",
+            tokenizer,
+            folder,
+            kills=arguments.kills,
+            processes=arguments.processes,
+            seed=arguments.seed,
         )
         print(report["kills"])
     else:
