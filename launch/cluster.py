@@ -62,7 +62,9 @@ def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, sta
             stop(f"{name}={getattr(stages, name)}: at least 1")
     if stages.requeue < 0:
         stop(f"requeue={stages.requeue}: at least 0")
-    executor.nodes = executor.nodes or stages.nodes
+    if executor.nodes:
+        stop(f"run.executor.nodes={executor.nodes}: say nodes={executor.nodes}, which the recipe reads")
+    executor.nodes = stages.nodes
     world_size = executor.nodes * executor.ntasks_per_node
     config = resolve(base, world_size=world_size, baseline=stages.baseline)
     _check(executor, config, dryrun=ctx.dryrun)

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.script import rank_script
+from launch.script import command_script, rank_script
 from megatron_rest.config import ModelConfig, RestConfig, TrainerConfig, from_dict
 
 FAKE_PYTHON = """#!/bin/bash
@@ -70,6 +70,20 @@ def test_no_value_breaks_out_of_its_quotes(text: str, tmp_path_factory: pytest.T
     run_rank(folder, config)
     assert from_dict(RestConfig, yaml.safe_load((folder / "config.yaml").read_text())) == config
     assert (Path(os.fspath(run_dir)) / "run.yaml").is_file()
+    assert not (folder / "pwned").exists()
+
+
+@settings(max_examples=20, deadline=None)
+@given(text=METACHARACTERS)
+def test_no_argument_of_a_command_breaks_out_of_its_quotes(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "python").write_text('#!/bin/bash\nprintf "%s\\0" "$@" > "$TEST_OUT"\n')
+    (folder / "python").chmod(0o755)
+    given_arguments = ["convert", "--input", f"/d/{text}$(touch {folder}/pwned)"]
+    env = {"PATH": f"{folder}:/usr/bin:/bin", "TEST_OUT": str(folder / "out")}
+    command = command_script("data_tools", given_arguments)
+    subprocess.run(["bash", "-c", command], cwd=folder, env=env, check=True, timeout=30)
+    assert (folder / "out").read_text().split("\0")[:-1] == ["-m", "data_tools", *given_arguments]
     assert not (folder / "pwned").exists()
 
 

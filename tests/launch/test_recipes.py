@@ -53,6 +53,7 @@ WRONG = {
     "parallel.tensor_parallel=3": "world size 8 does not fit",
     "nodes=two": "nodes",
     "links=0": "at least 1",
+    "run.executor.nodes=3": "say nodes=3",
     "rollout.replicas=1": "set it to gloo",
     "trainer.steps=many": "trainer.steps must be int",
     "rollout.max_response_tokens=99999": "exceeds model.max_sequence_length",
