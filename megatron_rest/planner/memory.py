@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 _FP32 = 4
+_LOGITS_BLOCK, _LOGITS_BLOCK_CPU = 512 << 20, 64 << 20  # ops/fused_linear.py: block_size=None
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -161,13 +162,14 @@ def _training(
     if stage == p.pipeline_parallel - 1:
         columns = padded_vocab_size(shape.vocab_size, t, shape.vocab_multiple) // t
         s = t if p.sequence_parallel else 1
-        # the gradient of the logits is written over them (mcore/output.py)
+        # logits exist one block of rows at a time, in float32 (mcore/head.py); rows without loss are not projected
+        block = min(tokens * columns * _FP32, _LOGITS_BLOCK_CPU if hardware.is_cpu else _LOGITS_BLOCK)
         hidden = shape.hidden_size * size * (1 + 3 // s if s > 1 else 3)
         items.append(
             Item(
                 name="head",
-                num_bytes=tokens * (columns * size + hidden + 3 * _FP32),
-                why=f"{tokens} tokens x {columns} columns of logits x {size} bytes, hidden states",
+                num_bytes=block + tokens * (hidden + 3 * _FP32),
+                why=f"a block of at most {tokens} x {columns} float32 logits, hidden states",
             )
         )
     return tuple(items)
