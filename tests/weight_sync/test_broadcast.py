@@ -25,10 +25,9 @@ def test_buckets_cover_everything_in_order() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_engine_process_follows(tmp_path: Path, tensor_parallel: int) -> None:
+def test_engine_process_follows(tmp_path: Path) -> None:
     setting: dict[str, Any] = {"arch": "qwen3", "tied": True, "dtype": "float32", "random_weights": True}
-    bench = make_bench(tmp_path, transport="broadcast", tensor_parallel=tensor_parallel, **setting)
+    bench = make_bench(tmp_path, transport="broadcast", tensor_parallel=2, **setting)
     try:
         for seed in (2, 3):
             bench.train(seed)
