@@ -479,6 +479,8 @@ class CheckpointConfig:
     """RL steps between checkpoints; 0 = only at the end."""
     keep_last: int = 2
     """Older checkpoints are removed."""
+    asynchronous: bool = False
+    """Write checkpoints in processes of their own while training goes on, from a snapshot of the moment."""
     export_hf: bool = True
     """Write an HF folder at the end."""
 

@@ -12,7 +12,8 @@ head.py         what output.py puts there: hidden states in, log-probs and entro
 step_loss.py    a policy loss for one microbatch, as Megatron's ``loss_func`` contract wants it
 forward_step.py ``forward_step`` functions of the trainer
 policy.py       the policy the trainer sees: score, update, shards
-checkpoint.py   Megatron distributed checkpoints
+optimizer_state.py   the state of torch's Adam under the distributed optimiser
+checkpoint.py   Megatron distributed checkpoints, asynchronous if asked
 hf.py           HF safetensors into Megatron shards
 """
 

@@ -23,10 +23,14 @@ __all__ = ["forward_step", "packed_seq_params", "score_step"]
 
 
 def packed_seq_params(microbatch: MicroBatch) -> PackedSeqParams:
-    """Megatron's description of packed sequences."""
+    """Megatron's description of packed sequences; what fills a sequence up counts as part of it."""
     longest = int((microbatch.cu_seqlens[1:] - microbatch.cu_seqlens[:-1]).max())
+    # Transformer Engine's context parallelism wants the padded bounds named, and takes a slower kernel where they are.
+    padded = microbatch.cu_seqlens if microbatch.cp_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
         max_seqlen_q=longest,

@@ -84,11 +84,14 @@ def train(config: RestConfig) -> None:
             is_stopping = stop.is_agreed() and step < config.trainer.steps
             if is_stopping or _is_due(step, config):
                 trainer.save(step)
+            trainer.checkpoints.poll()
             progress.update()
             if is_stopping:
+                trainer.checkpoints.wait()
                 raise StoppedEarly(
                     f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
                 )
+    trainer.checkpoints.wait()
     _finish(trainer, config, console, writer)
 
 

@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,6 +85,11 @@ class RestTrainer:
             prompt=prompts[0],
             num_tokens=config.weight_sync.canary_tokens,
             tolerance=canary_tolerance(config),
+        )
+        self.checkpoints = checkpoint.CheckpointWriter(
+            Path(config.trainer.run_dir) / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            is_asynchronous=config.checkpoint.asynchronous,
         )
         self.loss = RestPolicyLoss(config.loss)
 
@@ -268,10 +272,8 @@ class RestTrainer:
         }
 
     def save(self, step: int) -> Path:
-        """A complete Megatron checkpoint of this step."""
-        folder = Path(self.config.trainer.run_dir) / "checkpoints"
-        extra: dict[str, Any] = {"weighting": self.weighting.state_dict()}
-        return checkpoint.save(folder, self.policy, step=step, extra=extra, keep_last=self.config.checkpoint.keep_last)
+        """A Megatron checkpoint of this step; complete at once, or when ``checkpoints`` has written it."""
+        return self.checkpoints.save(self.policy, step=step, extra={"weighting": self.weighting.state_dict()})
 
     def resume(self, path: str | Path) -> int:
         """Load a checkpoint, put its weights into the engine; returns the last finished step."""

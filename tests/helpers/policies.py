@@ -15,7 +15,16 @@ LAYERS = 4  # divisible by PP 2 x VPP 2
 
 
 def layout_config(
-    model: Path | str, *, tp: int = 1, pp: int = 1, vpp: int = 1, sp: bool = False, overrides: tuple[str, ...] = ()
+    model: Path | str,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    sp: bool = False,
+    distributed_optimizer: bool = False,
+    overrides: tuple[str, ...] = (),
 ) -> RestConfig:
     """A small configuration at the given layout."""
     return load(
@@ -29,7 +38,10 @@ def layout_config(
             f"parallel.tensor_parallel={tp}",
             f"parallel.pipeline_parallel={pp}",
             f"parallel.virtual_pipeline={vpp}",
+            f"parallel.context_parallel={cp}",
+            f"parallel.expert_parallel={ep}",
             f"parallel.sequence_parallel={str(sp).lower()}",
+            f"parallel.distributed_optimizer={str(distributed_optimizer).lower()}",
             *overrides,
         ]
     )
