@@ -269,8 +269,21 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
         )
         attach(model, vocab_size=shape.vocab_size, temperature=config.rollout.temperature, form=config.model.head)
         accelerations.fuse_weight_gradients(model)
+        _mark_experts(model, context)
         chunks.append(model.to(context.device))
     return chunks
+
+
+def _mark_experts(model: Any, context: ParallelContext) -> None:
+    """Let DistributedDataParallel and the optimiser treat experts as experts.
+
+    Megatron marks them itself where EP > 1.  With EP = 1 it takes them for parameters that TP has cut, and adds their
+    gradients up over data-parallel ranks only; but every TP rank has whole experts, and other tokens for them.
+    """
+    if context.ep_size == 1 and context.tp_size > 1:
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
 
 
 def _rope_scaling(shape: ModelShape) -> dict[str, Any]:

@@ -159,9 +159,12 @@ def _sharded_state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any
 
 def _optimizer_kind(policy: MegatronPolicy) -> dict[str, bool]:
     """What of the optimiser a checkpoint cannot change when it is loaded."""
+    context = policy.context
+    has_experts = bool(policy.modules[0].config.num_moe_experts)
     return {
         "is_distributed": is_distributed(policy.optimizer),
-        "has_expert_part": policy.context.ep_size > 1,  # Megatron then gives the experts an optimiser of their own
+        # Experts that are reduced over other ranks than the rest have an optimiser of their own (build.py).
+        "has_expert_part": has_experts and (context.ep_size > 1 or context.tp_size > 1),
     }
 
 
@@ -177,11 +180,12 @@ def _check_optimizer(path: str | Path, policy: MegatronPolicy) -> None:
             f"optimiser state cannot be turned into each other: set it to {was}, or start from the run's HF export"
         )
     if saved["has_expert_part"] != ours["has_expert_part"]:
-        was = "> 1" if saved["has_expert_part"] else "= 1"
+        was = "or tensor_parallel > 1" if saved["has_expert_part"] else "and tensor_parallel = 1"
+        least = "> 1" if saved["has_expert_part"] else "= 1"
         raise ConfigError(
-            f"checkpoint.load: {path} was saved with parallel.expert_parallel {was}; the optimiser's state is arranged "
-            f"differently on the other side of that line: choose expert_parallel {was}, or start from the run's HF "
-            "export"
+            f"checkpoint.load: {path} was saved with parallel.expert_parallel {least} {was}; the optimiser's state of "
+            "the experts is arranged differently on the other side of that line: choose such a layout, or start from "
+            "the run's HF export"
         )
 
 

@@ -107,6 +107,7 @@ def rl_arguments(base: Path, run_dir: Path, model: Path) -> list[str]:
         "loss.entropy_coef=0.01",  # gradients also where all siblings of a group fail alike
         "checkpoint.save_every=1",
         "checkpoint.keep_last=3",
+        "checkpoint.asynchronous=true",
         f"trainer.steps={STEPS}",
     ]
 
@@ -197,16 +198,21 @@ def test_saved_rollouts_are_what_was_trained_on(unbroken):
 
 
 def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm):
-    """TP 2 with sequence parallelism, DP 2: weights in the file are those of the score norms in the file.
+    """TP 2 with sequence parallelism, CP 2: weights in the file are those of the score norms in the file.
 
     The engines lie over two ranks each, as the recipes' do.
     """
     run_dir = base / "variance"
-    layout = ("parallel.pipeline_parallel=1", "parallel.sequence_parallel=true", "rollout.tensor_parallel=2")
-    overrides = ("weighting.source=variance_optimal", "checkpoint.export_hf=false", "trainer.steps=1")
+    layout = ("parallel.pipeline_parallel=1", "parallel.sequence_parallel=true", "parallel.context_parallel=2")
+    overrides = (
+        "rollout.tensor_parallel=2",
+        "weighting.source=variance_optimal",
+        "checkpoint.export_hf=false",
+        "trainer.steps=1",
+    )
     rl(base, run_dir, warm[0], *layout, *overrides)
     [row] = metrics(run_dir)
-    assert row["metrics"]["mismatch/abs_log_prob_max"] < 1e-4
+    assert row["metrics"]["mismatch/abs_log_prob_max"] < 1e-4, "scores are back in sequence order"
     assert row["metrics"]["sync/canary_max_abs"] < 1e-4
     [(step, path)] = rollout_files(run_dir)
     saved = read_rollouts(path)
