@@ -31,6 +31,7 @@ from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
 from megatron_rest.trainer.entry import STOPPED_STATUS
 from megatron_rest.weighting import RestWeighting, region_sums
+from tests.helpers.tiny_model import build_tiny_model, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
@@ -226,6 +227,35 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
     weights = weighting.packed(saved.region_ids, owner, progress=0.0, loss_mask=saved.loss_mask)
     np.testing.assert_allclose(saved.token_weights, weights, rtol=1e-5)
     assert len(np.unique(weights)) > 10, "not uniform"
+
+
+def test_experts_train_over_two_ranks(base):
+    """A mixture of experts at EP 2 x DP 2 with the distributed optimiser, and its engines follow."""
+    model = build_tiny_model(
+        base / "experts",
+        arch="qwen3_moe",
+        tied=False,
+        with_tokenizer=False,
+        **{name: read_config(base / "model")[name] for name in ("vocab_size", "eos_token_id", "pad_token_id")},
+    )
+    for pattern in ("*token*", "*.jinja"):
+        for path in (base / "model").glob(pattern):
+            shutil.copy(path, model / path.name)
+    run_dir = base / "experts-run"
+    layout = [
+        "parallel.tensor_parallel=1",
+        "parallel.pipeline_parallel=1",
+        "parallel.expert_parallel=2",
+        "parallel.distributed_optimizer=true",
+    ]
+    call(*rl_arguments(base, run_dir, model), *layout, "trainer.steps=1", ranks=2)
+    [row] = metrics(run_dir)
+    assert row["metrics"]["optimizer/grad_norm"] > 0
+    assert row["metrics"]["mismatch/abs_log_prob_max"] < 1e-4
+    assert row["metrics"]["sync/canary_max_abs"] < 1e-4
+    before, after = load_file(model / "model.safetensors"), load_file(run_dir / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == [], "every expert was trained"
 
 
 def stop_one_rank(base: Path, run_dir: Path, model: Path) -> str:
