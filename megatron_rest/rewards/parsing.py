@@ -11,7 +11,17 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-__all__ = ["ToolCall", "ToolCallError", "answer_text", "parse_tool_calls", "thought_end"]
+__all__ = [
+    "MAX_BLOCK_CHARACTERS",
+    "MAX_DEPTH",
+    "ToolCall",
+    "ToolCallError",
+    "answer_text",
+    "nesting_depth",
+    "parse_tool_calls",
+    "refuse_constant",
+    "thought_end",
+]
 
 MAX_BLOCK_CHARACTERS = 1 << 16  # a response of 2,048 tokens has about 8,000
 MAX_DEPTH = 32  # far below Python's recursion limit, far above real arguments
@@ -79,10 +89,10 @@ def parse_tool_calls(text: str, *, accept_arguments: bool = True, opaque_thought
 
 def _parse_line(line: str, number: int, accept_arguments: bool) -> ToolCall:
     where = f"line {number} of the block ({line.strip()[:MAX_SHOWN_CHARACTERS]!r})"
-    if _depth(line) > MAX_DEPTH:
+    if nesting_depth(line) > MAX_DEPTH:
         raise ToolCallError(f"{where} is nested deeper than {MAX_DEPTH}")
     try:
-        call = json.loads(line, parse_constant=_refuse_constant)
+        call = json.loads(line, parse_constant=refuse_constant)
     except ValueError as error:
         raise ToolCallError(f"{where} is not JSON: {error}") from None
     if not isinstance(call, dict):
@@ -97,7 +107,7 @@ def _parse_line(line: str, number: int, accept_arguments: bool) -> ToolCall:
     return ToolCall(name=call["name"], parameters=call["parameters"], raw=call)
 
 
-def _depth(line: str) -> int:
+def nesting_depth(line: str) -> int:
     """Deepest nesting of brackets outside strings."""
     depth = deepest = 0
     for character in _STRING.sub("", line):
@@ -109,5 +119,6 @@ def _depth(line: str) -> int:
     return deepest
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """For ``parse_constant``: NaN and Infinity are not JSON."""
     raise ValueError(f"{name} is not JSON")

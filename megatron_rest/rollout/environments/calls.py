@@ -10,17 +10,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+
+from megatron_rest.rewards.parsing import MAX_BLOCK_CHARACTERS, MAX_DEPTH, nesting_depth, refuse_constant
 
 __all__ = ["Call", "ParsedCalls", "parse_calls"]
 
 MAX_CALLS = 64  # of one answer
-MAX_BLOCK_CHARACTERS = 1 << 16
-MAX_DEPTH = 32  # far below Python's recursion limit, far above real arguments
 
 _BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 _THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +61,9 @@ def parse_calls(text: str, *, starts_in_think: bool = False) -> ParsedCalls:
 def _calls_of(block: str) -> list[Call]:
     if len(block) > MAX_BLOCK_CHARACTERS:
         raise ValueError(f"{len(block)} characters, more than {MAX_BLOCK_CHARACTERS}")
-    if _depth(block) > MAX_DEPTH:
+    if nesting_depth(block) > MAX_DEPTH:
         raise ValueError(f"nested deeper than {MAX_DEPTH}")
-    decoder = json.JSONDecoder(parse_constant=_refuse)
+    decoder = json.JSONDecoder(parse_constant=refuse_constant)
     calls: list[Call] = []
     position = 0
     while position < len(block):
@@ -88,18 +87,3 @@ def _call(value: Any) -> Call:
     if not isinstance(arguments, dict):
         raise ValueError(f'call {name[:60]!r} has no "arguments" object')
     return Call(name, arguments)
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for character in _STRING.sub("", text):
-        if character in "{[":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "}]":
-            depth -= 1
-    return deepest
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
