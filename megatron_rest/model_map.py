@@ -44,6 +44,7 @@ __all__ = [
     "to_megatron",
 ]
 
+_LARGEST = 1 << 31
 _SUPPORTED = ("qwen3", "qwen2", "llama", "qwen3_moe")
 
 
@@ -96,8 +97,27 @@ class ModelShape:
         """Read the content of an HF ``config.json`` (transformers 4 and 5 spellings of the rotary parameters).
 
         Raises ValueError for an architecture or an option that this table does not map (sliding windows, biases of the
-        output projection or the MLP): such a model would load without an error and compute something else.
+        output projection or the MLP): such a model would load without an error and compute something else.  Also for
+        values that no model can have.
         """
+        try:
+            shape = cls._read(config, vocab_multiple)
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing") from error
+        except (TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"a value is of the wrong kind ({error})") from error
+        sizes = ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "head_dim",
+                 "vocab_size")  # fmt: skip
+        if wrong := [f"{name} {getattr(shape, name)}" for name in sizes if not 0 < getattr(shape, name) < _LARGEST]:
+            raise ValueError(f"no model has {', '.join(wrong)}")
+        if shape.num_attention_heads % shape.num_query_groups:
+            raise ValueError(
+                f"{shape.num_attention_heads} attention heads do not share {shape.num_query_groups} key/value heads"
+            )
+        return shape
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any], vocab_multiple: int) -> ModelShape:
         model_type = str(config.get("model_type", ""))
         if model_type not in _SUPPORTED:
             raise ValueError(f"model_type {model_type!r} has no mapping to Megatron; known: {', '.join(_SUPPORTED)}")

@@ -49,7 +49,7 @@ ASSUMPTIONS = (
 def _model_section(path: Path) -> dict[str, Any]:
     """From an .npz: region_gradients [N, 6, D], region_counts [N, 6], scale [N]; optional [T] entropy, score_norm and
     region_ids."""
-    data = np.load(path)
+    data = np.load(path, allow_pickle=False)
     counts, scale = data["region_counts"], data["scale"]
     gram = RegionGram(len(scale))
     gram.add_block(data["region_gradients"])

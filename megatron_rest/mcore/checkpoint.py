@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_rest.config import ConfigError
 from megatron_rest.mcore.optimizer_state import aligned, is_distributed, load_optimizer_state, prepare_for_loading
 from megatron_rest.mcore.policy import MegatronPolicy
+from megatron_rest.mcore.safe_loading import check_description, data_only
 
 __all__ = ["CheckpointError", "CheckpointWriter", "latest", "load"]
 
@@ -112,14 +113,19 @@ class CheckpointWriter:
 
 
 def load(path: str | Path, policy: MegatronPolicy) -> tuple[int, dict[str, Any]]:
-    """Fill model and optimiser from a checkpoint of any layout; returns ``(step, extra)``.  Collective."""
+    """Fill model and optimiser from a checkpoint of any layout; returns ``(step, extra)``.  Collective.
+
+    Nothing in the folder is executed (``mcore/safe_loading.py``).
+    """
     from megatron.core import dist_checkpointing
 
     if not (Path(path) / "metadata.json").is_file():
         raise ConfigError(f"checkpoint.load: {path} is not a complete Megatron checkpoint (no metadata.json)")
-    _check_optimizer(path, policy)
-    prepare_for_loading(policy.optimizer)
-    state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
+    check_description(path)
+    with data_only():
+        _check_optimizer(path, policy)
+        prepare_for_loading(policy.optimizer)
+        state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
     for i, module in enumerate(policy.modules):
         module.load_state_dict(state[_chunk_key(policy, i)], strict=True)
     load_optimizer_state(policy.optimizer, state["optimizer"])

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rest.config import ConfigError
+from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.model_map import ModelShape, parameter_map, to_megatron
 
 __all__ = ["load_hf_weights", "read_shape"]
@@ -28,14 +29,15 @@ def read_shape(folder: str | Path) -> ModelShape:
     of the same network in different passes, and dropout would make every ratio noise.
     """
     path = Path(folder) / "config.json"
+    refuse_remote_code(folder)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         shape = ModelShape.from_hf_config(values)
     except OSError as error:
         raise ConfigError(
             f"model.path: cannot read {path} ({error.strerror}); give a Hugging Face model folder"
         ) from error
-    except (KeyError, ValueError) as error:  # JSONDecodeError is a ValueError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         raise ConfigError(f"model.path: {path} is not a usable model configuration: {error}") from error
     dropout = {name: value for name, value in values.items() if name.endswith("dropout") and value}
     if dropout:
@@ -52,7 +54,7 @@ class _Safetensors(Mapping[str, Tensor]):
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ConfigError(f"model.path: no *.safetensors in {folder}; weights are read from safetensors only")
-        self._handles = [safe_open(f, framework="pt") for f in files]
+        self._handles = [_open(f) for f in files]
         self._where = {name: h for h in self._handles for name in h.keys()}  # noqa: SIM118  not a mapping
 
     def __getitem__(self, name: str) -> Tensor:
@@ -63,6 +65,13 @@ class _Safetensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {file} is damaged or no safetensors file: {error}") from error
 
 
 @torch.no_grad()

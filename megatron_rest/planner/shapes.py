@@ -48,7 +48,7 @@ def find_shape(model_path: str) -> tuple[ModelShape, str]:
     if file.is_file():
         try:
             return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8"))), str(file)
-        except (KeyError, ValueError) as error:  # JSONDecodeError is a ValueError
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             raise ConfigError(f"model.path: {file} is not a usable model configuration: {error}") from error
     name = Path(model_path).name
     for known, values in PUBLISHED.items():

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 from megatron_rest.config import ConfigError, RolloutConfig
+from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.rollout.environments.base import EnvironmentFactory
 from megatron_rest.rollout.environments.bfcl import bfcl_environment
 from megatron_rest.rollout.rollouter import Conversation
@@ -20,12 +21,9 @@ def make_conversation(config: RolloutConfig, model_path: str | Path) -> Conversa
     """None without an environment.  The tokenizer is that of ``model_path``; certify it before (``certify.py``)."""
     if not config.environment:
         return None
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
     return Conversation(
         factory=find_environment(config.environment),
-        translator=ChatTranslator(tokenizer),
+        translator=ChatTranslator(load_tokenizer(model_path)),
         max_turns=config.max_turns,
         timeout_seconds=config.tool_timeout_seconds,
     )

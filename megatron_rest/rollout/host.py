@@ -1,11 +1,15 @@
 """Engines on nodes of their own: ``python -m megatron_rest.rollout.host FOLDER``, one process a rollout node.
 
     host                                            rank that owns an engine (megatron_rest.rollout.remote)
+    listens on one address of this node             reached over the job's network
     announces address and key in FOLDER             reads them there: whoever may read the run's folder may ask
     accepts a connection  <--------------------     {"kind": "engine", "key": ..., "devices": "0,1,2,3"}
     starts a worker with that very socket           talks to the worker; this process never reads what passes
     ends the worker when the connection ends,
     and the connection when the worker ends
+
+The key is made anew by every host that starts and stands in a file that only its owner may read.  It keeps strangers
+out, not listeners: it crosses the network as it is, like the rollouts after it.
 
 SIGTERM is ignored: a scheduler warns all nodes of a job before its time limit, and the ranks still need their engines
 for the step they finish.  The job's end ends this process.
@@ -29,12 +33,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rest.config import ConfigError
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 
 __all__ = ["EngineHost", "announced", "ask_for_engine", "main", "worker_environment"]
 
 _POLL_MILLISECONDS = 200  # how late a hang-up or an exit may be noticed
 _HELLO_SECONDS = 10.0
+_HELLO_BYTES = 4096  # all that is read from somebody who has not shown the key
 # The owner's own rank in its job is none of the engine's business.
 _OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
 
@@ -56,14 +62,26 @@ def announced(folder: str | Path) -> list[EngineHost]:
     """
     hosts = []
     for path in sorted(Path(folder).glob("*.json")):
-        host = EngineHost(**json.loads(path.read_text(encoding="utf-8")))
         try:
+            host = _read(path)
             with ask_for_engine(host, devices=None, is_probe=True) as sock:
                 Connection(sock).receive(_HELLO_SECONDS)
         except (OSError, ConnectionLostError):
             continue
         hosts.append(host)
     return hosts
+
+
+def _read(path: Path) -> EngineHost:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        host = EngineHost(**values)
+        kinds = {name: type(getattr(host, name)).__name__ for name in EngineHost.__annotations__}
+        if kinds != EngineHost.__annotations__ or not 0 < host.port < 1 << 16:
+            raise ValueError(f"expected {EngineHost.__annotations__}, got {kinds}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not what an engine host leaves there: {error}; remove it") from error
+    return host
 
 
 def ask_for_engine(host: EngineHost, *, devices: str | None, is_probe: bool = False) -> socket.socket:
@@ -83,11 +101,15 @@ def worker_environment(devices: str | None) -> dict[str, str]:
     return environment
 
 
-def serve(folder: Path, *, num_gpus: int) -> None:
-    """Announce, then answer until the process is ended."""
-    with socket.create_server(("", 0)) as server:
+def serve(folder: Path, *, num_gpus: int, address: str = "") -> None:
+    """Announce, then answer until the process is ended.
+
+    Listens on ``address`` alone; default: what this node's name resolves to.
+    """
+    address = address or socket.gethostbyname(socket.gethostname())
+    with socket.create_server((address, 0)) as server:
         host = EngineHost(
-            address=socket.gethostbyname(socket.gethostname()),
+            address=address,
             port=server.getsockname()[1],
             key=secrets.token_hex(16),
             num_gpus=num_gpus,
@@ -118,16 +140,19 @@ def _answer(sock: socket.socket, key: str) -> None:
     with sock:
         connection = Connection(sock)
         try:
-            hello = connection.receive(_HELLO_SECONDS)
+            hello = connection.receive(_HELLO_SECONDS, max_header=_HELLO_BYTES, max_payload=0)
             if not hmac.compare_digest(str(hello.get("key", "")), key):
                 return
             if hello["kind"] == "probe":
                 connection.send("here")
                 return
-        except (ConnectionLostError, TimeoutError, ValueError, KeyError):
+            devices = hello["devices"]
+            if not (devices is None or isinstance(devices, str)):
+                return
+        except (ConnectionLostError, TimeoutError, KeyError):
             return
         sock.settimeout(None)
-        _run_worker(sock, hello["devices"])
+        _run_worker(sock, devices)
 
 
 def _run_worker(sock: socket.socket, devices: str | None) -> None:
@@ -154,9 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where ranks look for hosts: RUN_DIR/engines")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of this node; 0 on CPU")
+    parser.add_argument("--address", default="", help="listen on this one (default: that of the node's name)")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    serve(args.folder, num_gpus=args.gpus)
+    serve(args.folder, num_gpus=args.gpus, address=args.address)
     return 0
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.config import RolloutConfig
+from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
     EngineStateError,
@@ -343,6 +344,7 @@ def _make_llm(
         "distributed_executor_backend": executor,  # None: vLLM's choice
         "load_format": "dummy" if random_weights else "safetensors",
         "skip_tokenizer_init": True,
+        "trust_remote_code": False,
         "generation_config": "vllm",  # sampling defaults in the model's folder must not leak in
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
@@ -374,6 +376,7 @@ def _read_folder(path: Path, max_model_len: int, random_weights: bool) -> dict[s
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not an HF model folder: it has no config.json")
+    refuse_remote_code(path)
     model: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if not random_weights and not any(path.glob("*.safetensors")):
         raise FileNotFoundError(f"{path} holds no *.safetensors: pass random_weights=True to start without weights")

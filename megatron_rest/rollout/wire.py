@@ -1,6 +1,9 @@
 """Messages between a rank and its engine's process: JSON for what has names, raw bytes for arrays.  Nothing is pickled.
 
 [4 bytes header length][8 bytes payload length][header: JSON {"kind", ..., "arrays": [[name, dtype, n], ...]}][payload]
+
+What is no such message ends the connection: lengths are bounded before memory is taken, arrays have to fill the payload
+exactly, and there is no way to find the next message behind a broken one.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ __all__ = ["Connection", "ConnectionLostError"]
 
 _LENGTHS = struct.Struct("!IQ")
 _DTYPES = ("int32", "int64", "float32", "bool")
+_MAX_HEADER = 1 << 28
+_MAX_PAYLOAD = 1 << 32  # a step of 4096 rollouts of 32768 tokens each holds three arrays of half a gigabyte
 
 
 class ConnectionLostError(ConnectionError):
-    """The other end is gone."""
+    """The other end is gone, or does not speak this protocol."""
 
 
 class Connection:
@@ -43,24 +48,24 @@ class Connection:
             except OSError as error:
                 raise ConnectionLostError(str(error)) from error
 
-    def receive(self, timeout: float | None = None) -> dict[str, Any]:
+    def receive(
+        self, timeout: float | None = None, *, max_header: int = _MAX_HEADER, max_payload: int = _MAX_PAYLOAD
+    ) -> dict[str, Any]:
         """The next message, its arrays under their names.
 
-        Raises ConnectionLostError at the end of the stream and TimeoutError when nothing comes within ``timeout``
-        seconds.
+        Raises ConnectionLostError at the end of the stream or at something that is no message of at most ``max_header``
+        and ``max_payload`` bytes, and TimeoutError when nothing comes within ``timeout`` seconds.
         """
         self._socket.settimeout(timeout)
         header_size, payload_size = _LENGTHS.unpack(self._read(_LENGTHS.size))
-        message: dict[str, Any] = json.loads(self._read(header_size))
+        if header_size > max_header or payload_size > max_payload:
+            raise ConnectionLostError(f"no message of ours: it claims {header_size} + {payload_size} bytes")
+        header = self._read(header_size)
         payload = memoryview(self._read(payload_size))
-        offset = 0
-        for name, dtype, size in message.pop("arrays"):
-            if dtype not in _DTYPES:
-                raise ValueError(f"array {name} has dtype {dtype!r}, expected one of {_DTYPES}")
-            array = np.frombuffer(payload, dtype=dtype, count=size, offset=offset)
-            offset += array.nbytes
-            message[name] = array
-        return message
+        try:
+            return _parse(header, payload)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ConnectionLostError(f"no message of ours: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
         self._socket.close()
@@ -79,3 +84,21 @@ class Connection:
                 raise ConnectionLostError("end of stream")
             view = view[count:]
         return buffer
+
+
+def _parse(header: bytearray, payload: memoryview) -> dict[str, Any]:
+    message = json.loads(header)
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        raise ValueError("the header is no object with a kind")
+    offset = 0
+    for name, dtype, size in message.pop("arrays"):
+        if dtype not in _DTYPES or not isinstance(name, str) or name in message:
+            raise ValueError(f"array {name!r} of dtype {dtype!r}: expected a name of its own and one of {_DTYPES}")
+        if type(size) is not int or size < 0:
+            raise ValueError(f"array {name!r} has {size!r} elements")
+        array = np.frombuffer(payload, dtype=dtype, count=size, offset=offset) if size else np.empty(0, dtype)
+        offset += array.nbytes
+        message[name] = array
+    if offset != len(payload):
+        raise ValueError(f"arrays fill {offset} bytes of {len(payload)}")
+    return message

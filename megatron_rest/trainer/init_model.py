@@ -10,6 +10,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_rest.config import ConfigError
+from megatron_rest.hf_folder import load_tokenizer
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write config.json, tokenizer files and model.safetensors; the same seed gives the same bytes."""
@@ -27,14 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one file in a few milliseconds
     output = Path(args.output)
     if output.exists():
         parser.error(f"{output} exists already: remove it or choose another --output")
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    try:
+        tokenizer = load_tokenizer(args.tokenizer)
+    except ConfigError as error:
+        parser.error(str(error))
     torch.manual_seed(args.seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
+from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.regions import token_bytes_table
@@ -29,7 +30,6 @@ from megatron_rest.trainer.metrics import MetricsWriter
 from megatron_rest.trainer.setup import (
     build_policy,
     eos_token_id,
-    load_tokenizer,
     open_prompts,
     peak_memory_bytes,
     set_threads,

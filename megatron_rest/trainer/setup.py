@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
 from megatron_rest.data.alignment import PackingAlignment, packing_alignment
 from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.prompts import PromptDataset
+from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import build, precision
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
@@ -29,7 +29,6 @@ __all__ = [
     "Stopwatch",
     "build_policy",
     "eos_token_id",
-    "load_tokenizer",
     "make_batch",
     "open_dataset",
     "open_prompts",
@@ -110,11 +109,20 @@ def make_batch(parts: PolicyParts, samples: Sequence[TrainSample], *, max_tokens
     )
 
 
-def weight_source(parts: PolicyParts, *, bucket_bytes: int, dtype: torch.dtype | None = None) -> MegatronWeightSource:
-    """This policy's shards, for whole HF tensors and for transfers by slices, in which all ranks take part."""
+def weight_source(
+    parts: PolicyParts,
+    *,
+    bucket_bytes: int,
+    dtype: torch.dtype | None = None,
+    named_shards: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+) -> MegatronWeightSource:
+    """This policy's shards, for whole HF tensors and for transfers by slices, in which all ranks take part.
+
+    ``named_shards`` puts something else of the parameters' shapes in their place (gradients).
+    """
     context = parts.context
     return MegatronWeightSource(
-        parts.policy.named_shards,
+        named_shards or parts.policy.named_shards,
         parameter_map(parts.shape),
         parts.shape,
         tp_group=context.tp_group if context.tp_size > 1 else None,
@@ -166,13 +174,6 @@ def eos_token_id(model_path: str | Path) -> int:
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"model.path: the tokenizer of {model_path} names no eos_token, so no answer would ever end")
     return int(tokenizer.eos_token_id)
-
-
-def load_tokenizer(model_path: str | Path) -> Any:
-    """Tokenizer of an HF folder; only local files, no remote code."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
 
 
 class Stopwatch:

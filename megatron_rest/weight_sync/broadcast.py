@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_rest.weight_sync.links import free_port, join_group
+from megatron_rest.weight_sync.links import free_port, join_group, new_token
 
 if TYPE_CHECKING:
     from megatron_rest.weight_sync.source import TensorMeta
@@ -68,7 +68,7 @@ class BroadcastSender:
 
     def connect(self, engine: SyncTarget) -> None:
         """Rendezvous with the engine's workers; both ends join the group at the same time."""
-        port, world_size = free_port(self._address), 1 + engine.num_workers
+        port, world_size, token = free_port(self._address), 1 + engine.num_workers, new_token()
         info = {
             "master_address": self._address,
             "master_port": port,
@@ -76,10 +76,11 @@ class BroadcastSender:
             "world_size": world_size,
             "bucket_bytes": self._bucket_bytes,
             "timeout_seconds": self._timeout_seconds,
+            "token": token,
         }
         with ThreadPoolExecutor(1) as executor:
             connected = executor.submit(engine.init_weight_transfer, info)
-            self._group = join_group(self._address, port, _SENDER, world_size, self._timeout_seconds)
+            self._group = join_group(self._address, port, _SENDER, world_size, self._timeout_seconds, token=token)
             connected.result()
 
     def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from datetime import timedelta
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GlooLink", "Link", "NcclLink", "Work", "free_port", "join_group", "open_link"]
+__all__ = ["GlooLink", "Link", "NcclLink", "Work", "free_port", "join_group", "new_token", "open_link"]
 
 _TAG = 7
 
@@ -80,12 +81,19 @@ class NcclLink:
 
 
 def open_link(
-    backend: str, address: str, port: int, rank: int, world_size: int, timeout_seconds: int, device: torch.device
+    backend: str,
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout_seconds: int,
+    device: torch.device,
+    token: str = "",
 ) -> Link:
     """Join an engine's transfer group, ``gloo`` or ``nccl``; all its ranks call this together."""
     match backend:
         case "gloo":
-            return GlooLink(join_group(address, port, rank, world_size, timeout_seconds))
+            return GlooLink(join_group(address, port, rank, world_size, timeout_seconds, token=token))
         case "nccl":
             from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
@@ -93,11 +101,23 @@ def open_link(
     raise ValueError(f"no link {backend!r}: expected gloo or nccl")
 
 
-def join_group(address: str, port: int, rank: int, world_size: int, timeout_seconds: int) -> Any:
-    """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees; rank 0 listens."""
+def join_group(address: str, port: int, rank: int, world_size: int, timeout_seconds: int, *, token: str = "") -> Any:
+    """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees.
+
+    Rank 0 listens, on ``address`` alone (left to itself PyTorch's store listens on every address of the machine).
+    Only who knows ``token`` finds the others there: it is made anew for every group (:func:`new_token`).
+    """
     timeout = timedelta(seconds=timeout_seconds)
-    store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-    return dist.ProcessGroupGloo(dist.PrefixStore("weight_sync", store), rank, world_size, timeout=timeout)
+    options: dict[str, Any] = {"is_master": rank == 0, "timeout": timeout}
+    if rank == 0:
+        options["master_listen_fd"] = socket.create_server((address, port)).detach()  # the store closes it
+    store = dist.TCPStore(address, port, world_size, **options)
+    return dist.ProcessGroupGloo(dist.PrefixStore(f"weight_sync/{token}", store), rank, world_size, timeout=timeout)
+
+
+def new_token() -> str:
+    """A name for a group that nobody can guess."""
+    return secrets.token_hex(16)
 
 
 def free_port(address: str) -> int:

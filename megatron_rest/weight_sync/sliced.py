@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_rest.weight_sync.layouts import EngineTensor, WorkerLayout, engine_tensors, whole_tensors
-from megatron_rest.weight_sync.links import Link, free_port, open_link
+from megatron_rest.weight_sync.links import Link, free_port, new_token, open_link
 from megatron_rest.weight_sync.plan import SyncPlan, make_plan
 from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
 from megatron_rest.weight_sync.source import MegatronWeightSource
@@ -170,11 +170,11 @@ class SliceTransport:
         """One transfer group an engine: sources first, then its workers; the workers get their schedules."""
         # On one machine the loopback is enough, and no name has to resolve.
         address = "127.0.0.1" if len({h.host for h in hellos}) == 1 else socket.gethostbyname(socket.gethostname())
-        offers = self._source.all_gather((address, [free_port(address) for _ in owners]))
-        address, ports = offers[_FIRST]
+        offers = self._source.all_gather((address, [(free_port(address), new_token()) for _ in owners]))
+        address, places = offers[_FIRST]
         links: list[Link] = []
         error: Exception | None = None
-        for index, (plan, port) in enumerate(zip(self.plans, ports, strict=True)):
+        for index, (plan, (port, token)) in enumerate(zip(self.plans, places, strict=True)):
             world_size = num_sources + len(plan.tensors)
             info = {
                 "master_address": address,
@@ -183,6 +183,7 @@ class SliceTransport:
                 "world_size": world_size,
                 "timeout_seconds": self._timeout_seconds,
                 "backend": self._backend,
+                "token": token,
             }
             executor = ThreadPoolExecutor(1)
             try:
@@ -190,7 +191,8 @@ class SliceTransport:
                 if engine is not None and index == self._mine:
                     joining = executor.submit(engine.init_weight_transfer, info)
                 rank, device = self._source.rank, self._source.device
-                links.append(open_link(self._backend, address, port, rank, world_size, self._timeout_seconds, device))
+                place = (self._backend, address, port, rank, world_size, self._timeout_seconds)
+                links.append(open_link(*place, device, token))
                 if rank == _FIRST:
                     hand_out(plan, links[-1], num_sources)
                 if joining is not None:

@@ -123,6 +123,7 @@ class BroadcastInitInfo(WeightTransferInitInfo):
     world_size: int
     bucket_bytes: int
     timeout_seconds: int
+    token: str  # of this group alone
 
 
 @dataclass
@@ -144,7 +145,12 @@ class BroadcastWeightTransferEngine(_ReloadEngine):
         rank = init_info.rank_offset + _worker_index(self)
         self.bucket_bytes = init_info.bucket_bytes
         self.group = join_group(
-            init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_seconds
+            init_info.master_address,
+            init_info.master_port,
+            rank,
+            init_info.world_size,
+            init_info.timeout_seconds,
+            token=init_info.token,
         )
 
     def receive_weights(self, update_info: BroadcastUpdateInfo) -> None:
@@ -174,6 +180,7 @@ class SliceInitInfo(WeightTransferInitInfo):
     world_size: int
     timeout_seconds: int
     backend: str
+    token: str  # of this group alone
 
 
 @dataclass
@@ -202,6 +209,7 @@ class SliceWeightTransferEngine(_ReloadEngine):
             init_info.world_size,
             init_info.timeout_seconds,
             device,
+            init_info.token,
         )
         self._receiver = SliceReceiver(link, receive_schedule(link, device), device, self._put)
 

@@ -94,8 +94,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 
 
 def real_judge(tokenizer: Path | str) -> Judge:
+    from megatron_rest.hf_folder import load_tokenizer
     from megatron_rest.regions import token_bytes_table
-    from megatron_rest.trainer.setup import load_tokenizer
 
     return Judge(token_bytes_table(load_tokenizer(tokenizer)), reward=RewardConfig(), advantage=AdvantageConfig())
 
