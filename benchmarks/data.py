@@ -157,7 +157,8 @@ def worker(name: str, rows: str, output: str, tokenizer: str, *, processes: int)
     count = run()
     seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - cpu_start
     own, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    peak = own + (processes * child if processes > 1 else 0)  # all workers as large as the largest: an upper bound
+    children = 0 if processes == 1 else processes - 1 if name == "ours" else processes  # ours: the parent encodes too
+    peak = own + children * child  # all workers as large as the largest: an upper bound
     print(json.dumps({"rows": count, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_rss_mib": round(peak)}))
 
 

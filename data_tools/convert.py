@@ -1,7 +1,7 @@
 """Convert rows of any form and layout into a folder that training memory-maps.
 
 Chunks are read in order, encoded by worker processes and written in order: the number of processes changes no byte of
-the output.  At most ``processes + 2`` chunks are under way, so memory does not grow with the input.
+the output.  At most ``2 processes`` chunks are under way, so memory does not grow with the input.
 """
 
 from __future__ import annotations
@@ -122,14 +122,22 @@ def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator
         for chunk in (*head, *remaining) if processes > 1 else remaining:
             yield encode_chunk(chunk, tokenizer, options.encode)
         return
+    # The parent is one of the processes: it encodes while workers start (importing takes them a second), and later
+    # whenever all of them have a next chunk waiting.  With many workers it is kept busy by reading and writing instead.
     context = multiprocessing.get_context("spawn")  # threads of pyarrow and tokenizers do not survive a fork
     arguments = (options.tokenizer, options.encode)
+    most_in_pool = 2 * (processes - 1)
     waiting: deque[Future[EncodedChunk]] = deque()
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
+    with ProcessPoolExecutor(processes - 1, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
         try:
+            is_started = pool.submit(_say_ready)
+            tokenizer = ChatTokenizer(options.tokenizer)
             for chunk in chain(head, remaining):
-                waiting.append(pool.submit(_work, chunk))
-                if len(waiting) > processes + 1:
+                if is_started.done() and sum(not future.done() for future in waiting) < most_in_pool:
+                    waiting.append(pool.submit(_work, chunk))
+                else:
+                    waiting.append(_done(encode_chunk(chunk, tokenizer, options.encode)))
+                while waiting and (waiting[0].done() or len(waiting) > most_in_pool + 1):
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -139,6 +147,12 @@ def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _done(encoded: EncodedChunk) -> Future[EncodedChunk]:
+    future: Future[EncodedChunk] = Future()
+    future.set_result(encoded)
+    return future
 
 
 def available_cores() -> int:
@@ -166,6 +180,10 @@ def _die_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _say_ready() -> None:
+    """Runs in the first worker that has started."""
 
 
 def _work(chunk: Chunk) -> EncodedChunk:

@@ -223,29 +223,58 @@ def die(chunk: Any) -> None:
     os._exit(3)
 
 
+def say_ready() -> None:
+    Path(os.environ["WORKER_IS_READY"]).touch()
+
+
+@pytest.fixture
+def parent_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A pool for few chunks, a parent slow enough for it to take part; yields the first rows the parent encoded."""
+    ready, encode, encoded = tmp_path / "ready", convert_module.encode_chunk, list[int]()
+
+    def wait_and_encode(chunk: Any, *rest: Any) -> Any:
+        deadline = time.monotonic() + 120
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        encoded.append(chunk.first_row)
+        return encode(chunk, *rest)
+
+    monkeypatch.setenv("WORKER_IS_READY", str(ready))
+    monkeypatch.setattr(convert_module, "FEWEST_CHUNKS_FOR_A_POOL", 2)
+    monkeypatch.setattr(convert_module, "_say_ready", say_ready)
+    monkeypatch.setattr(convert_module, "encode_chunk", wait_and_encode)
+    return encoded
+
+
 def test_a_worker_that_dies_is_an_error_not_a_hang(
-    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_folder: Path,
+    sft_rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parent_chunks: list[int],
 ) -> None:
-    monkeypatch.setattr(convert_module, "FEWEST_CHUNKS_FOR_A_POOL", 1)
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 5000)
     monkeypatch.setattr(convert_module, "_work", die)
     with pytest.raises(DataError, match="a worker process died"):
-        convert_rows(options([SAMPLES / "test.parquet"], tmp_path / "out", tokenizer_folder, processes=2))
+        convert_rows(options([path], tmp_path / "out", tokenizer_folder, processes=2))
 
 
 def test_bytes_depend_on_the_input_alone(
-    tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, parent_chunks: list[int]
 ) -> None:
-    monkeypatch.setattr(convert_module, "FEWEST_CHUNKS_FOR_A_POOL", 2)
-    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 2600)
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 5000)
     one = options([path], tmp_path / "one", tokenizer_folder, rows_per_shard=900)
     two = options([path], tmp_path / "two", tokenizer_folder, rows_per_shard=900, processes=2)
-    manifest = convert_rows(one)
     convert_rows(two)
+    by_parent = len(parent_chunks)
+    assert 1 <= by_parent < 10, "parent and worker share the ten chunks"
+    manifest = convert_rows(one)
+    assert len(parent_chunks) == by_parent + 10
     assert digest(one.output) == digest(two.output)
-    assert len(manifest["outputs"]) == 3
-    assert manifest["counts"]["rows_quarantined"] == len(range(0, 2600, 97))
+    assert len(manifest["outputs"]) == 5  # a shard ends with the chunk that fills it
+    assert manifest["counts"]["rows_quarantined"] == len(range(0, 5000, 97))
     numbers = [row["source_row"] for row in rows_of(one.output)]
-    assert numbers == [n for n in range(2600) if n % 97]
+    assert numbers == [n for n in range(5000) if n % 97]
 
 
 def test_an_interrupted_conversion_goes_on(
