@@ -13,7 +13,8 @@ from pathlib import Path
 
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
-from launch.recipe import GIVEN, ROOT, as_yaml, plan_text, resolve, stop
+from launch.kubernetes import launch_on_kubernetes
+from launch.recipe import GIVEN, ROOT, as_yaml, plan_text, require_absolute_paths, resolve, stop
 from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
 from launch.version import code_version
@@ -52,16 +53,21 @@ class _Job:
 def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, stages: Stages) -> None:
     """Resolve, then show (``--dryrun``) or submit."""
     executor = ctx.executor
-    if not isinstance(executor, run.SlurmExecutor):
-        stop(
-            f"{title} needs GPUs of {stages.nodes} node(s): run.executor=slurm (the demo for a CPU is "
-            "launch/rest_demo.py)"
-        )
     for name in ("nodes", "links"):
         if getattr(stages, name) < 1:
             stop(f"{name}={getattr(stages, name)}: at least 1")
     if stages.requeue < 0:
         stop(f"requeue={stages.requeue}: at least 0")
+    if isinstance(executor, run.KubeflowExecutor):
+        submitted = launch_on_kubernetes(ctx, title, base, stages)
+        if submitted is not None and not ctx.detach:
+            _end_with_status(submitted, [])
+        return
+    if not isinstance(executor, run.SlurmExecutor):
+        stop(
+            f"{title} needs GPUs of {stages.nodes} node(s): run.executor=slurm or kubeflow (the demo for a CPU is "
+            "launch/rest_demo.py)"
+        )
     if executor.nodes:
         stop(f"run.executor.nodes={executor.nodes}: say nodes={executor.nodes}, which the recipe reads")
     executor.nodes = stages.nodes
@@ -148,13 +154,7 @@ def _groups(train: run.SlurmExecutor, script: str, config: RestConfig) -> list[t
 def _check(executor: run.SlurmExecutor, config: RestConfig, *, dryrun: bool) -> None:
     if executor.account == "YOUR_ACCOUNT" and not dryrun:
         stop("no Slurm account: export SLURM_ACCOUNT=... or say run.executor.account=...")
-    for name, path in (
-        ("trainer.run_dir", config.trainer.run_dir),
-        ("model.path", config.model.path),
-        ("data.train", config.data.train),
-    ):
-        if not Path(path).is_absolute():
-            stop(f"{name}={path} is relative: on a cluster name an absolute path on storage that every node sees")
+    require_absolute_paths(config)
     check_executor(executor)
     # "$$" + macro: NeMo-Run fills in the name of the batch script's variable, the batch script its value
     executor.env_vars["MASTER_ADDR"] = "$$" + ExecutorMacros.HEAD_NODE_IP_VAR

@@ -19,7 +19,7 @@ from launch.secrets import looks_secret, refuse_secrets
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_executor", "local", "slurm"]
+__all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_executor", "local", "network_environment", "slurm"]
 
 GPUS_PER_NODE = 8
 
@@ -86,7 +86,7 @@ def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecuto
         container_image=image,
         srun_args=srun_args,
         container_mounts=[mount for mount in os.environ.get("REST_MOUNTS", "").split(",") if mount],
-        env_vars=CLUSTER_ENV | _network_environment(),
+        env_vars=CLUSTER_ENV | network_environment(),
         tunnel=_tunnel(),
         packager=_code(),
     )
@@ -159,7 +159,7 @@ def _check_environment(executor: run.SlurmExecutor) -> None:
         executor.env_vars[key] = shlex.quote(str(value)).replace("$", "$$")  # "$" starts one of NeMo-Run's macros
 
 
-def _network_environment() -> dict[str, str]:
+def network_environment() -> dict[str, str]:
     """``REST_ENV``: what a cluster's network wants, e.g. ``NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME=ens3``."""
     pairs = [word.partition("=") for word in shlex.split(os.environ.get("REST_ENV", ""))]
     for name, equals, _ in pairs:

@@ -18,7 +18,19 @@ from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.plan import make_plan
 from megatron_rest.planner.report import as_text
 
-__all__ = ["GIVEN", "ROOT", "Given", "Stage", "as_yaml", "claim", "plan_text", "resolve", "stop", "write_atomically"]
+__all__ = [
+    "GIVEN",
+    "ROOT",
+    "Given",
+    "Stage",
+    "as_yaml",
+    "claim",
+    "plan_text",
+    "require_absolute_paths",
+    "resolve",
+    "stop",
+    "write_atomically",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: what is shipped, and where the sample data lies."""
@@ -70,6 +82,17 @@ def resolve(base: RestConfig, *, world_size: int, baseline: str = "") -> RestCon
     except ConfigError as error:
         stop(str(error))
     return config
+
+
+def require_absolute_paths(config: RestConfig) -> None:
+    """What a node of a cluster opens."""
+    for name, path in (
+        ("trainer.run_dir", config.trainer.run_dir),
+        ("model.path", config.model.path),
+        ("data.train", config.data.train),
+    ):
+        if not Path(path).is_absolute():
+            stop(f"{name}={path} is relative: on a cluster name an absolute path on storage that every node sees")
 
 
 def _baseline(name: str) -> list[str]:

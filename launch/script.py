@@ -1,4 +1,7 @@
-"""The script of a Slurm task: shell that ends in ``exec python -m ...``.  Every value in it is quoted or in a file."""
+"""Scripts of Slurm's tasks and Kubernetes' pods: shell that ends in ``exec python -m ...``.
+
+Every value in them is quoted or in a file.
+"""
 
 import shlex
 from collections.abc import Sequence
@@ -6,11 +9,14 @@ from collections.abc import Sequence
 from launch.recipe import as_yaml, stop
 from megatron_rest.config import RestConfig
 
-__all__ = ["command_script", "host_script", "rank_script"]
+__all__ = ["command_script", "host_script", "node_script", "rank_script"]
 
 _PORT = 29400  # jobs have their nodes to themselves (exclusive), so a fixed port is free
 _END = "END_OF_RUN_YAML"
 _PYTHON = '"${REST_PYTHON:-python}"'
+_LEAVE_CONFIGURATION = """  cp "$config" "$run_dir/run.yaml.part"
+  mv "$run_dir/run.yaml.part" "$run_dir/run.yaml\""""
+_SAVE_SECONDS = 300  # as long as Slurm gives (launch/executors.py, signal); torchrun's 30 kill a rank while it saves
 
 
 def rank_script(config: RestConfig, module: str, *, ranks_per_node: int, code: str) -> str:
@@ -20,25 +26,48 @@ def rank_script(config: RestConfig, module: str, *, ranks_per_node: int, code: s
     others ``<run_dir>/logs/rank-N.log``.  ``code`` says which code was shipped.
     """
     text = as_yaml(config)
-    if any(line.strip() == _END for line in text.splitlines()):
-        stop(f"the configuration contains the line {_END}, which ends it in the job's script")
     refuse_rewritten(text)
     return f"""set -euo pipefail
-config=$(mktemp --suffix=.yaml)
-cat > "$config" <<'{_END}'
-{text}{_END}
-
+{_configuration(text)}
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
 export LOCAL_WORLD_SIZE={ranks_per_node} MASTER_PORT={_PORT} REST_CODE={shlex.quote(code)}
 run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
 if [ "$RANK" = 0 ]; then
-  cp "$config" "$run_dir/run.yaml.part"
-  mv "$run_dir/run.yaml.part" "$run_dir/run.yaml"
+{_LEAVE_CONFIGURATION}
 else
   exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
 fi
 exec {_PYTHON} -m {module} --config "$config"
+"""
+
+
+def node_script(config: RestConfig) -> str:
+    """A node of Kubeflow Trainer's torch runtimes: torchrun, which reads the variables PET_* that they set.
+
+    Torchrun waits for its ranks as long as a step and its checkpoint may take; how long Kubernetes waits for torchrun
+    the runtime says.  Rank 0 and the last one are told apart by the prefix that NeMo-Run looks for in the log.
+    """
+    return f"""set -euo pipefail
+: "${{PET_NODE_RANK:?is not set: run.executor.runtime_ref has to be a torch runtime of Kubeflow Trainer}}"
+{_configuration(as_yaml(config))}
+run_dir={shlex.quote(config.trainer.run_dir)}
+mkdir -p "$run_dir/logs"
+if [ "$PET_NODE_RANK" = 0 ]; then
+{_LEAVE_CONFIGURATION}
+fi
+exec {_PYTHON} -m torch.distributed.run --shutdown-timeout {_SAVE_SECONDS} --tee 3 \\
+  --log-dir "$run_dir/logs/node-$PET_NODE_RANK" -m megatron_rest.trainer --config "$config"
+"""
+
+
+def _configuration(text: str) -> str:
+    """Shell that writes the YAML ``text`` into the file ``$config``."""
+    if any(line.strip() == _END for line in text.splitlines()):
+        stop(f"the configuration contains the line {_END}, which ends it in the job's script")
+    return f"""config=$(mktemp --suffix=.yaml)
+cat > "$config" <<'{_END}'
+{text}{_END}
 """
 
 

