@@ -15,7 +15,9 @@ that of the four training ranks.
 The limit beside a time is the bytes that the way moves between processes over the line rate, which is measured in the
 same run: 64 MiB messages over a plain TCP socket on the loopback, one pair of processes at a time, which keeps two
 cores busy.  (All processes share this one loopback; on a network every GPU has its own, see
-megatron_rest/weight_sync/limits.py.)  Random weights; no GPU path is measured here.
+megatron_rest/weight_sync/limits.py.)  A second measure is the transport itself without anything of ours: the very
+messages of the slices between the same processes, packed beforehand, sent and received by plain gloo into buffers
+that are used again, nothing looked at.  Random weights; no GPU path is measured here.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +49,7 @@ from megatron_rest.config import RolloutConfig, WeightSyncConfig  # noqa: E402
 from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, shard_shape, to_hf  # noqa: E402
 from megatron_rest.weight_sync.broadcast import bucket_ranges  # noqa: E402
 from megatron_rest.weight_sync.links import free_port, join_group  # noqa: E402
+from megatron_rest.weight_sync.slices import pack  # noqa: E402
 from megatron_rest.weight_sync.source import MegatronWeightSource  # noqa: E402
 from megatron_rest.weight_sync.sync import WeightSync  # noqa: E402
 
@@ -54,6 +58,8 @@ WORLD = TP * PP
 PROBE_BYTES, PROBES = 64 << 20, 8
 MIB = 1 << 20
 WAYS = ("slices", "gather and broadcast", "through disk")
+PLAIN = "plain gloo, same messages"  # transfer only
+IN_FLIGHT = 2  # messages at a plain sender; a receiver asks for one more, as with slices
 
 
 def model_config(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
@@ -89,6 +95,22 @@ def worker_extension() -> type:
             engine: Any = self.weight_transfer_engine
             engine._receiver.put = lambda *_: None
             self._weight_update_active = True  # no reload is started for it
+
+        def take_plain(self) -> None:
+            """The messages of the slices into buffers that are used again; nothing is looked at."""
+            engine: Any = self.weight_transfer_engine
+            link, schedule = engine._receiver.link, engine._receiver.schedule
+            if not hasattr(self, "buffers"):
+                largest = schedule.dtype.itemsize * max(m.num_elements for m in schedule.messages)
+                self.buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(IN_FLIGHT + 1)]
+            under_way: deque[Any] = deque()
+            for i, message in enumerate(schedule.messages):
+                if len(under_way) > IN_FLIGHT:
+                    under_way.popleft().wait()
+                size = schedule.dtype.itemsize * message.num_elements
+                under_way.append(link.receive(self.buffers[i % len(self.buffers)][:size], message.source))
+            for work in under_way:
+                work.wait()
 
         def join_broadcast(self, port: int) -> None:
             rank: int = self.rank  # type: ignore[attr-defined]
@@ -160,6 +182,7 @@ class Rank:
         self.engine = self._make_engine() if rank == 0 else None
         self.sync: WeightSync | None = None
         self.group: Any = None
+        self.plain: list[tuple[torch.Tensor, int]] | None = None  # messages and their receivers
 
     def _make_engine(self) -> Any:
         from megatron_rest.rollout import vllm_engine
@@ -188,6 +211,26 @@ class Rank:
         transport: Any = self.sync.transport
         with _in_thread(self.engine and (lambda: self.engine.update_weights({"detailed": False}))):
             transport._sender.send(self.shards)
+
+    def plain_transfer(self) -> None:
+        """What the transport carries when nothing is done with the bytes."""
+        assert self.sync is not None
+        transport: Any = self.sync.transport
+        sender = transport._sender
+        if self.plain is None:
+            self.plain = [
+                (pack(message.copies, self.shards, dtype, sender._staging), WORLD + message.worker)
+                for _, _, dtype, message, _ in sender._messages
+            ]
+            dist.barrier()
+        with _in_thread(self.engine and (lambda: self.rpc("take_plain"))):
+            under_way: deque[Any] = deque()
+            for data, target in self.plain:
+                if len(under_way) == IN_FLIGHT:
+                    under_way.popleft().wait()
+                under_way.append(sender._links[0].send(data, target))
+            for work in under_way:
+                work.wait()
 
     # (a)
 
@@ -334,10 +377,14 @@ def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the engine's start-up chatter
     me = Rank(rank, Path(folder), bucket_bytes)
     whole = dict(zip(WAYS, (me.slices, me.gather_and_broadcast, me.through_disk), strict=True))
-    alone = dict(
-        zip(WAYS, (me.slices_transfer, me.gather_and_broadcast_transfer, me.through_disk_transfer), strict=True)
-    )
-    first, resumed, moved = ({way: Times() for way in WAYS} for _ in range(3))
+    alone = {
+        PLAIN: me.plain_transfer,
+        **dict(
+            zip(WAYS, (me.slices_transfer, me.gather_and_broadcast_transfer, me.through_disk_transfer), strict=True)
+        ),
+    }
+    first, resumed = ({way: Times() for way in WAYS} for _ in range(2))
+    moved = {way: Times() for way in alone}
     rates = []
     for way in WAYS:
         first[way].take(whole[way])
@@ -346,9 +393,10 @@ def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
         for way in WAYS:
             resumed[way].take(whole[way])
     me.rpc("drop_what_arrives")
+    me.plain_transfer()  # packs and allocates, which does not count
     for _ in range(repeats):
         rates.append(line_rate(rank))
-        for way in WAYS:
+        for way in alone:
             moved[way].take(alone[way])
     if rank == 0:
         assert me.sync is not None
@@ -359,12 +407,14 @@ def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
             "parameters_bytes": full,
             "needed_bytes": plan.needed_bytes,
             "moved_bytes": {
+                PLAIN: plan.moved_bytes,
                 "slices": plan.moved_bytes,
                 # every stage's gather, a copy to every other rank, a copy to every worker
                 "gather and broadcast": full * (TP - 1) + full * (WORLD - 1) + full * WORKERS,
                 "through disk": full * (TP - 1) + full * (WORLD - 1) + full * (1 + WORKERS),
             },
             "loopback_bytes": {
+                PLAIN: plan.moved_bytes,
                 "slices": plan.moved_bytes,
                 "gather and broadcast": full * (TP - 1) + full * (WORLD - 1) + full * WORKERS,
                 "through disk": full * (TP - 1) + full * (WORLD - 1),  # the file comes on top
@@ -373,8 +423,8 @@ def measure(rank: int, folder: str, repeats: int, bucket_bytes: int) -> None:
             "first_seconds": {way: first[way].seconds[0] for way in WAYS},
             "resume_seconds": {way: resumed[way].median()[0] for way in WAYS},
             "resume_cpu_seconds": {way: resumed[way].median()[1] for way in WAYS},
-            "transfer_seconds": {way: moved[way].median()[0] for way in WAYS},
-            "transfer_cpu_seconds": {way: moved[way].median()[1] for way in WAYS},
+            "transfer_seconds": {way: times.median()[0] for way, times in moved.items()},
+            "transfer_cpu_seconds": {way: times.median()[1] for way, times in moved.items()},
             "line_bytes_per_second": statistics.median(rates),
         }
         (Path(folder) / "result.json").write_text(json.dumps(result))
@@ -391,21 +441,24 @@ def show(result: dict[str, Any]) -> None:
         f"{rate / 2**30:.2f} GiB/s; needed {result['needed_bytes'] / MIB:.1f} MiB"
     )
     columns = ("way", "moved MiB", "limit ms", "transfer ms", "CPU ms", "resume ms", "first ms", "transfer / (a)")
-    print(f"{columns[0]:22}" + "".join(f"{c:>15}" for c in columns[1:]))
+    print(f"{columns[0]:26}" + "".join(f"{c:>15}" for c in columns[1:]))
     base = result["transfer_seconds"]["gather and broadcast"]
-    for way in WAYS:
+    for way in (*WAYS, PLAIN):
         values = (
             f"{result['moved_bytes'][way] / MIB:.1f}",
             f"{1e3 * result['loopback_bytes'][way] / rate:.0f}",
             f"{1e3 * result['transfer_seconds'][way]:.0f}",
             f"{1e3 * result['transfer_cpu_seconds'][way]:.0f}",
-            f"{1e3 * result['resume_seconds'][way]:.0f}",
-            f"{1e3 * result['first_seconds'][way]:.0f}",
+            *(f"{1e3 * result[key][way]:.0f}" if way in WAYS else "-" for key in ("resume_seconds", "first_seconds")),
             f"{result['transfer_seconds'][way] / base:.2f}",
         )
-        print(f"{way:22}" + "".join(f"{v:>15}" for v in values))
+        print(f"{way:26}" + "".join(f"{v:>15}" for v in values))
     share = result["needed_bytes"] / result["transfer_seconds"]["slices"] / rate
-    print(f"slices: {share:.0%} of the line rate, all workers together, in {result['num_messages']} messages")
+    of_plain = result["transfer_seconds"][PLAIN] / result["transfer_seconds"]["slices"]
+    print(
+        f"slices, all workers together, in {result['num_messages']} messages: {share:.0%} of the line rate, "
+        f"{of_plain:.0%} of plain gloo with the same messages"
+    )
 
 
 def main() -> None:

@@ -31,6 +31,8 @@ __all__ = ["EngineCallError", "RemoteEngine"]
 
 _START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures graphs before its first sign of life
 _CLOSE_SECONDS = 30.0
+_BEHIND_SECONDS = 2.0
+_LOG_BYTES, _LOG_LINES = 8192, 12  # of the end of a process's output: kept, and quoted when it is lost
 
 
 class EngineCallError(RuntimeError):
@@ -212,7 +214,10 @@ class _Child:
                 env=worker_environment(devices),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
+        self._output = _Output(self._popen.stdout)
         self.pid = self._popen.pid
         self.name = f"engine process {self.pid}"
 
@@ -236,6 +241,31 @@ class _Child:
         if code is None:
             return "its connection broke"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def last_lines(self) -> list[str]:
+        return self._output.last_lines()
+
+
+class _Output:
+    """What a process and its children print: passed on to this process's stderr, and its end remembered."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe, self._end = pipe, b""
+        self._thread = threading.Thread(target=self._pass_on, name="engine output", daemon=True)
+        self._thread.start()
+
+    def last_lines(self) -> list[str]:
+        """Call it when the process has ended: waits, shortly, for what is still in the pipe."""
+        self._thread.join(_BEHIND_SECONDS)
+        lines = self._end.decode(errors="replace").replace("\r", "\n").splitlines()
+        return [line for line in lines if line.strip()][-_LOG_LINES:]
+
+    def _pass_on(self) -> None:
+        with self._pipe:
+            while chunk := os.read(self._pipe.fileno(), _LOG_BYTES):
+                self._end = (self._end + chunk)[-_LOG_BYTES:]
+                with contextlib.suppress(OSError, ValueError):  # nobody reads ours: no reason to stop reading theirs
+                    os.write(sys.stderr.fileno(), chunk)
 
 
 class _Hosted:
@@ -266,6 +296,10 @@ class _Hosted:
 
     def status(self) -> str:
         return "connection lost"
+
+    def last_lines(self) -> list[str]:
+        """They are in the log of its own node."""
+        return []
 
 
 class _Process:
@@ -299,7 +333,7 @@ class _Process:
                 return self._result(kind, timeout, on_rollout)
             except ConnectionLostError as error:
                 self.kill()
-                raise EngineLostError(f"{self._child.name} ended ({self._child.status()}) during {kind}") from error
+                raise self._lost(f"ended ({self._child.status()}) during {kind}") from error
 
     def _result(self, kind: str, timeout: float, on_rollout: OnRollout | None) -> dict[str, Any]:
         while True:
@@ -307,8 +341,8 @@ class _Process:
                 message = self._connection.receive(timeout)
             except TimeoutError:
                 self.kill()
-                raise EngineLostError(
-                    f"{self._child.name} gave no sign of life for {timeout:g} s during {kind} and was ended "
+                raise self._lost(
+                    f"gave no sign of life for {timeout:g} s during {kind} and was ended "
                     "(rollout.engine_timeout_seconds)"
                 ) from None
             match message["kind"]:
@@ -321,6 +355,10 @@ class _Process:
                     raise EngineCallError(f"{message['type']}: {message['text']}")
                 case _:
                     return message
+
+    def _lost(self, how: str) -> EngineLostError:
+        quoted = "".join(f"\n    {line}" for line in self._child.last_lines())
+        return EngineLostError(f"{self._child.name} {how}" + (f"; its last words:{quoted}" if quoted else ""))
 
     def kill(self) -> None:
         """End the process and all it started."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_rest.weight_sync.links import free_port, join_group, new_token
+from megatron_rest.weight_sync.links import free_port, join_group, meet, new_token
 
 if TYPE_CHECKING:
     from megatron_rest.weight_sync.source import TensorMeta
@@ -78,10 +78,13 @@ class BroadcastSender:
             "timeout_seconds": self._timeout_seconds,
             "token": token,
         }
-        with ThreadPoolExecutor(1) as executor:
-            connected = executor.submit(engine.init_weight_transfer, info)
-            self._group = join_group(self._address, port, _SENDER, world_size, self._timeout_seconds, token=token)
-            connected.result()
+        place = (self._address, port, _SENDER, world_size, self._timeout_seconds)
+        self._group, _ = meet(
+            [
+                lambda given_up: join_group(*place, token=token, given_up=given_up),
+                lambda _: engine.init_weight_transfer(info),
+            ]
+        )
 
     def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
         """Broadcast the stream; the engine loads each bucket as it comes.  Raises what the engine raised.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import secrets
 import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -11,9 +15,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GlooLink", "Link", "NcclLink", "Work", "free_port", "join_group", "new_token", "open_link"]
+__all__ = [
+    "GivenUp",
+    "GlooLink",
+    "Link",
+    "NcclLink",
+    "Work",
+    "free_port",
+    "join_group",
+    "meet",
+    "new_token",
+    "open_link",
+]
 
 _TAG = 7
+_POLL_SECONDS = 0.1  # between looks at the other ranks
+_FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.01, 0.5  # between looks at who has come: thousands of ranks ask one store
+_LEAVE_SECONDS = 10.0  # for calls that were given up to return
+_DONE, _UNDER_WAY, _FAILED = 0, 1, 2  # of the calls of one rank
+
+
+GivenUp = threading.Event
+"""Set when somebody that a call waits for will not come."""
 
 
 class Work(Protocol):
@@ -62,8 +85,9 @@ class _Staged:
 class NcclLink:
     """NCCL between GPUs, on a stream of its own, through the communicator that vLLM brings.  Not measured."""
 
-    def __init__(self, communicator: Any, device: torch.device) -> None:
+    def __init__(self, communicator: Any, device: torch.device, store: dist.Store) -> None:
         self._communicator, self._device = communicator, device
+        self._store = store  # others may still be reading from it
         self._stream = torch.cuda.Stream(device)
 
     def send(self, data: Tensor, rank: int) -> Work:
@@ -89,35 +113,120 @@ def open_link(
     timeout_seconds: int,
     device: torch.device,
     token: str = "",
+    given_up: GivenUp | None = None,
 ) -> Link:
-    """Join an engine's transfer group, ``gloo`` or ``nccl``; all its ranks call this together."""
+    """Join an engine's transfer group, ``gloo`` or ``nccl``; all its ranks call this together, rank 0 listens.
+
+    Raises ConnectionError when one of them gives up, TimeoutError when they do not come within ``timeout_seconds``.
+    """
+    store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up)
     match backend:
         case "gloo":
-            return GlooLink(join_group(address, port, rank, world_size, timeout_seconds, token=token))
+            return GlooLink(_gloo_group(store, rank, world_size, timeout_seconds))
         case "nccl":
             from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-            return NcclLink(stateless_init_process_group(address, port, rank, world_size, device), device)
+            if rank == 0:
+                store.set("port", str(free_port(address)))
+            own_port = int(store.get("port"))
+            return NcclLink(stateless_init_process_group(address, own_port, rank, world_size, device), device, store)
     raise ValueError(f"no link {backend!r}: expected gloo or nccl")
 
 
-def join_group(address: str, port: int, rank: int, world_size: int, timeout_seconds: int, *, token: str = "") -> Any:
-    """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees.
-
-    Rank 0 listens, on ``address`` alone (left to itself PyTorch's store listens on every address of the machine).
-    Only who knows ``token`` finds the others there: it is made anew for every group (:func:`new_token`).
-    """
-    timeout = timedelta(seconds=timeout_seconds)
-    options: dict[str, Any] = {"is_master": rank == 0, "timeout": timeout}
-    if rank == 0:
-        options["master_listen_fd"] = socket.create_server((address, port)).detach()  # the store closes it
-    store = dist.TCPStore(address, port, world_size, **options)
-    return dist.ProcessGroupGloo(dist.PrefixStore(f"weight_sync/{token}", store), rank, world_size, timeout=timeout)
+def join_group(
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout_seconds: int,
+    *,
+    token: str = "",
+    given_up: GivenUp | None = None,
+) -> Any:
+    """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees; as :func:`open_link`."""
+    store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up)
+    return _gloo_group(store, rank, world_size, timeout_seconds)
 
 
 def new_token() -> str:
     """A name for a group that nobody can guess."""
     return secrets.token_hex(16)
+
+
+def _gloo_group(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) -> Any:
+    return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=timeout_seconds))
+
+
+def _gather(
+    address: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    timeout_seconds: int,
+    token: str,
+    given_up: GivenUp | None,
+) -> dist.Store:
+    """Wait until all are there, before anything is opened that waits without looking up.
+
+    Rank 0 listens, on ``address`` alone (left to itself PyTorch's store listens on every address of the machine).
+    Only who knows ``token`` finds the others there: it is made anew for every group (:func:`new_token`).
+    """
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
+    if rank == 0:
+        options["master_listen_fd"] = socket.create_server((address, port)).detach()  # the store closes it
+    everybody = dist.TCPStore(address, port, world_size, is_master=rank == 0, **options)
+    store = dist.PrefixStore(f"weight_sync/{token}", everybody)
+    end = time.monotonic() + timeout_seconds
+    present, pause = store.add("present", 1), _FIRST_LOOK_SECONDS
+    while present < world_size:
+        if given_up is not None and given_up.is_set():
+            store.set("given up", "")
+        if store.check(["given up"]):
+            raise ConnectionError(f"an end of the link was lost when {present} of {world_size} had come")
+        if time.monotonic() > end:
+            raise TimeoutError(f"{present} of {world_size} came to {address}:{port} within {timeout_seconds} s")
+        time.sleep(pause)
+        present, pause = store.add("present", 0), min(2 * pause, _LOOK_SECONDS)
+    return store
+
+
+def meet(
+    calls: Sequence[Callable[[GivenUp], Any]], worst_of_ranks: Callable[[int], int] = lambda state: state
+) -> list[Any]:
+    """Results of ``calls``, which wait for each other, for instance two ends of a link that is being opened.
+
+    They run in threads, and the ranks compare how far they are (``worst_of_ranks``: the largest of their integers).
+    When a call has failed anywhere its peers' are given up, on every rank: nobody waits until the time is over for
+    somebody who is gone.  Then the ranks where one failed raise what it raised, the others ConnectionError.
+    """
+    given_up = threading.Event()
+    futures = [_in_thread(call, given_up) for call in calls]
+    while True:
+        done = wait(futures, _POLL_SECONDS, FIRST_EXCEPTION).done
+        failed = [future for future in done if future.exception() is not None]
+        worst = worst_of_ranks(_FAILED if failed else _UNDER_WAY if len(done) < len(futures) else _DONE)
+        if worst == _DONE:
+            return [future.result() for future in futures]
+        if worst == _FAILED:
+            given_up.set()
+            wait(futures, _LEAVE_SECONDS)
+            if failed:
+                failed[0].result()
+            raise ConnectionError("another rank reported a fault")
+
+
+def _in_thread(call: Callable[[GivenUp], Any], given_up: GivenUp) -> Future[Any]:
+    """Not a pool's: those keep the interpreter from ending until their calls return."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(given_up))
+        except BaseException as error:  # noqa: BLE001  raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weight sync", daemon=True).start()
+    return future
 
 
 def free_port(address: str) -> int:

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from megatron_rest.weight_sync.layouts import EngineTensor, WorkerLayout, engine_tensors, whole_tensors
-from megatron_rest.weight_sync.links import Link, free_port, new_token, open_link
+from megatron_rest.weight_sync.links import GivenUp, Link, free_port, meet, new_token, open_link
 from megatron_rest.weight_sync.plan import SyncPlan, make_plan
 from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
 from megatron_rest.weight_sync.source import MegatronWeightSource
@@ -99,7 +99,7 @@ class SliceTransport:
             load = [a + b for a, b in zip(load, plan.sent_by, strict=True)]
         self._mine = owners.index(self._source.rank) if self._source.rank in owners else None
         links = self._meet(engine, owners, hellos, len(held))
-        self._sender = SliceSender(self._source.rank, self.plans, links, len(held))
+        self._sender = SliceSender(self._source.rank, self.plans, links, len(held), self._source.device)
 
     def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
         """See :class:`~megatron_rest.weight_sync.transport.Transport`."""
@@ -173,39 +173,34 @@ class SliceTransport:
         offers = self._source.all_gather((address, [(free_port(address), new_token()) for _ in owners]))
         address, places = offers[_FIRST]
         links: list[Link] = []
-        error: Exception | None = None
         for index, (plan, (port, token)) in enumerate(zip(self.plans, places, strict=True)):
-            world_size = num_sources + len(plan.tensors)
             info = {
                 "master_address": address,
                 "master_port": port,
                 "rank_offset": num_sources,
-                "world_size": world_size,
+                "world_size": num_sources + len(plan.tensors),
                 "timeout_seconds": self._timeout_seconds,
                 "backend": self._backend,
                 "token": token,
             }
-            executor = ThreadPoolExecutor(1)
+            calls: list[Callable[[GivenUp], Any]] = [functools.partial(self._open, plan, info)]
+            if engine is not None and index == self._mine:
+                calls.append(functools.partial(_join, engine, info))
             try:
-                joining = None
-                if engine is not None and index == self._mine:
-                    joining = executor.submit(engine.init_weight_transfer, info)
-                rank, device = self._source.rank, self._source.device
-                place = (self._backend, address, port, rank, world_size, self._timeout_seconds)
-                links.append(open_link(*place, device, token))
-                if rank == _FIRST:
-                    hand_out(plan, links[-1], num_sources)
-                if joining is not None:
-                    joining.result()
-            except Exception as e:  # noqa: BLE001  every rank hears of it below
-                error = e
-                break
-            finally:
-                executor.shutdown(wait=False)
-        if self._source.worst_of_ranks(int(error is not None)):
-            reason = error or "another rank reported a fault"
-            raise ConnectionError(f"training ranks and engines did not meet: {reason}") from error
+                links.append(meet(calls, self._source.worst_of_ranks)[0])
+            except Exception as error:
+                raise ConnectionError(f"training ranks and engine {index} did not meet: {error}") from error
         return links
+
+    def _open(self, plan: SyncPlan, info: dict[str, Any], given_up: GivenUp) -> Link:
+        rank, device, num_sources = self._source.rank, self._source.device, info["rank_offset"]
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # this thread's, too
+        place = (info["master_address"], info["master_port"], rank, info["world_size"], self._timeout_seconds)
+        link = open_link(self._backend, *place, device, info["token"], given_up)
+        if rank == _FIRST:
+            hand_out(plan, link, num_sources)
+        return link
 
 
 def worker_tensors(shape: Any, layout: Sequence[Mapping[str, Any]]) -> tuple[list[list[EngineTensor]], torch.dtype]:
@@ -238,6 +233,11 @@ def _wrong_names(
     copies = zip(message.copies, expected[1:], got[1:], strict=False)
     names = [plan.tensors[message.worker][copy.tensor].name for copy, a, b in copies if a != b]
     yield from names or message_names(plan, message)  # without details any of its tensors may be the one
+
+
+def _join(engine: SyncTarget, info: dict[str, Any], given_up: GivenUp) -> None:
+    """Its workers look for themselves whether somebody has given up."""
+    engine.init_weight_transfer(info)
 
 
 def _hello(engine: SyncTarget | None) -> _Hello:

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_rest.weight_sync.digest import digest
 from megatron_rest.weight_sync.links import Link, Work
 from megatron_rest.weight_sync.plan import Copy, Message, SyncPlan, region
+from megatron_rest.weight_sync.staging import Staging
 
 __all__ = [
     "MessageDigests",
@@ -105,9 +106,12 @@ class SliceSender:
         plans: one for each engine.
         links: one for each engine; in an engine's transfer group the sources come first, then its workers.
         num_sources: training ranks.
+        device: of the shards.
     """
 
-    def __init__(self, rank: int, plans: Sequence[SyncPlan], links: Sequence[Link], num_sources: int) -> None:
+    def __init__(
+        self, rank: int, plans: Sequence[SyncPlan], links: Sequence[Link], num_sources: int, device: torch.device
+    ) -> None:
         self._links, self._num_sources = links, num_sources
         # One order that all ranks and workers agree on: position in the plan, then engine.
         mine = [
@@ -117,6 +121,7 @@ class SliceSender:
             if message.source == rank
         ]
         self._messages = sorted(mine, key=lambda entry: entry[:2])
+        self._staging = Staging(device)
         self.num_bytes = 0
         """Handed to the links in the last pass."""
         self.broken: dict[int, Exception] = {}
@@ -152,7 +157,7 @@ class SliceSender:
         for position, engine, dtype, message, plan in self._messages:
             if engine in self.broken:
                 continue
-            packed = pack(message.copies, shards, dtype)
+            packed = pack(message.copies, shards, dtype, self._staging)
             digests[engine, position] = _digests(packed, message.copies, dtype, detailed)
             if tamper is not None:
                 packed = _tampered(packed, message, plan, tamper)
@@ -180,7 +185,8 @@ class _Open:
 class SliceReceiver:
     """A worker's part: receives its messages and hands complete tensors to ``put``.
 
-    ``put(name, tensor, is_whole)`` gets memory that is its own.  Elements that no copy covers (padding) are zero.
+    ``put(name, tensor, is_whole)`` gets memory that is its own while any tensor holds it.  Elements that no copy covers
+    (padding) are zero.
     """
 
     link: Link
@@ -189,7 +195,11 @@ class SliceReceiver:
     put: Callable[[str, Tensor, bool], None]
     num_bytes: int = 0
     """Taken from the link in the last pass."""
+    staging: Staging = field(init=False)
     _open: dict[int, _Open] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.staging = Staging(self.device)
 
     def receive(self, *, detailed: bool = False) -> MessageDigests:
         """One pass over all messages.  Raises the first error of ``put`` when everything has been received."""
@@ -225,15 +235,16 @@ class SliceReceiver:
             target = region(self._tensor(copy.tensor).value, copy.start, copy.size)
             if target.is_contiguous():
                 return target.view(-1).view(torch.uint8), True
-        num_bytes = message.num_elements * self.schedule.dtype.itemsize
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device), False
+        return self.staging.empty(message.num_elements * self.schedule.dtype.itemsize), False
 
     def _tensor(self, index: int) -> _Open:
         if index not in self._open:
             wanted = self.schedule.tensors[index]
-            make = torch.empty if wanted.covered == torch.Size(wanted.shape).numel() else torch.zeros
-            value = make(wanted.shape, dtype=self.schedule.dtype, device=self.device)
-            self._open[index] = _Open(value, wanted.covered)
+            numel = torch.Size(wanted.shape).numel()
+            value = self.staging.empty(numel * self.schedule.dtype.itemsize).view(self.schedule.dtype)
+            if wanted.covered < numel:
+                value.zero_()
+            self._open[index] = _Open(value.view(wanted.shape), wanted.covered)
         return self._open[index]
 
     def _scatter(self, message: Message, buffer: Tensor | None, hand_over: bool) -> None:
@@ -251,18 +262,18 @@ class SliceReceiver:
                     self.put(wanted.name, target.value, wanted.is_whole)
 
 
-def pack(copies: Sequence[Copy], shards: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The copies' elements one after another, cast to ``dtype``; uint8 [num_bytes] on the shards' device.
+def pack(copies: Sequence[Copy], shards: Mapping[str, Tensor], dtype: torch.dtype, staging: Staging) -> Tensor:
+    """The copies' elements one after another, cast to ``dtype``; uint8 [num_bytes] in ``staging``, on its device.
 
     A copy that is alone, in one piece and of that type already is a view of the live parameter.
     """
     parts = [region(shards[copy.parameter].detach(), copy.source_start, copy.size) for copy in copies]
     if len(parts) == 1 and parts[0].dtype is dtype and parts[0].is_contiguous():
         return parts[0].view(-1).view(torch.uint8)
-    packed = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
-    for part, (_, target) in zip(parts, _parts(copies, packed), strict=True):
+    packed = staging.empty(dtype.itemsize * sum(part.numel() for part in parts))
+    for part, (_, target) in zip(parts, _parts(copies, packed.view(dtype)), strict=True):
         target.copy_(part)
-    return packed.view(torch.uint8)
+    return packed
 
 
 def _parts(copies: Sequence[Copy], packed: Tensor) -> Iterator[tuple[Copy, Tensor]]:

@@ -2,7 +2,9 @@
 
 1. rollouts are handed over one by one; a refused call is an error of the call
 2. SIGSTOP in the middle: what was handed over stays, the process is ended after the time limit, EngineLostError
-3. a process whose owner is killed goes, too
+3. SIGKILL while the ranks connect to it: the transfer is given up at once
+4. a process that cannot start is noticed at once, with what it said
+5. a process whose owner is killed goes, too
 (SIGKILL and restart, with the trainer around it: tests/trainer/test_run.py.)
 """
 
@@ -14,17 +16,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from safetensors.torch import load_file
 
-from megatron_rest.config import RolloutConfig
+from megatron_rest.config import RolloutConfig, WeightSyncConfig
+from megatron_rest.model_map import ModelShape, parameter_map
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, make_requests
 from megatron_rest.rollout.remote import EngineCallError, RemoteEngine
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import PromptSample, Rollout
-from tests.helpers.tiny_model import EOS_ID, build_tiny_model
+from megatron_rest.weight_sync.layouts import TrainingLayout, training_shards
+from megatron_rest.weight_sync.source import MegatronWeightSource
+from megatron_rest.weight_sync.sync import WeightSync
+from tests.helpers.tiny_model import EOS_ID, build_tiny_model, read_config
+from tests.weight_sync.test_plan import shards_of
 
 HANG_SECONDS = 10.0
 
@@ -79,9 +88,39 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
             engine.start_weight_update()
         assert engine.policy_version == NO_WEIGHTS
         assert engine.reset_prefix_cache() is False, "no exception: the ranks agree on it"
+        engine.restart()
+        _die_while_connecting(engine, tmp_path)
     finally:
         engine.close()
         engine.close()
+
+
+def _die_while_connecting(engine: RemoteEngine, folder: Path) -> None:
+    """The ranks stand at the meeting point already; nobody waits there for the minutes that a transfer may take."""
+    shape = ModelShape.from_hf_config(read_config(folder))
+    shards = shards_of(shape, load_file(folder / "model.safetensors"), training_shards(shape, TrainingLayout())[0])
+    source = MegatronWeightSource(lambda: shards, parameter_map(shape), shape)
+    join = engine.init_weight_transfer
+
+    def dies(info: dict[str, Any]) -> None:
+        assert info["timeout_seconds"] >= 600
+        os.kill(engine.pid, signal.SIGKILL)
+        join(info)
+
+    engine.init_weight_transfer = dies  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError, match=r"did not meet: engine process \d+ ended \(signal SIGKILL\)"):
+        WeightSync(engine, source, WeightSyncConfig(transport="gloo"))
+    assert not engine.is_alive
+
+
+def test_process_that_cannot_start_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    engine = RemoteEngine(tmp_path, RolloutConfig(), seed=0, max_model_len=64)
+    words = (
+        r"ended \(exit status 1\) during start; its last words:\n(.*\n)*.*is not an HF model folder: it has no config"
+    )
+    with pytest.raises(EngineLostError, match=words):
+        engine.weight_layout()
+    assert "is not an HF model folder" in capfd.readouterr().err, "and it is in the owner's own log"
 
 
 def test_process_goes_with_its_owner(tmp_path: Path) -> None:

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rest.model_map import ModelShape
+from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.rollout.engine import EngineLostError
 from megatron_rest.weight_sync.layouts import EngineTensor, engine_tensors, engine_workers, training_shards
 from megatron_rest.weight_sync.links import GlooLink
 from megatron_rest.weight_sync.plan import make_plan
+from megatron_rest.weight_sync.sliced import SliceTransport
 from megatron_rest.weight_sync.slices import Schedule, SliceReceiver, SliceSender, message_names
+from megatron_rest.weight_sync.source import MegatronWeightSource
 from tests.helpers.distributed import run_distributed
-from tests.weight_sync.test_plan import EngineLayout, TrainingLayout, full_state, loaded_by_vllm, random_case, shards_of
+from tests.weight_sync.test_plan import (
+    EngineLayout,
+    TrainingLayout,
+    _dense,
+    full_state,
+    loaded_by_vllm,
+    random_case,
+    shards_of,
+)
+from tests.weight_sync.test_sliced import layout_of
 
 
 def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: list[EngineLayout], fault: str) -> Any:
@@ -33,7 +46,7 @@ def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: l
         for engine in range(len(workers)):
             offset = sum(len(w) for w in workers[:engine])
             links.append(_Shifted(offset, len(held)))
-        sender = SliceSender(rank, plans, links, len(held))
+        sender = SliceSender(rank, plans, links, len(held), torch.device("cpu"))
         # fp32 masters: the cast to bfloat16 happens on the way
         shards = {name: t.float() for name, t in shards_of(shape, state, held[rank]).items()}
         flip = _flip(fault) if fault and rank == 0 else None
@@ -105,7 +118,38 @@ def four_ranks(rank: int, world: int) -> str:
     dist.all_gather_object(results, mine)
     if rank == 0:
         _check_fault(shape, training, engines, results, fault)
+    _check_lost_while_connecting(rank, world)
     return "exact"
+
+
+def _check_lost_while_connecting(rank: int, world: int) -> None:
+    """Rank 1's engine goes before its workers join the group: all ranks hear of it, long before the timeout."""
+    shape, training = _dense(), TrainingLayout(tensor_parallel=world)
+    held = training_shards(shape, training)[rank]
+    shards = shards_of(shape, full_state(shape), held)
+    source = MegatronWeightSource(lambda: shards, parameter_map(shape), shape, tp_group=dist.group.WORLD)
+    transport = SliceTransport(source, message_bytes=3000, timeout_seconds=10**4)
+    engine: Any = _Dying(shape) if rank == 1 else None
+    with pytest.raises(ConnectionError, match="and engine 0 did not meet") as caught:
+        transport.connect(engine)
+    reason = "engine process 7 ended (signal SIGKILL)" if rank == 1 else "another rank reported a fault"
+    assert reason in str(caught.value)
+    assert dist.get_rank() == rank and source.worst_of_ranks(rank) == world - 1, "the ranks still agree"
+
+
+class _Dying:
+    """Stands for an engine process that is killed while it connects (its handle raises EngineLostError then)."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        self._layout = layout_of(shape, EngineLayout(tensor_parallel=2))
+
+    def weight_layout(self) -> list[dict[str, Any]]:
+        return self._layout
+
+    def init_weight_transfer(self, info: dict[str, Any]) -> None:
+        assert info["timeout_seconds"] == 10**4
+        time.sleep(0.5)
+        raise EngineLostError("engine process 7 ended (signal SIGKILL)")
 
 
 def _check_fault(shape: ModelShape, training: TrainingLayout, engines: Any, results: list[Any], fault: str) -> None:
@@ -183,7 +227,7 @@ def test_a_lost_engine_does_not_keep_the_others_waiting() -> None:
     for breaks in ("send", "wait"):
         sent.clear()
         links: list[Any] = [Engine(breaks), Engine("")]
-        sender = SliceSender(0, [plan, plan], links, 1)
+        sender = SliceSender(0, [plan, plan], links, 1, torch.device("cpu"))
         state = shards_of(shape, full_state(shape), held[0])
         sender.send({name: t.float() for name, t in state.items()})
         assert list(sender.broken) == [0] and "connection closed by peer" in str(sender.broken[0])
