@@ -31,7 +31,7 @@ __all__ = ["EngineCallError", "RemoteEngine"]
 
 _START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures graphs before its first sign of life
 _CLOSE_SECONDS = 30.0
-_BEHIND_SECONDS = 2.0
+_BEHIND_SECONDS = 2.0  # how far the end of a process and of its output may lie behind that of its connection
 _LOG_BYTES, _LOG_LINES = 8192, 12  # of the end of a process's output: kept, and quoted when it is lost
 
 
@@ -325,15 +325,17 @@ class _Process:
     ) -> dict[str, Any]:
         """One call and its result; rollouts that come before it go to ``on_rollout``."""
         with self._calling:
+            under_way = kind if self._is_ready else "start"
             try:
                 if not self._is_ready:
-                    self._result("start", _START_SECONDS, None)
-                    self._is_ready = True
+                    self._result(under_way, _START_SECONDS, None)
+                    self._is_ready, under_way = True, kind
                 self._connection.send(kind, arrays, **values)
                 return self._result(kind, timeout, on_rollout)
             except ConnectionLostError as error:
+                self._child.wait(_BEHIND_SECONDS)  # it ends by itself, with a status of its own
                 self.kill()
-                raise self._lost(f"ended ({self._child.status()}) during {kind}") from error
+                raise self._lost(f"ended ({self._child.status()}) during {under_way}") from error
 
     def _result(self, kind: str, timeout: float, on_rollout: OnRollout | None) -> dict[str, Any]:
         while True:
