@@ -126,6 +126,12 @@ class ModelShape:
                 raise ValueError(f"{flag}=true in config.json of a {model_type} model is not supported")
         if config.get("attention_bias"):
             raise ValueError("attention_bias=true (bias on the output projection) is not supported")
+        if quantization := config.get("quantization_config"):
+            method = dict(quantization).get("quant_method", "unknown")
+            raise ValueError(
+                f"the weights are quantised (quantization_config, quant_method {method}) and their scales have no "
+                "mapping: start from the unquantised checkpoint"
+            )
         heads = int(config["num_attention_heads"])
         experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)  # transformers 4 and 5
         layers = int(config["num_hidden_layers"])

@@ -152,6 +152,9 @@ def test_what_cannot_be_mapped_is_refused() -> None:
         ModelShape.from_hf_config({**BASE, "model_type": "gpt2"})
     with pytest.raises(ValueError, match="use_sliding_window"):
         ModelShape.from_hf_config({**CONFIGS["qwen2"], "use_sliding_window": True})
+    block_scales = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    with pytest.raises(ValueError, match=r"quant_method fp8.* start from the unquantised checkpoint"):
+        ModelShape.from_hf_config({**CONFIGS["qwen2"], "quantization_config": block_scales})
     shape = ModelShape.from_hf_config(CONFIGS["llama"])
     qkv = next(s for s in parameter_map(shape) if s.kind is ParameterKind.QKV)
     with pytest.raises(ValueError, match="does not divide 4 key/value heads"):
