@@ -19,7 +19,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test test-host test-gpu oracle bench bench-gpu preprocess lint types arch clean chaos
+.PHONY: help setup demo test test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit clean chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ help: ## this list
 
 setup: $(STAMP) ## virtual environment in .venv from the frozen list
 
-$(STAMP): requirements/cpu.txt requirements/bootstrap.py setup.cfg pyproject.toml
+$(STAMP): requirements/cpu.txt requirements/cpu-3.12.txt requirements/bootstrap.py setup.cfg pyproject.toml
 	@test -n "$(STARTER)" || { echo "setup: no python3 on PATH: install Python 3.11 or 3.12" >&2; exit 1; }
 	@$(STARTER) requirements/bootstrap.py --venv $(VENV) --python "$(PYTHON)"
 
@@ -102,6 +102,9 @@ types: $(STAMP) ## mypy
 
 arch: $(STAMP) ## import contracts (setup.cfg, [importlinter])
 	@$(BIN)/lint-imports --config setup.cfg
+
+audit: ## known vulnerabilities of the frozen list (pip-audit in .cache/audit); says so if the service does not answer
+	@$(STARTER) requirements/audit.py
 
 clean: ## remove caches and build leftovers (keeps .venv and runs)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

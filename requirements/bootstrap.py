@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = ROOT / "requirements" / "cpu.txt"
-INPUTS = (PINS, ROOT / "setup.cfg", ROOT / "pyproject.toml", Path(__file__).resolve())
+PINS_312 = ROOT / "requirements" / "cpu-3.12.txt"
+INPUTS = (PINS, PINS_312, ROOT / "setup.cfg", ROOT / "pyproject.toml", Path(__file__).resolve())
 SUPPORTED = ("3.11", "3.12")
 # 2.6 GB installed + wheels while they are unpacked (torch's is the largest) + the demo's checkpoints
 NEEDED_GB = 6
@@ -107,6 +108,11 @@ def install(venv, arguments, total=0):
         raise SetupError(explain(lines, log))
 
 
+def lists(version):
+    """What to install into a Python of this version, in order."""
+    return [PINS, PINS_312] if version == "3.12" else [PINS]
+
+
 def explain(lines, log):
     """The line of pip's output that matters, and what to do about it."""
     text = "\n".join(lines)
@@ -115,7 +121,14 @@ def explain(lines, log):
     unreachable = re.search(
         r"NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Temporary failure in name", text
     )
-    if unreachable:
+    if "DO NOT MATCH THE HASHES" in text:
+        files = re.findall(r"^ +(\S+==\S+).* from ", text, re.MULTILINE) or ["a package"]
+        what = (
+            f"the package index serves another file of {', '.join(files)} than the one requirements/cpu.txt knows by "
+            "its hash: damaged on the way, or not the published one; use another index (pip config list), or, if you "
+            "trust builds of its own, add their hashes to that list (pip hash FILE)"
+        )
+    elif unreachable:
         what = (
             "pip cannot reach the package index: check the network, the proxy (HTTPS_PROXY) "
             "and pip's settings (pip config list)"
@@ -160,7 +173,8 @@ def build(venv, wanted):
         subprocess.run([python, "-m", "venv", "--clear", str(venv)], check=True)
     pins = sum(1 for line in PINS.read_text().splitlines() if line and line[0] not in "# ")
     print(f"installing {pins} packages into {venv} (2 to 5 minutes)", flush=True)
-    install(venv, ["--no-deps", "-r", str(PINS)], pins)
+    for path in lists(python_version(str(inside))):
+        install(venv, ["--no-deps", "-r", str(path)], pins if path == PINS else 0)
     install(venv, ["--no-deps", "--no-build-isolation", "-e", str(ROOT)])
     partial = stamp.with_suffix(".part")
     partial.write_text(mark + "\n")

