@@ -105,6 +105,30 @@ def test_hostile_call_is_refused_and_nothing_runs(text: str) -> None:
     assert RAN == [] and tool.state == 0
 
 
+class Hoarder:
+    """Doubles what it holds with every call."""
+
+    def __init__(self) -> None:
+        self.held: list[object] = [{"text": "x" * 1000}]
+
+    def double(self) -> str:
+        self.held = [copy.deepcopy(self.held), self.held]
+        return "doubled"
+
+    def loud(self) -> str:
+        return "x" * 3_000_000
+
+
+def test_growing_objects_and_long_results_are_bounded() -> None:
+    hoarder = Hoarder()
+    executor = LiteralExecutor({"hoarder": hoarder})
+    said = [executor.run("double()") for _ in range(100)]
+    count = said.count("doubled")
+    assert 8 < count < 16 and said[:count] == ["doubled"] * count
+    assert set(said[count:]) == {"Error during execution: the objects have grown by more than 8 MB: no further calls"}
+    assert len(LiteralExecutor({"hoarder": Hoarder()}).run("loud()")) == 1 << 20
+
+
 def test_honest_calls_run_and_failures_of_tools_are_told() -> None:
     executor = LiteralExecutor({"tool": Tool()})
     assert executor.names == ["add", "fail"]

@@ -4,6 +4,10 @@ The text is hostile.  It is parsed, never evaluated: a call is one name and argu
 bounded size; the name must be a public method that the class of one of the objects defines.  Attributes, operators,
 comprehensions, f-strings, starred arguments, nested calls and everything with an underscore in front are refused before
 anything runs.
+
+What runs is bounded, too: results are cut to ``MAX_RESULT`` characters, and objects that calls let grow by more than
+``MAX_GROWTH`` bytes (copies of copies) take no further call.  Time is the caller's to limit
+(``rollout.tool_timeout_seconds``): Python cannot end a thread, so a method that never returns keeps its thread.
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ MAX_TEXT = 1 << 16  # characters of one call
 MAX_NODES = 10_000  # values in its arguments
 MAX_DEPTH = 16
 MAX_INTEGER = 2**53  # beyond it JSON is not exact either
+MAX_RESULT = 1 << 20  # characters of a result
+MAX_GROWTH = 8 << 20  # bytes, roughly, that the objects may gain
+
+_VALUE_BYTES = 128  # of a small Python object
 
 
 class CallRefusedError(ValueError):
@@ -73,6 +81,8 @@ class LiteralExecutor:
     """
 
     def __init__(self, objects: Mapping[str, object]) -> None:
+        self._objects = list(objects.values())
+        self._limit = _size(self._objects, math.inf) + MAX_GROWTH
         self._methods: dict[str, Callable[..., Any]] = {}
         for target in objects.values():
             for name, _ in inspect.getmembers(type(target), inspect.isfunction):
@@ -87,9 +97,11 @@ class LiteralExecutor:
     def call(self, call: LiteralCall) -> Any:
         """The method's own result.
 
-        Raises CallRefusedError for an unknown name, arguments that the method does not take or that are not literals;
-        what the method raises passes through.
+        Raises CallRefusedError for an unknown name, arguments that the method does not take or that are not literals,
+        and for every call once the objects have grown too large; what the method raises passes through.
         """
+        if self._limit < 0:
+            raise CallRefusedError(f"the objects have grown by more than {MAX_GROWTH >> 20} MB: no further calls")
         method = self._methods.get(call.name)
         if method is None:
             raise CallRefusedError(f"there is no tool named {call.name[:80]!r}")
@@ -102,14 +114,19 @@ class LiteralExecutor:
             inspect.signature(method).bind(*call.positional, **call.keywords)
         except TypeError as error:
             raise CallRefusedError(f"{call.name}: {error}") from None
-        return method(*call.positional, **call.keywords)
+        try:
+            return method(*call.positional, **call.keywords)
+        finally:  # one call can at most double what is there
+            if _size(self._objects, self._limit) > self._limit:
+                self._limit = -1
 
     def run(self, call: LiteralCall | str) -> str:
         """The result as text for the policy; a refusal or an exception of the tool is told in the text."""
         try:
-            return show_result(self.call(parse_call(call) if isinstance(call, str) else call))
+            text = show_result(self.call(parse_call(call) if isinstance(call, str) else call))
         except Exception as error:  # noqa: BLE001  tools are foreign code, and their failures are part of the game
-            return f"Error during execution: {error}"
+            text = f"Error during execution: {error}"
+        return text[:MAX_RESULT]
 
 
 def show_result(value: Any) -> str:
@@ -122,6 +139,30 @@ def show_result(value: Any) -> str:
         except (TypeError, ValueError):  # a number of a type of its own inside
             return str(value)
     return str(value)
+
+
+def _size(values: list[Any], limit: float) -> float:
+    """Bytes of what ``values`` hold, roughly; at least ``limit`` if it is more.  Iterative: nesting may be deep."""
+    total, seen = 0, set()
+    stack = list(values)
+    while stack and total <= limit:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        total += _VALUE_BYTES
+        match value:
+            case str() | bytes() | bytearray():
+                total += len(value)
+            case dict():
+                stack += [*value.keys(), *value.values()]
+            case list() | tuple() | set() | frozenset():
+                stack += value
+            case int() if not isinstance(value, bool):
+                total += value.bit_length() // 8
+            case _ if hasattr(value, "__dict__"):
+                stack += vars(value).values()
+    return total
 
 
 def _literal(node: ast.expr, depth: int) -> Any:
