@@ -270,11 +270,15 @@ class RolloutConfig:
             ("nodes", 0),
             ("max_restarts", 0),
             ("max_turns", 1),
+            ("top_k", 0),
+            ("kv_cache_bytes", 1),
+            ("max_concurrent", 1),
         ):
             _at_least(f"rollout.{name}", getattr(self, name), least)
         for name in ("engine_timeout_seconds", "tool_timeout_seconds"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}, expected a finite number > 0 (seconds)")
+        _within("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_ends="least")
         if self.max_staleness not in (0, 1):
             raise ConfigError(f"rollout.max_staleness is {self.max_staleness}: 0 (synchronous) or 1 (one step off)")
         if self.sleep_level not in (0, 1, 2):
@@ -423,6 +427,12 @@ class LossConfig:
         _one_of("loss.tis_level", self.tis_level, ("token", "sequence"))
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ConfigError(f"loss.dual_clip is {self.dual_clip}: it bounds -c*A for c > 1, or is null")
+        _within("loss.clip_low", self.clip_low, 0, 1)
+        _within("loss.clip_high", self.clip_high, 0)
+        _within("loss.kl_coef", self.kl_coef, 0)
+        _within("loss.max_log_ratio", self.max_log_ratio, 0, 80, open_ends="least")  # exp(89) is infinite in float32
+        if self.tis_cap is not None:
+            _within("loss.tis_cap", self.tis_cap, 0, open_ends="least")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -451,6 +461,11 @@ class OptimizerConfig:
         _at_least("optimizer.updates_per_step", self.updates_per_step, 1)
         if self.lr <= 0:
             raise ConfigError(f"optimizer.lr is {self.lr}, expected a number > 0")
+        _within("optimizer.weight_decay", self.weight_decay, 0)
+        _within("optimizer.clip_grad", self.clip_grad, 0)
+        _within("optimizer.adam_beta1", self.adam_beta1, 0, 1, open_ends="most")
+        _within("optimizer.adam_beta2", self.adam_beta2, 0, 1, open_ends="most")
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -467,6 +482,13 @@ class WeightSyncConfig:
     compute in float32, else 0.1 (16-bit rounding alone makes up to 0.06)."""
     canary_tokens: int = 16
     """Tokens sampled from the canary prompt after every sync."""
+
+    def __post_init__(self) -> None:
+        _one_of("weight_sync.transport", self.transport, ("local", "gloo", "nccl_p2p", "broadcast"))
+        _at_least("weight_sync.bucket_bytes", self.bucket_bytes, 1)
+        _at_least("weight_sync.canary_tokens", self.canary_tokens, 1)
+        if self.canary_tolerance is not None:
+            _within("weight_sync.canary_tolerance", self.canary_tolerance, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -503,12 +525,17 @@ class TrainerConfig:
     """Packed tokens of one pipeline microbatch."""
     save_rollouts_every: int = 0
     """RL steps between files of rollouts in run_dir/rollouts; the first and the last step always leave one."""
+    replay_every: int = 0
+    """RL steps between replay bundles in run_dir/replay, one for each optimiser update, weights included; 0 = none."""
     timeout_minutes: int = 30
     """A collective that takes longer ends the run with an error."""
 
     def __post_init__(self) -> None:
         _at_least("trainer.steps", self.steps, 1)
+        _at_least("trainer.seed", self.seed, 0)
+        _at_least("trainer.timeout_minutes", self.timeout_minutes, 1)
         _at_least("trainer.save_rollouts_every", self.save_rollouts_every, 0)
+        _at_least("trainer.replay_every", self.replay_every, 0)
         _at_least("trainer.max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
 
 
@@ -526,6 +553,12 @@ class WarmStartConfig:
     """Stop once the mean loss of a whole pass, nats per answer token, is at most this; 0 = run all epochs."""
     answers: str = ""
     """Folder with prompts and reference answers; empty = data.train."""
+
+    def __post_init__(self) -> None:
+        _at_least("warm_start.epochs", self.epochs, 1)
+        _at_least("warm_start.batch_size", self.batch_size, 1)
+        _within("warm_start.lr", self.lr, 0, open_ends="least")
+        _within("warm_start.target_loss", self.target_loss, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -704,12 +737,18 @@ def load(
     return from_dict(RestConfig, values)
 
 
+_LARGEST_INTEGER = 1 << 63
+
+# What PyYAML raises besides its own: nesting too deep, keys that cannot be hashed, tags of the wrong kind.
+_OF_PYYAML = (RecursionError, TypeError, AttributeError, KeyError, IndexError)
+
+
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, *_OF_PYYAML) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path} must be a mapping of sections, got {type(values).__name__}")
@@ -723,7 +762,7 @@ def _override_value(section: str, leaf: str, text: str) -> Any:
         return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, *_OF_PYYAML) as error:
         raise ConfigError(f"override {section}.{leaf}={text}: the value is not valid YAML") from error
 
 
@@ -752,9 +791,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, float) and value != value:
-        raise ConfigError(f"{path} is not a number (nan)")
+        value = float(value) if abs(value) < _LARGEST_INTEGER else math.inf
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} is not a number (nan)" if value != value else f"{path} is {value}: must be finite")
+    if hint is int and isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+        raise ConfigError(f"{path} has {len(str(abs(value)))} digits: the largest number is {_LARGEST_INTEGER - 1}")
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
     return value
@@ -765,6 +806,16 @@ def _one_of(path: str, value: str, allowed: typing.Sequence[str]) -> None:
         near = difflib.get_close_matches(value, allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         raise ConfigError(f"{path} is {value!r}: {hint}")
+
+
+def _within(path: str, value: float, least: float, most: float = math.inf, *, open_ends: str = "") -> None:
+    """``open_ends`` names the ends, "least" or "most", that the value may not take itself."""
+    is_in = (value > least if "least" in open_ends else value >= least) and (
+        value < most if "most" in open_ends else value <= most
+    )
+    if not is_in:
+        low, high = "(" if "least" in open_ends else "[", ")" if "most" in open_ends or most == math.inf else "]"
+        raise ConfigError(f"{path} is {value}, expected a number in {low}{least:g}, {most:g}{high}")
 
 
 def _at_least(path: str, value: int, least: int) -> None:

@@ -91,7 +91,10 @@ def load_hf_weights(
             missing = [n for n in spec.hf_names if n not in source]
             if missing:
                 raise ConfigError(f"model.path: {folder} lacks {missing[0]}, which Megatron's {name} is made of")
-            shard = to_megatron(spec, source, tp_rank=tp_rank, tp_size=tp_size, shape=shape)
+            try:
+                shard = to_megatron(spec, source, tp_rank=tp_rank, tp_size=tp_size, shape=shape)
+            except (ValueError, SafetensorError) as error:
+                raise ConfigError(f"model.path: {folder} does not fit its config.json: {error}") from error
             if shard.shape != shards[name].shape:
                 raise ConfigError(
                     f"{name}: the folder gives {tuple(shard.shape)}, the model has {tuple(shards[name].shape)}"
