@@ -22,6 +22,7 @@ _COMMANDS = {
     "eval": ("megatron_rest.eval.__main__", "score a model on API-Bank and BFCL"),
     "report": ("megatron_rest.analysis.report", "summary table and plots of a run"),
     "compare": ("megatron_rest.analysis.compare", "runs side by side in one plot and table"),
+    "replay": ("megatron_rest.replay.__main__", "a recorded microbatch again in float64: which term differs"),
     "plan-sync": ("megatron_rest.weight_sync.limits", "how fast weights can reach the engines, from the links' rates"),
     "plan": ("megatron_rest.planner.__main__", "memory and time of a configuration before it runs"),
 }

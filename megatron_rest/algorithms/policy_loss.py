@@ -64,6 +64,20 @@ class RestPolicyLoss:
         _check(inputs, self.config)
         return _token_losses(inputs, self.config)[0]
 
+    def token_terms(self, inputs: LossInputs) -> dict[str, Tensor]:
+        """What the loss is made of, float32 ``[T]``, detached, 0 where masked.
+
+        ``log_probs``, ``entropy``, ``ratio``, ``policy_loss`` (clipped, times ``tis_weight`` where that is on) and
+        ``token_losses`` (the parts of ``loss_sum``).
+        """
+        _check(inputs, self.config)
+        losses, metrics = _token_losses(inputs, self.config)
+        entropy = torch.zeros_like(inputs.log_probs) if inputs.entropy is None else inputs.entropy
+        names = ("ratio", "policy_loss", "tis_weight")
+        terms = {"log_probs": inputs.log_probs, "entropy": entropy, "token_losses": losses}
+        terms |= {name: metrics[name] for name in names if name in metrics}
+        return {name: torch.where(inputs.loss_mask, value.detach(), 0.0) for name, value in terms.items()}
+
 
 def rest_policy_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     """Loss of one microbatch as Megatron wants it: a sum, a token count, and metrics as (sum, count).

@@ -149,6 +149,31 @@ class MegatronPolicy:
             metrics=metrics,
         )
 
+    def gradients(
+        self, batch: TrainBatch, loss: PolicyLoss
+    ) -> tuple[Mapping[str, tuple[float, float]], Mapping[str, Tensor]]:
+        """Metrics and gradient of ``batch`` as :meth:`update` would take it, without taking it.
+
+        The gradient, divided by the loss tokens of ``batch`` over all ranks, under the names of
+        :meth:`named_parameters`: live buffers, good until :meth:`forget_gradients`.  With a distributed optimiser a
+        replica's buffer is whole only where the others contributed nothing (empty microbatches).
+        """
+        for chunk in self.chunks:
+            chunk.train()
+        self.forget_gradients()
+        step = partial(forward_step, loss=loss, totals=batch.totals)
+        with untouched_scales(self.modules):
+            results = self._schedule(step, batch.microbatches, forward_only=False)
+        found = {name: parameter.main_grad for name, parameter in self.named_parameters()}  # type: ignore[attr-defined]
+        return self._reduce_metrics(results), found
+
+    def forget_gradients(self) -> None:
+        """All gradients 0, as before a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
     def named_shards(self) -> Mapping[str, Tensor]:
         """This rank's parameter shards by Megatron name, with GLOBAL layer and expert numbers.
 

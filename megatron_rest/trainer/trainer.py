@@ -27,6 +27,7 @@ from megatron_rest.trainer.exchange import all_token_scores
 from megatron_rest.trainer.fleet import EngineFleet
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
+from megatron_rest.trainer.replay import is_recorded, record_update
 from megatron_rest.trainer.setup import PolicyParts, make_batch
 from megatron_rest.trainer.step_metrics import reward_metrics, rollout_metrics, token_metrics, update_metrics
 from megatron_rest.types import (
@@ -126,7 +127,11 @@ class RestTrainer:
                 if is_saved(step, self.config.trainer):
                     self.save_rollouts(step, groups, verdict, batches, scores)
             with timer.phase("update"):
-                reports: list[UpdateReport] = [self.policy.update(batch, self.loss) for batch in batches]
+                reports: list[UpdateReport] = []
+                for number, batch in enumerate(batches):
+                    if is_recorded(step, self.config):
+                        self.record(step, number, batch, groups, verdict)
+                    reports.append(self.policy.update(batch, self.loss))
                 metrics |= update_metrics(reports)
             if not self.is_one_step_off:
                 with timer.phase("sync"):
@@ -234,6 +239,22 @@ class RestTrainer:
             scores=values,
         )
         write_rollouts(self.config.trainer.run_dir, rollouts)
+
+    def record(
+        self, step: int, update: int, batch: TrainBatch, groups: Sequence[RolloutGroup], verdict: Verdict
+    ) -> None:
+        """A replay bundle of the update that comes next (``trainer/replay.py``)."""
+        record_update(
+            self.parts,
+            self.config,
+            batch,
+            step=step,
+            update=update,
+            progress=self.progress(step),
+            groups=groups,
+            verdict=verdict,
+            region_means=self.weighting.state_dict()["mean"],
+        )
 
     def settle_precision(self) -> None:
         """First scales of delayed FP8 scaling; nothing for other recipes.  Before anything is scored."""

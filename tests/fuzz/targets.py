@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import random
 import shutil
 import socket
@@ -31,6 +32,7 @@ from megatron_rest.config import ConfigError, RestConfig, RewardConfig, load, to
 from megatron_rest.data.rollout_file import SavedRollouts, read_rollouts, write_rollouts
 from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
+from megatron_rest.mcore.safe_loading import check_description
 from megatron_rest.model_map import parameter_map, shard_shape
 from megatron_rest.regions import label_regions
 from megatron_rest.rewards import tool_call_reward
@@ -322,6 +324,21 @@ def metrics_file(chance: random.Random, scratch: Path) -> None:
         assert isinstance(row["step"], int)
 
 
+def checkpoint_descriptions(chance: random.Random, scratch: Path) -> None:
+    """``.metadata`` of a checkpoint changed, beyond what its sums would find: by somebody who made new ones."""
+    from torch.distributed.checkpoint import metadata as dcp
+
+    properties = dcp.TensorProperties(dtype=torch.bfloat16)
+    chunk = dcp.ChunkStorageMetadata(offsets=torch.Size([0, 0]), sizes=torch.Size([4, 4]))
+    entries = {
+        "weight": dcp.TensorStorageMetadata(properties=properties, size=torch.Size([4, 4]), chunks=[chunk]),
+        "state": dcp.BytesStorageMetadata(),
+    }
+    description = dcp.Metadata(state_dict_metadata=entries, planner_data={"weight": ("weight",)}, storage_data={})
+    (scratch / ".metadata").write_bytes(mutate(pickle.dumps(description), chance))
+    check_description(scratch)
+
+
 def messages(chance: random.Random, scratch: Path) -> None:
     """The bytes of a message between a rank and its engine's process changed."""
     ours, theirs = socket.socketpair()
@@ -345,6 +362,7 @@ TARGETS = {
     "Hugging Face folders": Target(hf_folder, (ConfigError,)),
     "stored rollouts": Target(stored_rollouts, (ValueError,)),
     "metrics.jsonl": Target(metrics_file, (MetricsFileError,)),
+    "checkpoint descriptions": Target(checkpoint_descriptions, (ConfigError,)),
     "messages of an engine": Target(messages, (ConnectionLostError,)),
 }
 

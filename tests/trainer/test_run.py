@@ -4,17 +4,21 @@ starts.
 1. warm start lowers the loss and leaves a folder that transformers loads
 2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
 3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass
-4. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
-   as a run that was never stopped; a third start finds nothing to do
-5. killed engines leave the run as it would have been; one step off, rollouts are one version old
-6. what a user gets wrong is one clear line and a non-zero exit status
+4. updates that were recorded agree with float64
+5. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
+   as a run that was never stopped (and recorded nothing); a third start finds nothing to do
+6. killed engines leave the run as it would have been; one step off, rollouts are one version old
+7. nothing is left behind, however a run ends
+8. what a user gets wrong is one clear line and a non-zero exit status
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,9 +30,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import chaos
+from benchmarks import chaos, long_run
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.replay import __main__ as replay
 from megatron_rest.trainer.entry import STOPPED_STATUS
 from megatron_rest.weighting import RestWeighting, region_sums
 from tests.helpers.tiny_model import build_tiny_model, read_config
@@ -120,8 +125,17 @@ def rl(base: Path, run_dir: Path, model: Path, *overrides: str) -> None:
 @pytest.fixture(scope="module")
 def unbroken(base, warm) -> Path:
     run_dir = base / "unbroken"
-    rl(base, run_dir, warm[0])
+    rl(base, run_dir, warm[0], "trainer.replay_every=3")
     return run_dir
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+    """What has to be the same in every run."""
+    rows = json.loads(json.dumps(rows))
+    for row in rows:
+        row.pop("seconds")
+        row["metrics"].pop("sync/seconds")
+    return rows
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -258,6 +272,17 @@ def test_experts_train_over_two_ranks(base):
     assert [name for name in before if torch.equal(before[name], after[name])] == [], "every expert was trained"
 
 
+def test_recorded_updates_agree_with_float64(unbroken, capsys):
+    """TP 2 x PP 2, two updates: the first on the weights that sampled, the second with ratios other than 1."""
+    bundles = sorted((unbroken / "replay").iterdir())
+    assert [path.name for path in bundles] == [f"step_000003_update_{i}.safetensors" for i in (0, 1)]
+    for path, has_engine in zip(bundles, (True, False), strict=True):
+        assert replay.main([str(path), "--all"]) == 0
+        said = capsys.readouterr().out
+        assert ("rollout_log_probs" in said) == has_engine
+        assert said.count("gradient ") == len(load_file(unbroken / "hf" / "model.safetensors"))
+
+
 def stop_one_rank(base: Path, run_dir: Path, model: Path) -> str:
     """Start the run of ``unbroken``, send SIGTERM to rank 2 once step 1 is in its metrics; what torchrun says."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
@@ -289,6 +314,8 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     [saved] = (run_dir / "checkpoints").iterdir()
     assert saved.name in ("step_000001", "step_000002"), "the step that ran when the signal came"
     assert [row["step"] for row in metrics(run_dir)][-1] == int(saved.name[-6:]), "every step done is saved"
+    until = len(metrics(run_dir))
+    assert timeless(metrics(run_dir)) == timeless(metrics(unbroken)[:until]), "same seeds, same machine, same bits"
     # What a process killed later would have left: the steps after the checkpoint are replaced, not doubled.
     shutil.copy(unbroken / "metrics.jsonl", run_dir / "metrics.jsonl")
     rl(base, run_dir, warm[0])
@@ -297,10 +324,7 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert [start["after_step"] for start in starts] == [0, int(saved.name[-6:])]
     assert starts[0]["packages"]["torch"] == torch.__version__
-    for row in (ours[2], theirs[2]):
-        row.pop("seconds")
-        row["metrics"].pop("sync/seconds")
-    assert ours[2] == theirs[2], "bit for bit"
+    assert timeless(ours)[2] == timeless(theirs)[2], "bit for bit, though only the other one recorded its third step"
     a, b = load_file(run_dir / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
     again = call(*rl_arguments(base, run_dir, warm[0]))  # no torchrun: nothing is built
@@ -327,6 +351,34 @@ def test_one_step_off_every_rollout_is_one_version_old(base):
     assert all(step["rollout/count"] == 24 for step in steps)
     assert steps[0]["mismatch/abs_log_prob_max"] < 1e-4 < steps[1]["mismatch/abs_log_prob_mean"]
     assert all(0 <= step["tis_clipped/all"] < 1 for step in steps) and steps[0]["tis_clipped/all"] == 0
+
+
+@pytest.mark.parametrize("ending", ["success", "ctrl-c", "killed rank"])
+def test_nothing_is_left_behind(ending, base):
+    """However a run with an engine process ends: no process of it, no shared memory."""
+    run_dir = base / f"left-{ending.replace(' ', '-')}"
+    steps = 1 if ending == "success" else 1000
+    command = long_run.train_command(base, run_dir, f"trainer.steps={steps}", ranks=1, replicas=1)
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            seen = long_run.Watch(psutil.Process(process.pid))
+            deadline = time.monotonic() + 400
+            while process.poll() is None and (ending == "success" or not (run_dir / "metrics.jsonl").is_file()):
+                assert time.monotonic() < deadline
+                seen.look(0)
+                time.sleep(0.3)
+            if ending == "ctrl-c":
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            elif ending == "killed rank":
+                os.kill(next(s.pid for s in seen.samples if s.role == "rank 0"), signal.SIGKILL)
+            status = process.wait(120)
+        finally:
+            process.kill()
+    assert (status == 0) == (ending == "success")
+    assert {"torchrun", "rank 0", "engine"} <= {sample.role for sample in seen.samples}
+    assert seen.left_behind(20.0) == []
 
 
 @pytest.mark.parametrize(
