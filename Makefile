@@ -12,6 +12,7 @@ STARTER := $(shell command -v python3 || command -v python3.11 || command -v pyt
 
 BASELINE ?=
 DEMO_ARGS ?=
+EXPERIMENT_ARGS ?=
 RUN_DIR ?=
 INPUT ?= data_tools/samples/rlla_sft.json
 OUTPUT ?= runs/prompts
@@ -19,7 +20,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo test test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit clean chaos
+.PHONY: help setup demo experiment test test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit clean chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +29,7 @@ help: ## this list
 	@echo "                BASELINE=grpo                make demo: plain GRPO (uniform weights), same seeds"
 	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
 	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
+	@echo "                EXPERIMENT_ARGS='seeds=5'    make experiment: more key=value, see docs/results.md"
 	@echo "                TEST_ARGS='tests/ops -x'     make test: handed to pytest"
 	@echo "                INPUT OUTPUT TOKENIZER       make preprocess: files or folders, where to, HF tokenizer folder"
 	@echo "                                             (default: the shipped sample, runs/prompts, trained on INPUT)"
@@ -41,6 +43,9 @@ $(STAMP): requirements/cpu.txt requirements/cpu-3.12.txt requirements/bootstrap.
 demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
 	@$(BIN)/nemo-run launch/rest_demo.py --yes $(if $(BASELINE),baseline=$(BASELINE)) \
 	  $(if $(RUN_DIR),trainer.run_dir=$(RUN_DIR)) $(DEMO_ARGS)
+
+experiment: $(STAMP) ## ResT's weightings against GRPO and Dr. GRPO, 3 seeds each, with held-out scores; continues where it stopped
+	@$(BIN)/nemo-run launch/rest_experiment.py --yes $(EXPERIMENT_ARGS)
 
 test: $(STAMP) ## all tests
 	@$(BIN)/python -m pytest $(TEST_ARGS)

@@ -31,7 +31,7 @@ def command(stage: Stage, log_dir: Path) -> list[str]:
         "--standalone",  # rendezvous on a free port: two runs on a machine do not meet
         *("--nproc-per-node", str(stage.ranks)),
         *("--log-dir", str(log_dir / stage.name)),
-        *("--redirects", ",".join(f"{rank}:3" for rank in range(1, stage.ranks))),
+        *("--redirects", ",".join(f"{rank}:3" for rank in range(1, stage.ranks)) or "0"),  # 0: of no rank
         *("-m", stage.module, *stage.arguments),
     ]
 

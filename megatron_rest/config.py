@@ -56,6 +56,7 @@ class WeightSource(StrEnum):
 
     UNIFORM = "uniform"  # plain GRPO
     CONSTANT = "constant"  # the paper's region constants with the curriculum
+    REFERENCE_CODE = "reference_code"  # the published code's: nothing on glue, end of turn and response text
     ENTROPY_OFFLINE = "entropy_offline"  # region entropies measured once, fixed
     ENTROPY_EMA = "entropy_ema"  # region entropies measured in every scoring pass
     VARIANCE_OPTIMAL = "variance_optimal"  # 1/beta from the exact last-layer score norm
@@ -346,7 +347,7 @@ class WeightingConfig:
     """Token weights: regions, curriculum, normalisation (mean 1 per sequence over its valid tokens)."""
 
     source: WeightSource = WeightSource.CONSTANT
-    """uniform (plain GRPO), constant, entropy_offline, entropy_ema or variance_optimal."""
+    """uniform (plain GRPO), constant, reference_code, entropy_offline, entropy_ema or variance_optimal."""
     gamma_format: float = 1.0
     """Weight of tags, JSON glue and end of turn at progress 0."""
     gamma_name: float = 1.2
@@ -618,6 +619,12 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         raise ConfigError(
             f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one "
             f"sequence may be ({longest} tokens)"
+        )
+    if config.weighting.source is WeightSource.REFERENCE_CODE and config.loss.aggregation is LossAggregation.TOKEN_MEAN:
+        raise ConfigError(
+            "weighting.source=reference_code gives the tokens of positive weight, not all tokens, the mean 1, and "
+            "loss.aggregation=token_mean divides by the sum of weights, which is then not known before the first "
+            "forward pass: set loss.aggregation to sequence_mean or reference_code"
         )
     _check_layout(config, dp)
     _check_engines(config, world_size)

@@ -59,6 +59,14 @@ def test_fp8_needs_bfloat16_and_fp8_weights_need_their_masters() -> None:
         load(overrides=["precision.recipe=delayed", "precision.bf16_layers_start=1"])
 
 
+def test_published_weights_have_no_sum_known_before_the_step() -> None:
+    weights = ["weighting.source=reference_code"]
+    validate(load(overrides=weights), world_size=1)
+    validate(load(overrides=[*weights, "loss.aggregation=reference_code"]), world_size=1)
+    with pytest.raises(ConfigError, match=r"set loss\.aggregation to sequence_mean"):
+        validate(load(overrides=[*weights, "loss.aggregation=token_mean"]), world_size=1)
+
+
 def test_a_file_lies_over_the_base_and_overrides_over_the_file(tmp_path: Path) -> None:
     base = RestConfig(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.3, clip_grad=2.0))
     path = write(tmp_path, "optimizer:\n  lr: 1e-4\n  weight_decay: 0.2\n")

@@ -32,6 +32,7 @@ __all__ = [
     "summary_lines",
     "write_json",
     "write_lines",
+    "write_text",
 ]
 
 BENCHMARKS = {"api-bank": api_bank, "bfcl": bfcl}
@@ -154,15 +155,16 @@ def read_verdicts(folder: str | Path) -> dict[str, Verdict]:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Any) -> None:
     """One JSON document, whole or not at all."""
-    _replace(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """The whole file or none."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

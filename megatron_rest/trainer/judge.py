@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_rest.algorithms import group_relative_advantages
 from megatron_rest.config import AdvantageConfig, RewardConfig
-from megatron_rest.regions import label_rollout
+from megatron_rest.regions import TOOLRL, Dialect, label_rollout
 from megatron_rest.rewards import tool_call_reward
 from megatron_rest.types import RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
 
@@ -40,6 +40,7 @@ class Judge:
         reward: reward with its schedule.
         advantage: group-relative advantage.
         starts_in_think: the chat template itself opens the think tag.
+        dialect: which tags and JSON keys the regions are found by.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Judge:
         reward: RewardConfig,
         advantage: AdvantageConfig,
         starts_in_think: bool = False,
+        dialect: Dialect = TOOLRL,
     ) -> None:
         self.token_bytes = token_bytes
         self.reward = reward
         self.static_reward = replace(reward, schedule=False)
         self.advantage = advantage
         self.starts_in_think = starts_in_think
+        self.dialect = dialect
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
         samples: list[TrainSample] = []
@@ -97,7 +100,7 @@ class Judge:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss."""
         prompt = group.prompt.token_ids
         tokens = [self.token_bytes[i] for i in rollout.token_ids]
-        regions = label_rollout(tokens, rollout.loss_mask, starts_in_think=self.starts_in_think)
+        regions = label_rollout(tokens, rollout.loss_mask, starts_in_think=self.starts_in_think, dialect=self.dialect)
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),

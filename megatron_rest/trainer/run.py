@@ -10,11 +10,11 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
+from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, WeightSource, to_dict
 from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.mcore.build import ParallelContext
-from megatron_rest.regions import token_bytes_table
+from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, token_bytes_table
 from megatron_rest.rollout.certify import CertificationError, certify
 from megatron_rest.rollout.conversations import make_conversation
 from megatron_rest.rollout.host import EngineHost
@@ -123,7 +123,13 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         prompts=prompts,
         fleet=fleet,
         source=source,
-        judge=Judge(token_bytes_table(tokenizer), reward=config.reward, advantage=config.advantage),
+        judge=Judge(
+            token_bytes_table(tokenizer),
+            reward=config.reward,
+            advantage=config.advantage,
+            # The published code leaves glue and end of turn out of all regions, so out of its weights.
+            dialect=TOOLRL_TAGS_ONLY if config.weighting.source is WeightSource.REFERENCE_CODE else TOOLRL,
+        ),
         weighting=RestWeighting.from_config(config.weighting),
     )
 

@@ -55,6 +55,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     metrics = {
         "rollout/count": float(len(rollouts)),
+        "prompt/length": fmean(float(len(g.prompt.token_ids)) for g in groups for _ in g.rollouts),
         "rollout/staleness": fmean(step - 1 - rollout.policy_version for rollout in rollouts),
         "rollout/restarts": float(num_restarts),
     }
@@ -71,7 +72,8 @@ def token_metrics(
 
     ``microbatches`` carry ``token_weights``.  Collectives: one SUM and one MAX all-reduce over the data-parallel group.
     """
-    sums = torch.zeros(len(REGION_NAMES) + 1, 5, dtype=torch.float64)  # last row: first tokens
+    # Rows: regions, all loss tokens (more than the regions', where a dialect leaves some out), first tokens.
+    sums = torch.zeros(len(REGION_NAMES) + 2, 5, dtype=torch.float64)
     worst_gap = torch.zeros(1, dtype=torch.float64)
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
@@ -79,17 +81,18 @@ def token_metrics(
         regions = microbatch.region_ids[mask]
         for row, region in enumerate(REGION_NAMES):
             sums[row] += table[regions == int(region)].sum(0)
+        sums[-2] += table.sum(0)
         sums[-1] += table[_is_first(microbatch.sequence_ids[mask])].sum(0)
         if len(table):
             worst_gap.clamp_(min=table[:, 3].max())
     dist.all_reduce(sums, group=dp_group)
     dist.all_reduce(worst_gap, op=dist.ReduceOp.MAX, group=dp_group)
-    entropy, mass, tokens, gap, clipped = sums[:-1].sum(0).tolist()
+    entropy, mass, tokens, gap, clipped = sums[-2].tolist()
     metrics = SumCount()
     metrics.add("entropy/all", entropy, tokens)
     metrics.add("mismatch/abs_log_prob_mean", gap, tokens)
     metrics.add("mismatch/first_token", sums[-1, 3], sums[-1, 2])
-    for values, name in zip(sums[:-1].tolist(), REGION_NAMES.values(), strict=True):
+    for values, name in zip(sums[:-2].tolist(), REGION_NAMES.values(), strict=True):
         metrics.add(f"entropy/{name}", values[0], values[2])
         metrics.add(f"weight_mass/{name}", values[1], mass)
         metrics.add(f"tokens/{name}", values[2], tokens)

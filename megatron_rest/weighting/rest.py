@@ -39,13 +39,13 @@ class RestWeighting:
     """Token weights of one sequence (call it) or of packed sequences (:meth:`packed`).
 
     Torch in, torch out (same device); numpy in, numpy out; always float32, never with gradient.  ``CONTEXT`` and masked
-    tokens get exactly 0 and do not count; the valid tokens of each sequence have mean 1.
+    tokens get exactly 0 and do not count; the valid tokens of each sequence have mean 1 (with the source
+    ``reference_code``: those of positive weight).
     """
 
-    def __init__(self, config: WeightingConfig | None = None, *, positive_only: bool = False) -> None:
-        """``positive_only`` divides by the mean over tokens of positive weight (published code) instead of over all."""
-        self.config = config if config is not None else WeightingConfig()
-        self._positive_only = positive_only
+    def __init__(self, config: WeightingConfig | None = None) -> None:
+        self.config = _as_published(config) if config is not None else WeightingConfig()
+        self._positive_only = self.config.source is WeightSource.REFERENCE_CODE
         self.means = RegionMeans(
             decay=self.config.entropy_decay,
             frozen_after_first=self.config.source is WeightSource.ENTROPY_OFFLINE,
@@ -79,14 +79,7 @@ class RestWeighting:
         spans and lost calls are not reproduced here (benchmarks/reference_code.py does).
         """
         slope = 0.002 * total_steps
-        config = WeightingConfig(
-            source=WeightSource.CONSTANT,
-            gamma_response=0.0,
-            alpha_response=0.0,
-            alpha_args=slope,
-            alpha_think=slope,
-        )
-        return cls(config, positive_only=True)
+        return cls(WeightingConfig(source=WeightSource.REFERENCE_CODE, alpha_args=slope, alpha_think=slope))
 
     @property
     def statistic(self) -> str | None:
@@ -244,6 +237,13 @@ class RestWeighting:
         mean = known.new_zeros(num_sequences).index_add_(0, sequence, known) / count
         raw = self.config.gamma_think * mean[sequence] / known.clamp_min(_MIN_BETA)
         return torch.where(valid, raw.clamp(self.config.min_weight, self.config.max_weight), 0.0)
+
+
+def _as_published(config: WeightingConfig) -> WeightingConfig:
+    """With the published code as source, the response has no weight and nothing decays, whatever is configured."""
+    if config.source is not WeightSource.REFERENCE_CODE:
+        return config
+    return replace(config, gamma_response=0.0, alpha_response=0.0, alpha_format=0.0)
 
 
 def _dense(sequences: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from megatron_rest.analysis.series import MetricsFileError, Window, load_runs
 from megatron_rest.trainer.metrics import MetricsWriter
 from tests.analysis.runs import make_report, make_run
 
+DRAWN = set(PLOTS) - {"variance_ratio", "validation"}  # those two want what these runs do not have
+
 
 def picture(path: Path) -> np.ndarray:
     """Pixels [height, width, 3]; fails unless the file is a picture with something drawn in it."""
@@ -42,7 +44,7 @@ def test_report_draws_every_plot_and_prints_the_summary(tmp_path: Path, capsys: 
     run_dir = make_run(tmp_path / "rest", 12)
     assert report.main([str(run_dir)]) == 0
     output = capsys.readouterr().out
-    for name in PLOTS:
+    for name in DRAWN:
         path = run_dir / "plots" / f"{name}.png"
         picture(path)
         assert str(path) in output
@@ -52,7 +54,7 @@ def test_report_draws_every_plot_and_prints_the_summary(tmp_path: Path, capsys: 
 def test_several_runs_share_a_plot_in_their_own_colours(tmp_path: Path) -> None:
     a, b = make_run(tmp_path / "grpo", 12, slope=0.05, seed=1), make_run(tmp_path / "rest", 10)
     assert report.main([str(a), str(b), "--output", str(tmp_path / "both")]) == 0
-    for name in set(PLOTS) - {"phases"}:
+    for name in DRAWN - {"phases"}:
         pixels = picture(tmp_path / "both" / f"{name}.png")
         assert has_colour(pixels, "#0072B2") and has_colour(pixels, "#D55E00"), name
     picture(tmp_path / "both" / "phases.png")
@@ -76,7 +78,19 @@ def test_metrics_that_no_step_has_are_left_out(tmp_path: Path) -> None:
     assert [path.name for path in plot_runs(runs, tmp_path / "plots")] == ["reward.png"]
     picture(tmp_path / "plots" / "reward.png")
     runs = load_runs([tmp_path / "bare", make_run(tmp_path / "full", 5)])  # one has them, the other does not
-    assert len(plot_runs(runs, tmp_path / "both")) == len(PLOTS)
+    assert len(plot_runs(runs, tmp_path / "both")) == len(DRAWN)
+
+
+def test_validation_is_drawn_by_category_where_it_was_done(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", tensorboard=False) as writer:
+        for step in range(1, 7):
+            scores = (
+                {"validation/api-bank/level-1": 0.1 * step, "validation/bfcl/multiple": 0.5} if step % 3 == 0 else {}
+            )
+            writer.write(replace(make_report(step), metrics={"reward/total": 1.0, **scores}, seconds={}))
+    [run] = load_runs([tmp_path / "run"])
+    assert [path.name for path in plot_runs([run], tmp_path / "plots")] == ["reward.png", "validation.png"]
+    assert has_colour(picture(tmp_path / "plots" / "validation.png"), "#0072B2")
 
 
 def test_plots_survive_nonfinite_values(tmp_path: Path) -> None:

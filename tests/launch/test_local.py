@@ -140,4 +140,7 @@ def test_ranks_meet_on_a_free_port() -> None:
     words = command(Stage(name="s", module="m", ranks=4), Path("/logs"))
     assert "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "4"
+    assert words[words.index("--redirects") + 1] == "1:3,2:3,3:3"
+    alone = command(Stage(name="s", module="m", ranks=1), Path("/logs"))
+    assert alone[alone.index("--redirects") + 1] == "0"  # torchrun refuses an empty mapping
     assert words[-2:] == ["-m", "m"]

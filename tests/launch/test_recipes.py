@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,6 +21,7 @@ from megatron_rest.config import RestConfig, from_dict, validate
 from megatron_rest.planner.shapes import find_shape
 from megatron_rest.rollout.host import EngineHost
 from megatron_rest.trainer.engine_nodes import hosted_place
+from megatron_rest.weighting import RestWeighting
 
 from .conftest import ROOT
 
@@ -34,6 +36,9 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "qwen": (["rest_70b", "--dryrun", "family=qwen"], {}),
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
     "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
+    "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
+    "no such part": (["rest_experiment", "--dryrun", "only=paper/seed-4"], {}),
     "file": (["rest_8b", "--dryrun", "config=mine.yaml", "optimizer.lr=2e-6"], {}),
     "executor": (["rest_8b", "--dryrun", "run.executor.account=acct-7", "run.executor.time=01:00:00"], {}),
     "container": (["rest_8b", "--dryrun", "run.executor.env_vars={'X': '$(touch pwned) $HOME'}"], CONTAINER),
@@ -212,6 +217,44 @@ def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done]
     assert run.config.weighting.source == "uniform"
     assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/demo-grpo"))
     assert not (folder / "runs").exists()
+
+
+def test_experiment_dry_run_lists_every_run_and_starts_nothing(done: dict[str, Done], folder: Path) -> None:
+    run = done["experiment"]
+    assert run.returncode == 0, run.stderr
+    names = list(run.parts)
+    assert names[:7] == ["tokenizer", "prompts", "test", "parts", "fit-parts", "model", "warm-start"]
+    algorithms = ["grpo", "dr_grpo", "paper", "reference_code", "entropy_ema", "variance_optimal"]
+    assert names[7:-3] == [f"{name}-seed-{seed}" for seed in (1, 2) for name in algorithms]
+    assert names[-3:] == ["evaluate", "report", str(folder / "runs/experiment/experiment.yaml")]
+    assert run.config.trainer.steps == 3
+    assert len(re.findall(r"runs/experiment/\w+/seed-\d ", run.parts["evaluate"])) == 12, "every run is judged"
+    assert list(done["a part"].parts)[:-1] == ["paper-seed-2", "report"]
+    assert done["no such part"].returncode == 2 and "known are base, evaluate" in done["no such part"].stderr
+    assert not (folder / "runs").exists()
+
+
+def test_runs_of_the_experiment_differ_in_algorithm_and_seed_alone(tmp_path: Path) -> None:
+    from launch.rest_experiment import ALGORITHMS, configurations
+
+    runs = configurations(tmp_path, seeds=2)
+    assert len(runs) == 2 * len(ALGORITHMS)
+    base = runs["grpo/seed-1"]
+    for name, config in runs.items():
+        algorithm, seed = name.split("/seed-")
+        assert (config.trainer.seed, config.trainer.run_dir) == (int(seed), str(tmp_path / name))
+        same = dataclasses.replace(config, weighting=base.weighting, trainer=base.trainer)
+        if algorithm == "dr_grpo":
+            assert (config.advantage.estimator, config.loss.aggregation) == ("dr_grpo", "token_mean")
+            same = dataclasses.replace(same, advantage=base.advantage, loss=base.loss)
+        assert same == base
+    sources = {name: runs[f"{name}/seed-1"].weighting.source for name in ALGORITHMS}
+    assert sources == {
+        "grpo": "uniform", "dr_grpo": "uniform", "paper": "constant", "reference_code": "reference_code",
+        "entropy_ema": "entropy_ema", "variance_optimal": "variance_optimal",
+    }  # fmt: skip
+    weighting = RestWeighting.from_config(runs["paper/seed-1"].weighting)
+    np.testing.assert_array_equal(weighting.region_weights(1.0), RestWeighting.paper().region_weights(1.0))
 
 
 def test_a_baseline_differs_in_the_weights_only(done: dict[str, Done]) -> None:

@@ -3,7 +3,8 @@ starts.
 
 1. warm start lowers the loss and leaves a folder that transformers loads
 2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
-3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass
+3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass;
+   the published code's leave glue out; an exported policy answers sets of prompts
 4. updates that were recorded agree with float64
 5. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
    as a run that was never stopped (and recorded nothing); a third start finds nothing to do
@@ -29,6 +30,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from benchmarks import chaos, long_run
 from megatron_rest.config import WeightingConfig, WeightSource
@@ -241,6 +243,43 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
     weights = weighting.packed(saved.region_ids, owner, progress=0.0, loss_mask=saved.loss_mask)
     np.testing.assert_allclose(saved.token_weights, weights, rtol=1e-5)
     assert len(np.unique(weights)) > 10, "not uniform"
+
+
+def test_published_weights_leave_glue_out_and_the_policy_is_judged_on_prompts(base, warm):
+    """One rank with ``weighting.source=reference_code``; then its export answers two sets of prompts, once."""
+    run_dir = base / "published"
+    overrides = ["parallel.tensor_parallel=1", "parallel.pipeline_parallel=1", "weighting.source=reference_code"]
+    call(*rl_arguments(base, run_dir, warm[0]), *overrides, "trainer.steps=1", ranks=1)
+    [(_, path)] = rollout_files(run_dir)
+    saved = read_rollouts(path)
+    owner = np.repeat(np.arange(len(saved.lengths)), saved.lengths)
+    weights = RestWeighting.reference_code().packed(saved.region_ids, owner, progress=0.0, loss_mask=saved.loss_mask)
+    np.testing.assert_allclose(saved.token_weights, weights, rtol=1e-5)
+    ends = np.cumsum(saved.lengths) - 1
+    ends = ends[np.isin(saved.token_ids[ends], [AutoTokenizer.from_pretrained(warm[0]).eos_token_id])]
+    assert len(ends) and not saved.token_weights[ends].any(), "the end of the turn has no weight in the published code"
+    assert saved.loss_mask[ends].all()
+    [row] = metrics(run_dir)
+    regions = [row["metrics"].get(f"tokens/{name}", 0.0) for name in ("format", "name", "args", "think", "response")]
+    assert sum(regions) < 0.999, "glue is in no region"
+
+    train, config = str(base / "train"), str(run_dir / "config.yaml")
+    sets = ["--set", f"a={train}", "--set", f"b={train}", train]
+    command = ["megatron_rest.eval.prompt_sets", str(run_dir), "--config", config, *sets, "--samples", "2"]
+    said = call(*command, "--limit", "3").stdout
+    result = json.loads((run_dir / "prompt_sets.json").read_text())
+    a, b = result["sets"]["a"], result["sets"]["b"]
+    assert [len(a), len(b)] == [3, 6]
+    assert a == b[:3], "the same prompts and seeds, the same answers"
+    assert a != b[3:], "a prompt asked again is answered anew"
+    assert all(len(row["reward"]) == 2 and all(-3 <= r <= 4 for r in row["reward"]) for row in a)
+    assert all(row["answer"][0] != row["answer"][1] for row in a), "siblings have seeds of their own"
+    assert f"{run_dir}: a {np.mean([row['reward'] for row in a]):.3f} (3 prompts)" in said
+    written = (run_dir / "prompt_sets.json").stat().st_mtime_ns
+    assert call(*command, "--limit", "3").stdout == said
+    assert (run_dir / "prompt_sets.json").stat().st_mtime_ns == written, "not asked again"
+    wrong = call(*command[:4], "--set", f"a={base}", check=False)
+    assert wrong.returncode == 2 and "is no prompt folder" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_experts_train_over_two_ranks(base):

@@ -21,7 +21,7 @@ CAP = 1.2
 
 
 def samples(rng: np.random.Generator) -> list[TrainSample]:
-    """Five sequences; the second one has tool outputs between its turns."""
+    """Five sequences; the second one has tool outputs between its turns; some loss tokens belong to no region."""
     made = []
     for i, n in enumerate((6, 15, 9, 4, 12)):
         mask = np.arange(n) >= 3
@@ -31,7 +31,7 @@ def samples(rng: np.random.Generator) -> list[TrainSample]:
             TrainSample(
                 token_ids=rng.integers(0, 99, n).astype(np.int32),
                 loss_mask=mask,
-                region_ids=np.where(mask, rng.integers(1, 6, n), 0).astype(np.int8),
+                region_ids=np.where(mask, rng.integers(0, 6, n), 0).astype(np.int8),
                 rollout_log_probs=np.where(mask, -rng.random(n), 0).astype(np.float32),
                 advantage=1.0,
                 sequence_id=i,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.regions import TOOLRL_TAGS_ONLY, TokenRegion, label_regions
 from megatron_rest.weighting import RestWeighting, entropy_weights, score_norm_bound, variance_optimal_weights
 from tests.regions.golden import TEXTS, pieces
@@ -79,6 +80,18 @@ def test_reference_gammas_by_step(step: int) -> None:
     raw = RestWeighting.reference_code(total_steps=300).region_weights(step / 300)
     expected = [0.0, 1.0, min(1.0, 0.6 + 0.002 * step), 1.2, min(1.2, 0.6 + 0.002 * step), 0.0]
     np.testing.assert_allclose(raw, expected, atol=1e-12)
+
+
+def test_configured_published_weights_are_the_preset() -> None:
+    """``weighting.source=reference_code`` alone gives them: no other field has to be known."""
+    config = WeightingConfig(source=WeightSource.REFERENCE_CODE, alpha_format=0.5, gamma_response=2.0)
+    region_ids = np.array([FORMAT, NAME, ARGS, THINK, RESPONSE, 0, THINK], dtype=np.int8)
+    for progress in (0.0, 0.3, 1.0):
+        ours = RestWeighting.from_config(config)(region_ids, progress=progress)
+        np.testing.assert_array_equal(ours, RestWeighting.reference_code()(region_ids, progress=progress))
+        gamma = 0.6 + 0.21 * progress
+        raw = np.array([1.0, 1.2, gamma, gamma, 0.0, 0.0, gamma])
+        np.testing.assert_allclose(ours, raw / raw[raw > 0].mean(), rtol=1e-6)
 
 
 # Text A with full coverage: 24 format-class, 1 name, 8 arguments, 5 think tokens.

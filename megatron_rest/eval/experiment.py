@@ -1,0 +1,240 @@
+"""What came out of ``make experiment``: tables with intervals and figures, from the files of the runs alone.
+
+python -m megatron_rest.eval.experiment runs/experiment
+
+Reads ``ALGORITHM/seed-N/{config.yaml, metrics.jsonl, prompt_sets.json}`` of every finished run and
+``base/warm-start/prompt_sets.json``; writes ``results.md``, ``results.json`` and ``plots/*.png`` into the same folder.
+Two kinds of noise are kept apart: what another training seed would have done (intervals over seeds, paired by seed) and
+what other prompts would have asked (intervals over prompts, each averaged over the seeds first).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_rest.analysis.series import MetricsFileError, RunMetrics, load_runs
+from megatron_rest.eval.prompt_sets import RESULT_FILE
+from megatron_rest.eval.scoring import write_json, write_text
+from megatron_rest.eval.statistics import Interval, paired_bootstrap, seed_interval
+
+__all__ = ["BASELINE", "Experiment", "Outcome", "main", "outcomes", "pass_steps", "read_experiment", "table_lines"]
+
+BASELINE = "grpo"
+MEASURES = {"reward": "reward", "accuracy": "accuracy", "format_valid": "valid format"}
+SETS = {
+    "rl": "prompts of RL",
+    "seen": "prompts of the warm start that RL does not use",
+    "heldout": "prompts that no training has seen",
+}
+TITLES = {
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "paper": "ResT, paper",
+    "reference_code": "ResT, published code's weights",
+    "entropy_ema": "ResT, entropy-EMA",
+    "variance_optimal": "ResT, variance-optimal",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """One trained policy: its run, and its mean score on every prompt of every set."""
+
+    seed: int
+    run: RunMetrics
+    scores: Mapping[str, Mapping[str, np.ndarray]]  # set -> measure -> float64 [prompts], the mean over answers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """All policies by algorithm; those of one algorithm by seed."""
+
+    folder: Path
+    start: Mapping[str, Mapping[str, np.ndarray]]  # the warm start's scores
+    policies: Mapping[str, Sequence[Policy]]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds that every algorithm has: what is compared."""
+        common = set.intersection(*({p.seed for p in ps} for ps in self.policies.values()))
+        return sorted(common)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One algorithm on one set by one measure, over the common seeds."""
+
+    algorithm: str
+    prompts: str
+    measure: str
+    start: float
+    by_seed: tuple[float, ...]
+    difference_over_seeds: Interval | None  # to the baseline, paired by seed; None of the baseline itself
+    difference_over_prompts: Interval | None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.by_seed))
+
+
+def read_experiment(folder: str | Path) -> Experiment:
+    """Every finished and evaluated run.  Raises ValueError naming what is missing when there is nothing to compare."""
+    root = Path(folder)
+    policies: dict[str, list[Policy]] = {}
+    settings = []
+    for name in TITLES:
+        for path in sorted((root / name).glob("seed-*"), key=lambda p: int(p.name.removeprefix("seed-"))):
+            if not (path / "config.yaml").is_file() or not (path / RESULT_FILE).is_file():
+                continue  # still training, or not yet evaluated
+            stored = _stored(path)
+            settings.append({k: v for k, v in stored["settings"].items() if k != "weights_sha256"})
+            [run] = load_runs([path])
+            seed = int(path.name.removeprefix("seed-"))
+            policies.setdefault(name, []).append(Policy(seed=seed, run=run, scores=_scores(stored)))
+    if BASELINE not in policies or len(policies) < 2:
+        raise ValueError(f"{root} holds no finished and evaluated runs of {BASELINE} and another algorithm")
+    start = _stored(root / "base" / "warm-start")
+    settings.append({k: v for k, v in start["settings"].items() if k != "weights_sha256"})
+    if any(other != settings[0] for other in settings):
+        raise ValueError(f"{root}: policies were asked different prompts or sampled differently: evaluate them again")
+    experiment = Experiment(folder=root, start=_scores(start), policies=policies)
+    if len(experiment.seeds) < 2:
+        raise ValueError(f"{root}: the algorithms have {len(experiment.seeds)} seeds in common, an interval needs 2")
+    return experiment
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads((path / RESULT_FILE).read_text(encoding="utf-8"))
+    return stored
+
+
+def _scores(stored: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        name: {measure: np.array([np.mean(row[measure]) for row in rows]) for measure in MEASURES}
+        for name, rows in stored["sets"].items()
+    }
+
+
+def outcomes(experiment: Experiment) -> list[Outcome]:
+    """Every algorithm on every set by every measure."""
+    seeds = experiment.seeds
+    found = []
+    for prompts in SETS:
+        for measure in MEASURES:
+            tables = {
+                name: np.array([p.scores[prompts][measure] for p in policies if p.seed in seeds])  # [seeds, prompts]
+                for name, policies in experiment.policies.items()
+            }
+            for name, table in tables.items():
+                base = tables[BASELINE]
+                is_base = name == BASELINE
+                found.append(
+                    Outcome(
+                        algorithm=name,
+                        prompts=prompts,
+                        measure=measure,
+                        start=float(experiment.start[prompts][measure].mean()),
+                        by_seed=tuple(float(v) for v in table.mean(axis=1)),
+                        difference_over_seeds=None if is_base else seed_interval((table - base).mean(axis=1)),
+                        difference_over_prompts=None if is_base else paired_bootstrap(base.mean(0), table.mean(0)),
+                    )
+                )
+    return found
+
+
+def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]:
+    """Markdown: one table a set and measure, then the training rewards."""
+    lines: list[str] = []
+    for prompts, what in SETS.items():
+        count = len(next(iter(experiment.start[prompts].values())))
+        lines += [f"### {what[0].upper()}{what[1:]} ({count})", ""]
+        for measure, title in MEASURES.items():
+            rows = [r for r in results if r.prompts == prompts and r.measure == measure]
+            lines += [
+                f"| {title} (warm start {rows[0].start:.3f}) | mean over seeds | each seed | - GRPO, 95 % over seeds "
+                "| - GRPO, 95 % over prompts |",
+                "|---|---|---|---|---|",
+                *(_row(r) for r in rows),
+                "",
+            ]
+    return [*lines, *_training_lines(experiment)]
+
+
+def _row(result: Outcome) -> str:
+    cells = [TITLES[result.algorithm], f"{result.mean:.3f}", ", ".join(f"{v:.3f}" for v in result.by_seed)]
+    cells += [_interval(result.difference_over_seeds), _interval(result.difference_over_prompts)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def _training_lines(experiment: Experiment) -> list[str]:
+    """Reward without schedule of the rollouts themselves, first and last pass over the prompts."""
+    some = experiment.policies[BASELINE][0].run
+    window = pass_steps(experiment)
+    lines = [
+        f"### During training ({len(some.rows)} steps; a pass over the prompts of RL takes {window})",
+        "",
+        "| reward without schedule | first pass | last pass | change, 95 % over seeds | format valid, last pass "
+        "| entropy, last pass (nats) | gradient norm, mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, policies in experiment.policies.items():
+        runs = [p.run for p in policies if p.seed in experiment.seeds]
+        first = np.array([run.first("reward/static", window).mean for run in runs])
+        last = np.array([run.last("reward/static", window).mean for run in runs])
+        change = seed_interval(last - first)
+        valid, entropy = (
+            np.mean([r.last(m, window).mean for r in runs]) for m in ("reward/format_valid", "entropy/all")
+        )
+        norm = np.mean([np.mean(run.series("optimizer/grad_norm")[1]) for run in runs])
+        lines.append(
+            f"| {TITLES[name]} | {first.mean():.3f} | {last.mean():.3f} | {_interval(change)} | {valid:.3f} "
+            f"| {entropy:.3f} | {norm:.2f} |"
+        )
+    return lines
+
+
+def pass_steps(experiment: Experiment) -> int:
+    """Steps in which every prompt of RL is asked once."""
+    from megatron_rest.config import load
+
+    prompts = len(next(iter(experiment.start["rl"].values())))
+    run = experiment.policies[BASELINE][0].run
+    return -(-prompts // load(run.run_dir / "config.yaml").data.prompts_per_step)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what make experiment wrote")
+    args = parser.parse_args(argv)
+    try:
+        experiment = read_experiment(args.folder)
+    except (ValueError, OSError, MetricsFileError) as error:
+        print(f"megatron_rest.eval.experiment: {error}", file=sys.stderr)
+        return 2
+    from megatron_rest.eval.experiment_plots import plot_experiment
+
+    results = outcomes(experiment)
+    lines = table_lines(experiment, results)
+    write_json(args.folder / "results.json", {"seeds": experiment.seeds, "outcomes": [asdict(r) for r in results]})
+    write_text(args.folder / "results.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    for path in plot_experiment(experiment, results, args.folder / "plots"):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Sample prepared prompts from trained policies and judge them as training does, without its schedule.
+
+python -m megatron_rest.eval.prompt_sets RUN_DIR [RUN_DIR ...] --config RUN.yaml --set heldout=PROMPTS [PROMPTS ...]
+
+The weights are in ``RUN_DIR/hf``, as training and warm start leave them; sampling and reward settings come from the one
+configuration.  The result is ``RUN_DIR/prompt_sets.json``; a policy that has it, from the same weights and settings, is
+not asked again.  Every policy answers the same prompts with the same sampling seeds.
+"""
+
+from __future__ import annotations
+
+from megatron_rest.rollout.process import has_gpu_driver, prepare_process
+
+prepare_process(cpu=not has_gpu_driver(), allow_late=True)
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from megatron_rest.config import ConfigError, RestConfig, RewardConfig, load, to_dict  # noqa: E402
+from megatron_rest.data.prompts import PromptDataset  # noqa: E402
+from megatron_rest.eval.scoring import write_json  # noqa: E402
+from megatron_rest.hf_folder import load_tokenizer  # noqa: E402
+from megatron_rest.rewards import tool_call_reward  # noqa: E402
+from megatron_rest.types import PromptSample, RolloutGroup  # noqa: E402
+
+__all__ = ["RESULT_FILE", "judge_group", "main", "sample_run"]
+
+RESULT_FILE = "prompt_sets.json"
+_SEED = 20_250_921  # of the sampling; any, but the same for every policy
+
+
+def judge_group(group: RolloutGroup, table: Sequence[bytes], reward: RewardConfig) -> dict[str, Any]:
+    """Rewards of one prompt's answers, one entry an answer; the schedule is switched off, so steps do not matter."""
+    static = dataclasses.replace(reward, schedule=False)
+    answers = [b"".join(table[i] for i in r.token_ids).decode("utf-8", errors="replace") for r in group.rollouts]
+    judged = [tool_call_reward(answer, group.prompt.ground_truth, step=0, config=static) for answer in answers]
+    return {
+        "prompt_id": group.prompt.prompt_id,
+        "answer": answers,
+        "reward": [r.total for r in judged],
+        "accuracy": [r.accuracy for r in judged],
+        "format_valid": [float(r.is_format_valid) for r in judged],
+        "length": [len(rollout.token_ids) for rollout in group.rollouts],
+    }
+
+
+def sample_run(
+    run_dir: Path, config: RestConfig, sets: dict[str, list[str]], *, samples: int, limit: int = 0
+) -> dict[str, Any]:
+    """Sample every set from ``run_dir/hf`` and write the result; returns it.
+
+    ``config`` gives sampling (temperature, lengths), reward and which prompts are usable; ``limit`` keeps the first so
+    many of each folder (0 = all).  Raises ConfigError when a prompt set is not made for the policy's tokenizer,
+    FileNotFoundError without weights.
+    """
+    from megatron_rest.regions import token_bytes_table
+    from megatron_rest.rollout.vllm_engine import VllmEngine
+
+    model = run_dir / "hf"
+    settings = {**_settings(config, model, sets), "samples": samples, "limit": limit}
+    known = _stored(run_dir)
+    if known is not None and known["settings"] == settings:
+        return known
+    prompts = {name: _prompts(folders, config, model, limit) for name, folders in sets.items()}
+    tokenizer = load_tokenizer(model)
+    table = token_bytes_table(tokenizer)
+    engine = VllmEngine(
+        model,
+        dataclasses.replace(config.rollout, replicas=0, tensor_parallel=1, environment=""),
+        seed=_SEED,
+        max_model_len=config.model.max_sequence_length,
+        stop_token_ids=[int(tokenizer.eos_token_id)],
+    )
+    try:
+        results = {}
+        for name, asked in prompts.items():
+            groups = engine.generate(
+                asked,
+                rollouts_per_prompt=samples,
+                seed=_SEED,
+                max_response_tokens=config.rollout.max_response_tokens,
+            )
+            results[name] = [judge_group(group, table, config.reward) for group in groups]
+    finally:
+        engine.close()
+    result = {"settings": settings, "sets": results}
+    write_json(run_dir / RESULT_FILE, result)
+    return result
+
+
+def _settings(config: RestConfig, model: Path, sets: dict[str, list[str]]) -> dict[str, Any]:
+    """What the result depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return {
+        "weights_sha256": digest.hexdigest(),
+        "sets": {name: [_manifest(folder) for folder in folders] for name, folders in sets.items()},
+        "seed": _SEED,
+        "reward": to_dict(config.reward),
+        "temperature": config.rollout.temperature,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "max_response_tokens": config.rollout.max_response_tokens,
+    }
+
+
+def _manifest(folder: str) -> str:
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} is no prompt folder (no manifest.json): megatron-rest-data convert or split makes one"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _prompts(folders: Sequence[str], config: RestConfig, model: Path, limit: int) -> list[PromptSample]:
+    """The usable prompts of a set: as in training, no longer than the policy takes, with reachable references."""
+    found: list[PromptSample] = []
+    for folder in folders:
+        try:
+            usable = PromptDataset.open(folder, tokenizer_path=str(model)).select(
+                max_prompt_tokens=config.data.max_prompt_tokens, max_answer_tokens=config.rollout.max_response_tokens
+            )
+        except ValueError as error:
+            raise ConfigError(f"prompt set {folder}: {error}") from error
+        found += [usable[i] for i in range(min(len(usable), limit or len(usable)))]
+    return found
+
+
+def _stored(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / RESULT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="holds hf, the weights")
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of a run: how to sample and to judge")
+    parser.add_argument(
+        "--set",
+        dest="sets",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="NAME=PROMPTS",
+        help="a set and the folders that megatron-rest-data wrote for it: --set heldout=A B",
+    )
+    parser.add_argument("--samples", type=int, default=8, help="answers to each prompt (%(default)s)")
+    parser.add_argument("--limit", type=int, default=0, help="first so many prompts of each folder (0 = all)")
+    args = parser.parse_args(argv)
+    try:
+        sets, config = dict(_named(words) for words in args.sets), load(args.config)
+        from tqdm import tqdm
+
+        for run_dir in tqdm(args.run_dirs, desc="policies", disable=not sys.stderr.isatty()):
+            result = sample_run(run_dir, config, sets, samples=args.samples, limit=args.limit)
+            print(f"{run_dir}: {', '.join(_mean(name, rows) for name, rows in result['sets'].items())}", flush=True)
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"megatron_rest.eval.prompt_sets: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _named(words: Sequence[str]) -> tuple[str, list[str]]:
+    name, equals, first = words[0].partition("=")
+    if not name or not equals or not first:
+        raise ConfigError(f"--set {words[0]!r} is not of the form NAME=PROMPTS")
+    return name, [first, *words[1:]]
+
+
+def _mean(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    values = [value for row in rows for value in row["reward"]]
+    return f"{name} {sum(values) / len(values):.3f} ({len(rows)} prompts)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
