@@ -12,21 +12,23 @@ from typing import Any
 
 from megatron_rest.analysis.summary import table_lines
 
-__all__ = ["EVIDENCE_FILE", "evidence_lines"]
+__all__ = ["EVIDENCE_FILE", "evidence_lines", "read_evidence"]
 
 EVIDENCE_FILE = "variance.json"
 
 
 def evidence_lines(run_dir: str | Path) -> list[str]:
     """Tables of every measured step; nothing if ``python -m megatron_rest.analysis.variance --run`` was not run."""
-    path = Path(run_dir) / EVIDENCE_FILE
-    if not path.is_file():
-        return []
-    steps = json.loads(path.read_text()).get("steps", [])
     lines: list[str] = []
-    for step in steps:
+    for step in read_evidence(run_dir):
         lines += [*([""] if lines else []), *_step_lines(step)]
     return lines
+
+
+def read_evidence(run_dir: str | Path) -> list[dict[str, Any]]:
+    """What was measured, step by step; nothing if it was not measured."""
+    path = Path(run_dir) / EVIDENCE_FILE
+    return list(json.loads(path.read_text(encoding="utf-8")).get("steps", [])) if path.is_file() else []
 
 
 def _step_lines(step: Mapping[str, Any]) -> list[str]:

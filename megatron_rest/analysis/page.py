@@ -11,23 +11,19 @@ import html
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from megatron_rest.analysis.evidence import evidence_lines
+from megatron_rest.analysis.samples import REGION_WORDS, SampleRollout, SampleToken, read_samples
+from megatron_rest.analysis.sections import text_sections
 from megatron_rest.analysis.series import RunMetrics
-from megatron_rest.analysis.summary import duration, learning_lines, phase_lines
+from megatron_rest.analysis.summary import duration
 from megatron_rest.token_region import TokenRegion
-
-if TYPE_CHECKING:
-    from megatron_rest.data.rollout_file import SavedRollouts
 
 __all__ = ["PAGE_FILE", "write_page"]
 
 PAGE_FILE = "report.html"
-_SHOWN = 2  # rollouts of a saved step: the one with the highest and the one with the lowest reward
-_MAX_TOKENS = 1200  # of one rollout; what is left out is counted on the page
 _COLOURS = {  # the regions' colours of the plots
     TokenRegion.FORMAT: "0,114,178",
     TokenRegion.TOOL_NAME: "213,94,0",
@@ -41,6 +37,9 @@ _TITLES = {
     "weight_mass": "Weight mass by region",
     "phases": "Where the time went",
     "mismatch": "Rollout engine against trainer",
+    "mismatch_by_region": "Rollout engine against trainer, by region",
+    "variance_ratio": "Variance of the policy gradient, ratio to uniform weights",
+    "validation": "Validation",
     "response_length": "Response length",
     "optimizer": "Updates",
 }
@@ -70,13 +69,10 @@ def _page(run: RunMetrics, pictures: Sequence[Path], tokenizer: Any) -> Iterator
     seconds = float(np.nansum(run.series("total", part="seconds")[1]))
     yield f"<h1>{html.escape(run.label)}</h1>"
     yield f"<p>Steps {run.steps[0]} to {run.steps[-1]}, {len(run.rows)} in all, {duration(seconds)}.</p>"
-    yield from _section("What it learned", _text(learning_lines(run)))
+    for heading, lines in text_sections(run):
+        yield from _section(heading, _text(lines))
     for picture in pictures:
         yield from _section(_TITLES.get(picture.stem, picture.stem), _image(picture))
-    yield from _section("Time", _text(phase_lines(run)))
-    evidence = evidence_lines(run.run_dir)
-    if evidence:
-        yield from _section("Variance of the policy gradient", _text(evidence))
     yield from _section("Sample rollouts", "\n".join(_samples(run.run_dir, tokenizer)))
     yield "</main></body></html>"
 
@@ -99,48 +95,33 @@ def _samples(run_dir: Path, tokenizer: Any) -> Iterator[str]:
     if tokenizer is None:
         yield "<p>Not shown: the policy's tokenizer was not found (give <code>--tokenizer FOLDER</code>).</p>"
         return
-    from megatron_rest.data.rollout_file import read_rollouts, rollout_files
-    from megatron_rest.regions import token_bytes_table
-
-    files = rollout_files(run_dir)
-    if not files:
+    samples = read_samples(run_dir, tokenizer)
+    if not samples:
         yield "<p>The run has saved none.</p>"
         return
-    table = token_bytes_table(tokenizer)
-    legend = zip(_COLOURS.values(), ("format", "tool name", "arguments", "thinking", "response"), strict=True)
-    marks = " ".join(f'<span style="background:rgba({colour},.45)">{name}</span>' for colour, name in legend)
-    yield f'<p class="legend">{marks}; stronger colour, larger weight; point at a token for its numbers.</p>'
-    for path in dict([files[0], files[-1]]).values():
-        rollouts = read_rollouts(path)
-        order = np.argsort(rollouts.rewards, kind="stable")
-        for index in dict.fromkeys([int(order[-1]), int(order[0])][:_SHOWN]):
-            yield _rollout(rollouts, index, table)
+    words = [f'<span style="background:rgba({_COLOURS[r]},.45)">{name}</span>' for r, name in REGION_WORDS.items()]
+    yield f'<p class="legend">{" ".join(words)}; stronger colour, larger weight; point at a token for its numbers.</p>'
+    yield from map(_rollout, samples)
 
 
-def _rollout(rollouts: SavedRollouts, index: int, table: Sequence[bytes]) -> str:
-    at = rollouts.slices[index]
-    start = at.start + int(np.argmax(rollouts.loss_mask[at]))
-    stop = min(at.stop, start + _MAX_TOKENS)
-    heaviest = max(float(rollouts.token_weights[at].max()), 1e-6)
-    parts = [_token(rollouts, i, table, heaviest) for i in range(start, stop)]
-    head = (
-        f"Step {rollouts.step}, reward {rollouts.rewards[index]:.3f}, advantage {rollouts.advantages[index]:+.3f}, "
-        f"{at.stop - start} tokens"
-    )
-    more = f" ... and {at.stop - stop} more tokens" if stop < at.stop else ""
-    return f'<h3>{html.escape(head)}</h3>\n<div class="rollout">{"".join(parts)}{more}</div>'
+def _rollout(sample: SampleRollout) -> str:
+    heaviest = max((token.weight for token in sample.tokens), default=0.0) or 1.0
+    parts = [_token(token, heaviest) for token in sample.tokens]
+    more = f" ... and {sample.num_left_out} more tokens" if sample.num_left_out else ""
+    return f'<h3>{html.escape(sample.heading)}</h3>\n<div class="rollout">{"".join(parts)}{more}</div>'
 
 
-def _token(rollouts: SavedRollouts, i: int, table: Sequence[bytes], heaviest: float) -> str:
-    """One token, its half characters replaced; a tool's output has no colour."""
-    text = html.escape(table[int(rollouts.token_ids[i])].decode("utf-8", errors="replace"))
-    if not rollouts.loss_mask[i]:
+def _token(token: SampleToken, heaviest: float) -> str:
+    """A tool's output, and what belongs to no region, has no colour."""
+    text = html.escape(token.text)
+    if not token.is_sampled:
         return f'<span class="context">{text}</span>'
-    region, weight = TokenRegion(int(rollouts.region_ids[i])), float(rollouts.token_weights[i])
-    alpha = 0.08 + 0.6 * weight / heaviest
-    name = region.name.lower().replace("_", " ")
-    title = f"{name}, weight {weight:.3f}, entropy {float(rollouts.entropy[i]):.3f} nats"
-    return f'<span style="background:rgba({_COLOURS[region]},{alpha:.2f})" title="{title}">{text}</span>'
+    name = REGION_WORDS.get(token.region, "no region")
+    title = f"{name}, weight {token.weight:.3f}, entropy {token.entropy:.3f} nats"
+    if token.region not in _COLOURS:
+        return f'<span title="{title}">{text}</span>'
+    alpha = 0.08 + 0.6 * token.weight / heaviest
+    return f'<span style="background:rgba({_COLOURS[token.region]},{alpha:.2f})" title="{title}">{text}</span>'
 
 
 _STYLE = """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_rest.analysis.evidence import read_evidence
 from megatron_rest.analysis.series import PHASES, REGIONS, WINDOW, RunMetrics
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ REGION_TITLES = dict(zip(REGIONS, ("format", "tool name", "tool arguments", "thi
 PHASE_COLOURS = dict(
     zip(PHASES, ("#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#000000"), strict=True)
 )
+VALIDATION = "validation/"
 MARKER_STEPS = 25  # runs up to this many steps show every step as a dot
 SMOOTH_FROM = 8  # steps from which on a moving mean says more than the dots
 
@@ -46,7 +48,7 @@ def plot_runs(runs: Sequence[RunMetrics], output_dir: str | Path) -> list[Path]:
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         for name, draw in PLOTS.items():
             figure = draw(runs)
             if figure is None:
@@ -57,7 +59,7 @@ def plot_runs(runs: Sequence[RunMetrics], output_dir: str | Path) -> list[Path]:
     return written
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.labelcolor": "#333333",
@@ -138,6 +140,41 @@ def mismatch(runs: Sequence[RunMetrics]) -> Figure | None:
     return figure
 
 
+def mismatch_by_region(runs: Sequence[RunMetrics]) -> Figure | None:
+    """The same distance for the tokens of each region."""
+    title, unit = "|rollout - train log-prob| by region", "mean over tokens (nats)"
+    return _by_region(runs, title, unit, _mismatch_series, from_zero=False)
+
+
+def variance_ratio(runs: Sequence[RunMetrics]) -> Figure | None:
+    """Variance of the policy gradient under each weighting, over that under uniform weights (``variance.json``)."""
+    measured = [(run, step) for run in runs for step in read_evidence(run.run_dir)]
+    if not measured:
+        return None
+    names = list(dict.fromkeys(row["name"] for _, step in measured for row in step["variance"]))
+    figure, [axis] = _panels(1, columns=1, width=9.0, height=0.25 * len(names) * len(measured) + 1.2)
+    axis.axvline(1, color=GREY, linewidth=1)
+    for i, (run, step) in enumerate(measured):
+        rows = [row for row in step["variance"] if row["ratio"] is not None]
+        places = [names.index(row["name"]) + 0.8 * ((i + 0.5) / len(measured) - 0.5) for row in rows]
+        errors = [row["ratio_standard_error"] or 0.0 for row in rows]
+        label = f"step {step['step']}" if len(runs) == 1 else f"{run.label}, step {step['step']}"
+        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        axis.errorbar([row["ratio"] for row in rows], places, xerr=errors, fmt="o", color=colour, label=label)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_title("Variance of the policy gradient, ratio to uniform weights (+- one standard error)")
+    figure.legend(loc="outside lower right", ncols=len(measured))
+    return figure
+
+
+def validation(runs: Sequence[RunMetrics]) -> Figure | None:
+    """Scores of the validation steps by category."""
+    names = dict.fromkeys(n for run in runs for row in run.rows for n in row["metrics"] if n.startswith(VALIDATION))
+    return _line_panels(runs, [(n, n.removeprefix(VALIDATION)) for n in names], "", marks=False)
+
+
 def response_length(runs: Sequence[RunMetrics]) -> Figure | None:
     """Length of the responses and how many were cut."""
     wanted = (
@@ -163,6 +200,9 @@ PLOTS: dict[str, Callable[[Sequence[RunMetrics]], Any]] = {
     "weight_mass": weight_mass,
     "phases": phases,
     "mismatch": mismatch,
+    "mismatch_by_region": mismatch_by_region,
+    "variance_ratio": variance_ratio,
+    "validation": validation,
     "response_length": response_length,
     "optimizer": optimizer,
 }
@@ -231,6 +271,8 @@ def _by_region(
     title: str,
     unit: str,
     series: Callable[[RunMetrics, str], tuple[np.ndarray, np.ndarray]],
+    *,
+    from_zero: bool = True,
 ) -> Figure | None:
     """One run: regions in one panel, named at the right end of their lines.  Several: one panel a region."""
     regions = [r for r in REGIONS if any(len(series(run, r)[1]) for run in runs)]
@@ -244,7 +286,7 @@ def _by_region(
             _line(axis, steps, values, REGION_COLOURS[region], "-", REGION_TITLES[region])
             broken += int(np.sum(~np.isfinite(values)))
         _finish(axis, title, unit, runs, broken)
-        axis.set_ylim(bottom=0)
+        _scale(axis, from_zero)
         figure.legend(loc="outside right upper")
         return figure
     figure, axes = _panels(len(regions), columns=3)
@@ -256,10 +298,21 @@ def _by_region(
             _line(axis, steps, values, RUN_COLOURS[i % len(RUN_COLOURS)], style, run.label)
             broken += int(np.sum(~np.isfinite(values)))
         _finish(axis, REGION_TITLES[region], unit, runs, broken)
-        axis.set_ylim(bottom=0)
+        _scale(axis, from_zero)
     figure.suptitle(title, x=0.01, ha="left")
     _run_legend(figure, axes, runs)
     return figure
+
+
+def _scale(axis: Axes, from_zero: bool) -> None:
+    if from_zero:
+        axis.set_ylim(bottom=0)
+    else:
+        _log_or_zero(axis)
+
+
+def _mismatch_series(run: RunMetrics, region: str) -> tuple[np.ndarray, np.ndarray]:
+    return run.series(f"mismatch/{region}")
 
 
 def _entropy_series(run: RunMetrics, region: str) -> tuple[np.ndarray, np.ndarray]:

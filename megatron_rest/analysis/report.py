@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ class _Vocabulary:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``megatron-rest report RUN_DIR [RUN_DIR2 ...] [--output DIR] [--tokenizer DIR]``."""
+    """``megatron-rest report RUN_DIR [RUN_DIR2 ...] [--text] [--output DIR] [--tokenizer DIR]``."""
     parser = argparse.ArgumentParser(
         prog="megatron-rest report",
         description="Table, PNG plots and one HTML page of a run; plots of several.",
@@ -77,8 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="folder that holds metrics.jsonl")
     parser.add_argument("--output", type=Path, help=f"folder of the files (default: RUN_DIR, plots in {PLOTS_DIR}/)")
     parser.add_argument("--tokenizer", type=Path, help="HF folder, to show sample rollouts (default: RUN_DIR/hf)")
+    parser.add_argument("--text", action="store_true", help="the page in this terminal; writes no file")
     parser.add_argument("--no-summary", action="store_true", help="files only: the run has printed its table already")
     args = parser.parse_args(argv)
+    if args.text:
+        return _print_text(args.run_dirs, args.tokenizer)
     try:
         lines, files = write_report(args.run_dirs, args.output, tokenizer=args.tokenizer)
     except MetricsFileError as error:
@@ -88,4 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(lines))
     for path in files:
         print(path)
+    return 0
+
+
+def _print_text(run_dirs: Sequence[Path], tokenizer: Path | None) -> int:
+    from megatron_rest.analysis.terminal import terminal_lines
+
+    is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    try:
+        for run in load_runs(run_dirs):
+            print(f"{run.label}: steps {run.steps[0]} to {run.steps[-1]}, {len(run.rows)} in all\n")
+            for line in terminal_lines(run, _tokenizer(run.run_dir, tokenizer), is_coloured=is_coloured):
+                print(line)
+    except MetricsFileError as error:
+        print(f"megatron-rest report: {error}", file=sys.stderr)
+        return 2
     return 0
