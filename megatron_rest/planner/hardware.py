@@ -24,6 +24,8 @@ class Hardware:
     gpus_per_node: int = 8
     reserve: int = 3 * GIB
     """Not ours: CUDA context and kernels (0.5), NCCL channels of five groups (about 1.5), fragmentation (1)."""
+    holes: float = 0.0
+    """Free memory between blocks, of what an update needs; on a GPU a part of ``reserve``."""
 
     @property
     def is_cpu(self) -> bool:
@@ -64,7 +66,8 @@ HARDWARE = {
     "cpu": Hardware(
         name="cpu", memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bf16_flops=0, fp8_flops=0,
         memory_bandwidth=0, nvlink=0, nic=0,
-        reserve=640 * 10**6,  # libraries and an engine that has sampled, less its weights and cache: measured
+        reserve=730 * 10**6,  # libraries and an engine that has sampled, less its weights and cache: measured
+        holes=0.25,  # measured: microbatches differ in size, so one does not fit where the one before it lay
     ),
 }  # fmt: skip
 """Data-sheet values: dense rates, decimal gigabytes.  ``cpu``: this machine, its memory shared by all ranks."""

@@ -68,18 +68,25 @@ def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *,
     stages = count_stages(shape, config.parallel)
     engine = () if config.rollout.replicas else engine_memory(config, shape, hardware)
     is_asleep = config.rollout.sleep_level > 0 and not hardware.is_cpu  # gives its memory back while the policy trains
-    why = "libraries and engine: measured" if hardware.is_cpu else "CUDA context, NCCL, fragmentation: assumed"
-    rest = Item(name="not ours", num_bytes=hardware.reserve, why=why)
+    updates = [_training(config, shape, hardware, held, stage, world_size) for stage, held in enumerate(stages)]
     return [
         StageMemory(
             stage=stage,
-            always=(*_state(config, held, world_size), *(() if is_asleep else engine), rest),
+            always=(*_state(config, held, world_size), *(() if is_asleep else engine), _not_ours(hardware, update)),
             sampling=engine if is_asleep else (),
-            training=_training(config, shape, hardware, held, stage, world_size),
+            training=update,
             syncing=(*_syncing(config, shape), *(engine[:1] if is_asleep else ())),
         )
-        for stage, held in enumerate(stages)
+        for stage, (held, update) in enumerate(zip(stages, updates, strict=True))
     ]
+
+
+def _not_ours(hardware: Hardware, update: tuple[Item, ...]) -> Item:
+    """What libraries hold, and on CPU what the C library's heap keeps free between the blocks of updates."""
+    why = "CUDA context, NCCL, fragmentation: assumed"
+    if hardware.is_cpu:
+        why = f"libraries, engine, holes of {hardware.holes:.0%} of an update: measured"
+    return Item(name="not ours", num_bytes=hardware.reserve + int(hardware.holes * _sum(update)), why=why)
 
 
 def num_microbatches(config: RestConfig, *, world_size: int, mean_tokens: float) -> int:

@@ -120,6 +120,17 @@ def test_an_option_changes_its_own_line(override, item):
     assert {name: before[name] for name in untouched} == {name: after[name] for name in untouched}
 
 
+def test_what_an_update_leaves_free_in_the_heap_is_counted_on_a_cpu_alone():
+    def items(name: str, tokens: int) -> tuple[int, int]:
+        config = configuration(f"trainer.max_tokens_per_microbatch={tokens}", "rollout.tensor_parallel=1")
+        stage = make_plan(config, HARDWARE[name], world_size=32).stages[0]
+        return sum(i.num_bytes for i in stage.training), next(i.num_bytes for i in stage.always if i.name == "not ours")
+
+    (small, held), (large, held_more) = items("cpu", 8192), items("cpu", 16384)
+    assert held_more - held == pytest.approx(HARDWARE["cpu"].holes * (large - small), abs=1)
+    assert items("h100", 8192)[1] == items("h100", 16384)[1]
+
+
 def test_a_model_nobody_knows_is_refused_with_the_way_out():
     with pytest.raises(ConfigError, match=r"Mystery-9B.*config\.json"):
         make_plan(configuration("model.path=/nowhere/Mystery-9B"), HARDWARE["h100"], world_size=32)
