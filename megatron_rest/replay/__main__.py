@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for term in terms if args.all else _shortened(terms):
         print(_line(term))
     if wrong:
-        more = f"; {len(wrong) - 1} more differ, and may follow from it" if len(wrong) > 1 else ""
+        more = f"; {len(wrong) - 1} more, which may follow from it" if len(wrong) > 1 else ""
         print(f"DIFFERS: {wrong[0].name} is the first{more}")
         return 1
     print("agrees")
