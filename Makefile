@@ -85,6 +85,7 @@ bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@$(BIN)/python -m benchmarks.weight_sync --json runs/bench/weight_sync.json
 	@$(BIN)/python -m benchmarks.data --json runs/bench/data.json
 	@$(BIN)/python -m benchmarks.rollout --json runs/bench/rollout.json
+	@$(BIN)/python -m benchmarks.evaluation --json runs/bench/evaluation.json
 
 bench-gpu: ## the policy head on one GPU, checked before it is timed; in the environment that python3 is
 	@python3 -m benchmarks.policy_head --gpu

@@ -61,7 +61,10 @@ def write_subset(
     """Write some rows of a prepared folder as a new one; what an operation removes is listed in its quarantine file."""
     if output.exists() and not overwrite:
         raise DataError(f"{output} exists: give --overwrite to replace it, or another --output")
-    derived = {"manifest_sha256": sha256_file(source.path / MANIFEST_NAME), "operation": operation}
+    derived: dict[str, Any] = {"manifest_sha256": sha256_file(source.path / MANIFEST_NAME), "operation": operation}
+    if "derived_from" in source.manifest:  # a split of decontaminated data is decontaminated, too
+        removed = source.manifest["counts"]["rows_quarantined"]
+        derived["before"] = {**source.manifest["derived_from"], "rows_removed": removed}
     kept = ("format", "schema_version", "tokenizer", "options", "notes", "licence", "inputs", "written_by")
     identity = {**{key: source.manifest[key] for key in kept if key in source.manifest}, "derived_from": derived}
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,16 @@ from pathlib import Path
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
 from launch.kubernetes import launch_on_kubernetes
-from launch.recipe import GIVEN, ROOT, as_yaml, plan_text, require_absolute_paths, resolve, stop
+from launch.recipe import (
+    GIVEN,
+    ROOT,
+    as_yaml,
+    evaluate_arguments,
+    plan_text,
+    require_absolute_paths,
+    resolve,
+    stop,
+)
 from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
 from launch.version import code_version
@@ -38,6 +47,7 @@ class Stages:
     requeue: int = 0
     baseline: str = ""
     warm_start: bool = False
+    evaluate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +149,8 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
             add(name, *_groups(train, script, config))
         else:
             add(name, (script, train))
+    if stages.evaluate:  # only a run that is finished: a link that was stopped ends with a failure status
+        add("evaluate", (command_script("megatron_rest.cli", evaluate_arguments(config)), one))
     return jobs
 
 
@@ -178,8 +190,9 @@ def _end_with_status(experiment: run.Experiment, jobs: list[_Job]) -> None:
 
     Of a chain the last link counts: the ones before it may well have ended at their time limit.
     """
+    last_link = [job.name for job in jobs if job.name.startswith("train")][-1]
     states = {name: str(job["status"]) for name, job in experiment.status(return_dict=True).items()}
-    earlier = {job.name for job in jobs[:-1] if job.name.startswith("train-")}
+    earlier = {job.name for job in jobs if job.name.startswith("train-")} - {last_link}
     failed = {name: state for name, state in states.items() if "SUCCEEDED" not in state and name not in earlier}
     if failed:
         stop(f"failed: {', '.join(f'{name} {state}' for name, state in failed.items())}", status=1)

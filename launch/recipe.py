@@ -25,6 +25,7 @@ __all__ = [
     "Stage",
     "as_yaml",
     "claim",
+    "evaluate_arguments",
     "plan_text",
     "require_absolute_paths",
     "resolve",
@@ -138,7 +139,7 @@ def claim(config: RestConfig) -> Path:
 
 def _differences(old: RestConfig, new: RestConfig) -> list[str]:
     """Fields that make it another run."""
-    same_run = {"trainer.steps", "trainer.timeout_minutes", "trainer.save_rollouts_every", "warm_start"}
+    same_run = {"trainer.steps", "trainer.timeout_minutes", "trainer.save_rollouts_every", "warm_start", "validation"}
     before, after = to_dict(old), to_dict(new)
     return [
         f"{section}.{key}"
@@ -146,6 +147,20 @@ def _differences(old: RestConfig, new: RestConfig) -> list[str]:
         for key, value in values.items()
         if before[section][key] != value and section not in (same_run | {"checkpoint"})
         if f"{section}.{key}" not in same_run
+    ]
+
+
+def evaluate_arguments(config: RestConfig) -> list[str]:
+    """``megatron-rest eval run`` on what a run has trained, both benchmarks, into ``<run_dir>/eval``.
+
+    Answers may be as long as in training, and the context what the model was made for; started again, it continues.
+    """
+    run_dir = config.trainer.run_dir
+    return [
+        *("eval", "run", run_dir, "--output", f"{run_dir}/eval"),
+        *("--max-response-tokens", str(config.rollout.max_response_tokens)),
+        *("--tensor-parallel", str(config.rollout.tensor_parallel)),
+        *("--dtype", config.rollout.dtype),
     ]
 
 

@@ -83,6 +83,7 @@ def rest_30b_a3b(
     requeue: int = 0,
     baseline: str = "",
     warm_start: bool = False,
+    evaluate: bool = False,
 ) -> None:
     """ResT on a 30B mixture of experts, 3 H100 nodes.
 
@@ -93,8 +94,11 @@ def rest_30b_a3b(
         requeue: times a job goes back into the queue when it fails, loses a node or is stopped by its time limit.
         baseline: grpo = uniform token weights.
         warm_start: train on the reference answers first.
+        evaluate: score API-Bank and BFCL when training is finished.
     """
-    stages = Stages(nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start)
+    stages = Stages(
+        nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start, evaluate=evaluate
+    )
     launch_training(ctx, "rest_30b_a3b", RECIPE, stages)
 
 

@@ -106,6 +106,7 @@ def rest_70b(
     requeue: int = 0,
     baseline: str = "",
     warm_start: bool = False,
+    evaluate: bool = False,
     family: str = "llama",
 ) -> None:
     """ResT on a 70B model, 12 H100 nodes.
@@ -117,11 +118,14 @@ def rest_70b(
         requeue: times a job goes back into the queue when it fails, loses a node or is stopped by its time limit.
         baseline: grpo = uniform token weights.
         warm_start: train on the reference answers first.
+        evaluate: score API-Bank and BFCL when training is finished.
         family: llama = Llama-3.3-70B, qwen = Qwen2.5-72B.
     """
     if family not in FAMILIES:
         stop(f"family={family} is unknown: known are {', '.join(FAMILIES)}")
-    stages = Stages(nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start)
+    stages = Stages(
+        nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start, evaluate=evaluate
+    )
     launch_training(ctx, "rest_70b", FAMILIES[family], stages)
 
 

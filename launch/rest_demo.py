@@ -2,7 +2,8 @@
 
     nemo-run launch/rest_demo.py [--dryrun] [--yes] [baseline=grpo] [section.key=value ...]
 
-Stages: tokenizer, prompts, model, warm-start (kept in ``base`` and reused), then train, variance and report.
+Stages: tokenizer, prompts, model, warm-start (kept in ``base`` and reused), then train, variance, evaluate (if asked
+for) and report.
 """
 
 import dataclasses
@@ -99,7 +100,7 @@ def warm_start_config(config: RestConfig, base: Path) -> RestConfig:
     )
 
 
-def plan(base: Path, config: RestConfig) -> list[Stage]:
+def plan(base: Path, config: RestConfig, *, evaluate: bool = False) -> list[Stage]:
     """Everything from the sample file to the plots."""
     run_dir = Path(config.trainer.run_dir)
     tokenizer, prompts, model = base / "tokenizer", base / "prompts", base / "model"
@@ -147,18 +148,36 @@ def plan(base: Path, config: RestConfig) -> list[Stage]:
             # Five prompts: enough to see the ratio, few enough to take less time than six steps of training.
             arguments=("--run", str(run_dir), "--max-sequences", "40"),
         ),
+        *([evaluation(config)] if evaluate else []),
         Stage(name="report", module="megatron_rest.cli", arguments=("report", str(run_dir), "--no-summary")),
     ]
 
 
+def evaluation(config: RestConfig) -> Stage:
+    """Cases whose prompts, written as the training data is, fit a toy's context: most of BFCL's single calls."""
+    run_dir = config.trainer.run_dir
+    return Stage(
+        name="evaluate",
+        module="megatron_rest.cli",
+        arguments=(
+            *("eval", "run", run_dir, "--output", f"{run_dir}/eval", "--leave-out-long", "--cases", "20"),
+            *("--max-response-tokens", str(config.rollout.max_response_tokens), "--kv-cache-gib", "0.25"),
+            *("--categories", "api-bank", "simple_python", "multiple", "parallel", "live_simple", "irrelevance"),
+        ),
+    )
+
+
 @run.cli.entrypoint(type="experiment", name="rest_demo")
-def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base") -> None:
+def rest_demo(
+    ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base", evaluate: bool = False
+) -> None:
     """ResT at toy size on this machine's CPU.
 
     Args:
         ctx: filled in by NeMo-Run.
         baseline: grpo = uniform token weights, same seeds; empty = ResT.
         base: folder for tokenizer, data and warm-started model, shared by runs.
+        evaluate: score API-Bank and BFCL after training, on cases that fit the toy's context.
     """
     folder = Path(base).absolute()
     run_dir = Path(f"runs/demo-{baseline or 'rest'}").absolute()
@@ -167,7 +186,7 @@ def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/dem
     config = resolve(recipe(folder, run_dir), world_size=RANKS, baseline=baseline)
     run_dir = Path(config.trainer.run_dir).absolute()
     warm_start = warm_start_config(config, folder)
-    stages = plan(folder, config)
+    stages = plan(folder, config, evaluate=evaluate)
     if ctx.dryrun:
         show_stages(stages, run_dir / "logs")
         print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=RANKS)}")

@@ -36,6 +36,7 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "TrainerConfig",
+    "ValidationConfig",
     "WarmStartConfig",
     "WeightSource",
     "WeightSyncConfig",
@@ -541,6 +542,31 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Benchmarks that the policy answers while it trains, greedily, on the engines that sample (docs/evaluation.md)."""
+
+    every: int = 0
+    """RL steps between validations; one more before the first step and after the last.  0 = none."""
+    categories: str = "api-bank"
+    """Benchmarks (api-bank, bfcl) or categories of them (level-1, live_simple, multi_turn_base ...), with commas."""
+    cases: int = 32
+    """Cases of each category, drawn by seed among those whose prompts fit; 0 = all."""
+    seed: int = 0
+    """Seed of the draw."""
+    prompt_style: str = ""
+    """How cases are written: original, compact or slim; empty = as data.train."""
+    max_response_tokens: int = 0
+    """Longest answer (a conversation may fill model.max_sequence_length); 0 = rollout.max_response_tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "cases", "max_response_tokens"):
+            _at_least(f"validation.{name}", getattr(self, name), 0)
+        _one_of("validation.prompt_style", self.prompt_style, ("", "original", "compact", "slim"))
+        if self.every and not self.categories.strip(" ,"):
+            raise ConfigError("validation.categories is empty: name a benchmark, or set validation.every to 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WarmStartConfig:
     """Supervised warm start on reference answers."""
 
@@ -592,6 +618,8 @@ class RestConfig:
     """Checkpoints."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Benchmarks while training."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     """Supervised warm start."""
 
@@ -625,6 +653,11 @@ def validate(config: RestConfig, *, world_size: int) -> None:
             "weighting.source=reference_code gives the tokens of positive weight, not all tokens, the mean 1, and "
             "loss.aggregation=token_mean divides by the sum of weights, which is then not known before the first "
             "forward pass: set loss.aggregation to sequence_mean or reference_code"
+        )
+    if config.validation.max_response_tokens >= config.model.max_sequence_length:
+        raise ConfigError(
+            f"validation.max_response_tokens {config.validation.max_response_tokens} leaves no room for a prompt in "
+            f"model.max_sequence_length {config.model.max_sequence_length}: lower it"
         )
     _check_layout(config, dp)
     _check_engines(config, world_size)

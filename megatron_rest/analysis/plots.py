@@ -31,7 +31,7 @@ RUN_STYLES = ("-", "--", "-.", ":")
 REGION_COLOURS = dict(zip(REGIONS, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"), strict=True))
 REGION_TITLES = dict(zip(REGIONS, ("format", "tool name", "tool arguments", "thinking", "response"), strict=True))
 PHASE_COLOURS = dict(
-    zip(PHASES, ("#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#000000"), strict=True)
+    zip(PHASES, ("#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#999999", "#000000"), strict=True)
 )
 VALIDATION = "validation/"
 MARKER_STEPS = 25  # runs up to this many steps show every step as a dot

@@ -1,4 +1,4 @@
-"""BFCL v4 (Berkeley Function Calling Leaderboard), single-turn categories, judged by its released checker.
+"""BFCL v4 (Berkeley Function Calling Leaderboard), judged by its released checker; here the single-turn categories.
 
 The package (``bfcl-eval``) brings data and checker.  Its checker imports a table of model handlers, and through it the
 SDK of every vendor, to look up one flag; the table is stood in for while the checker is imported.  Its executor, which
@@ -6,7 +6,7 @@ evaluates model output as Python, is not imported: our answers are JSON and stay
 
 What the leaderboard does with a handler's output happens here with parsed JSON calls: a call ``{"name": f,
 "parameters": p}`` is ``{f: p}`` to the checker; an answer without a readable call passes irrelevance and fails the
-rest.
+rest.  Conversations: ``bfcl_multi_turn.py``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from megatron_rest.data.prompt_style import ROLE_SENTENCE, write_tools
+from megatron_rest.eval import bfcl_multi_turn
 from megatron_rest.eval.cases import CORRECT, EvalCase, Score
 from megatron_rest.rewards.parsing import ToolCall, ToolCallError, answer_text, parse_tool_calls
 
-__all__ = ["CATEGORIES", "data_folder", "load", "load_entries", "load_possible_answers", "score"]
+__all__ = ["CATEGORIES", "SINGLE_TURN", "data_folder", "load", "load_entries", "load_possible_answers", "score"]
 
 AST_CATEGORIES = (
     "simple_python",
@@ -41,7 +42,8 @@ AST_CATEGORIES = (
 )
 NO_CALL_CATEGORIES = ("irrelevance", "live_irrelevance")  # right is an answer without a call
 ANY_CALL_CATEGORIES = ("live_relevance",)  # right is an answer with any call
-CATEGORIES = AST_CATEGORIES + NO_CALL_CATEGORIES + ANY_CALL_CATEGORIES
+SINGLE_TURN = AST_CATEGORIES + NO_CALL_CATEGORIES + ANY_CALL_CATEGORIES
+CATEGORIES = SINGLE_TURN + bfcl_multi_turn.CATEGORIES
 
 _PREFIX = "BFCL_v4_"
 _MODEL = "megatron-rest"  # any name will do: it selects nothing
@@ -62,11 +64,13 @@ def load(categories: tuple[str, ...] = CATEGORIES) -> list[EvalCase]:
     """
     unknown = sorted(set(categories) - set(CATEGORIES))
     if unknown:
-        raise ValueError(f"BFCL has no single-turn category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
+        raise ValueError(f"BFCL has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
     return [case for category in categories for case in _cases(category)]
 
 
 def _cases(category: str) -> list[EvalCase]:
+    if category in bfcl_multi_turn.CATEGORIES:
+        return bfcl_multi_turn.load(category)
     answers = load_possible_answers(category) if category in AST_CATEGORIES else {}
     return [
         EvalCase(

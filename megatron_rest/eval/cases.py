@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["CORRECT", "EvalCase", "Score"]
+__all__ = ["CORRECT", "Answer", "EvalCase", "Score"]
 
 CORRECT = "correct"
+
+Answer = str | list[list[str]]
+"""A text, or what a model said in a conversation: a list for each turn of the user, the model's texts in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,4 +34,6 @@ class EvalCase:
     case_id: str  # unique in its benchmark
     category: str
     messages: tuple[dict[str, str], ...]  # what the chat template renders; ends with a user's message
-    score: Callable[[str], Score]  # the answer's text, end-of-turn marker or not
+    score: Callable[[Any], Score]  # of an Answer: with an environment a conversation, else a text
+    environment: str = ""  # what the model talks to (as rollout.environment); empty: it answers once
+    task: str = ""  # how that environment finds the case

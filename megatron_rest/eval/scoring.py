@@ -1,6 +1,5 @@
-"""Answers to scores: one file of answers in, one file of verdicts and one summary out.
+"""Answers to scores: one file of answers in (``answers.py``), one file of verdicts and one summary out.
 
-    RUN/answers.jsonl     {"case_id", "answer"}                        written while the model answers
     RUN/verdicts.jsonl    {"case_id", "category", "is_correct", ...}   one line a case, in the benchmark's order
     RUN/summary.json      counts, accuracies with intervals, kinds of errors, by category
 
@@ -17,25 +16,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rest.eval import api_bank, bfcl
-from megatron_rest.eval.cases import EvalCase, Score
+from megatron_rest.eval.cases import Answer, EvalCase, Score
+from megatron_rest.eval.decontamination import decontamination_lines
 from megatron_rest.eval.statistics import wilson_interval
 
 __all__ = [
-    "BENCHMARKS",
     "Verdict",
     "judge",
-    "load_cases",
-    "read_answers",
     "read_verdicts",
     "summarise",
     "summary_lines",
     "write_json",
     "write_lines",
+    "write_scores",
     "write_text",
 ]
-
-BENCHMARKS = {"api-bank": api_bank, "bfcl": bfcl}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,28 +42,17 @@ class Verdict:
     score: Score
 
 
-def load_cases(benchmark: str, categories: Sequence[str] = (), *, limit: int = 0) -> list[EvalCase]:
-    """Cases of a benchmark; ``limit`` keeps the first so many of each category (0 = all)."""
-    module = BENCHMARKS[benchmark]
-    cases: list[EvalCase] = module.load(categories=tuple(categories) or module.CATEGORIES)
-    if not limit:
-        return cases
-    seen: Counter[str] = Counter()
-    kept = []
-    for case in cases:
-        seen[case.category] += 1
-        if seen[case.category] <= limit:
-            kept.append(case)
-    return kept
-
-
-def judge(cases: Sequence[EvalCase], answers: Mapping[str, str]) -> list[Verdict]:
+def judge(cases: Sequence[EvalCase], answers: Mapping[str, Answer]) -> list[Verdict]:
     """Verdicts in the order of the cases.  Answers to cases that are not among them are an error of the caller."""
     unknown = sorted(answers.keys() - {case.case_id for case in cases})
     if unknown:
         raise ValueError(
             f"{len(unknown)} answers are to cases that were not asked for, such as {unknown[0]!r}: other categories?"
         )
+    for case in cases:
+        if case.case_id in answers and isinstance(answers[case.case_id], str) == bool(case.environment):
+            wanted = "a conversation: texts by turn of the user" if case.environment else "one text"
+            raise ValueError(f"the answer to case {case.case_id!r} must be {wanted}")
     return [
         Verdict(
             case_id=case.case_id,
@@ -81,11 +65,12 @@ def judge(cases: Sequence[EvalCase], answers: Mapping[str, str]) -> list[Verdict
 
 def _no_answer(case: EvalCase) -> Score:
     """Wrong in every score that the case has, and also where silence would be right."""
+    has_soft = not case.environment and case.score("").is_soft_correct is not None
     return Score(
         is_correct=False,
         outcome="no answer",
         detail="the file of answers has no line for this case",
-        is_soft_correct=None if case.score("").is_soft_correct is None else False,
+        is_soft_correct=False if has_soft else None,
     )
 
 
@@ -95,6 +80,14 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     for verdict in verdicts:
         categories.setdefault(verdict.category, []).append(verdict)
     return {"all": _summary(verdicts), "categories": {name: _summary(part) for name, part in categories.items()}}
+
+
+def write_scores(folder: Path, benchmark: str, verdicts: Sequence[Verdict], **more: Any) -> dict[str, Any]:
+    """``verdicts.jsonl`` and ``summary.json`` into ``folder``; returns the summary, in which ``more`` stands, too."""
+    write_lines(folder / "verdicts.jsonl", [asdict(verdict) for verdict in verdicts])
+    summary = {"benchmark": benchmark, **more, **summarise(verdicts)}
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def _summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
@@ -121,24 +114,9 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
             f"{name:<24}{part['cases']:>6}  {accuracy['estimate']:>8.1%}  {interval:<16}"
             f"{format(soft['estimate'], '.1%') if soft else '-':>7}  {', '.join(wrong) or '-'}"
         )
-    return lines
-
-
-def read_answers(path: str | Path) -> dict[str, str]:
-    """``{case_id: answer}`` of a file of answers; a case answered twice is an error, since one would be dropped."""
-    answers: dict[str, str] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            case_id, answer = row["case_id"], row["answer"]
-            if not isinstance(case_id, str) or not isinstance(answer, str):
-                raise TypeError("case_id and answer must be text")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not an answer ({type(error).__name__}: {error})") from error
-        if case_id in answers:
-            raise ValueError(f"{path}, line {number}: case {case_id!r} is answered twice")
-        answers[case_id] = answer
-    return answers
+    if summary.get("left_out"):
+        lines.append(f"{len(summary['left_out'])} cases were not asked: their prompts are too long for the context")
+    return [*lines, *decontamination_lines(summary.get("decontamination", []))]
 
 
 def read_verdicts(folder: str | Path) -> dict[str, Verdict]:
@@ -146,7 +124,7 @@ def read_verdicts(folder: str | Path) -> dict[str, Verdict]:
     path = Path(folder) / "verdicts.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder} holds no verdicts.jsonl: score it with `megatron-rest eval run` or `... score`")
-    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])  # texts may hold U+2028
     return {
         row["case_id"]: Verdict(case_id=row["case_id"], category=row["category"], score=Score(**row["score"]))
         for row in rows
@@ -166,5 +144,5 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """The whole file or none."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes its JSON escape
     os.replace(partial, path)

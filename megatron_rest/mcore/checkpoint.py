@@ -33,7 +33,7 @@ from megatron_rest.mcore.optimizer_state import aligned, is_distributed, load_op
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.mcore.safe_loading import check_description, data_only
 
-__all__ = ["CheckpointError", "CheckpointWriter", "latest", "load"]
+__all__ = ["CheckpointError", "CheckpointWriter", "latest", "load", "load_model"]
 
 _NAME = re.compile(r"step_(\d{6})$")
 
@@ -119,9 +119,7 @@ def load(path: str | Path, policy: MegatronPolicy) -> tuple[int, dict[str, Any]]
     """
     from megatron.core import dist_checkpointing
 
-    if not (Path(path) / "metadata.json").is_file():
-        raise ConfigError(f"checkpoint.load: {path} is not a complete Megatron checkpoint (no metadata.json)")
-    check_description(path)
+    _check_whole(path)
     with data_only():
         _check_optimizer(path, policy)
         prepare_for_loading(policy.optimizer)
@@ -131,6 +129,23 @@ def load(path: str | Path, policy: MegatronPolicy) -> tuple[int, dict[str, Any]]
     load_optimizer_state(policy.optimizer, state["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
     return state["step"], state["extra"]
+
+
+def load_model(path: str | Path, policy: MegatronPolicy) -> None:
+    """Fill the model alone; the policy may have no optimiser, and its layout may be any.  Collective."""
+    from megatron.core import dist_checkpointing
+
+    _check_whole(path)
+    with data_only():
+        state = dist_checkpointing.load(_sharded_model(policy), str(path))
+    for i, module in enumerate(policy.modules):
+        module.load_state_dict(state[_chunk_key(policy, i)], strict=True)
+
+
+def _check_whole(path: str | Path) -> None:
+    if not (Path(path) / "metadata.json").is_file():
+        raise ConfigError(f"checkpoint.load: {path} is not a complete Megatron checkpoint (no metadata.json)")
+    check_description(path)
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -147,16 +162,24 @@ def _chunk_key(policy: MegatronPolicy, i: int) -> str:
     return "model" if len(policy.chunks) == 1 else f"model{i}"
 
 
-def _sharded_state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+def _metadata(policy: MegatronPolicy) -> dict[str, Any]:
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": policy.context.dp_cp_group,
     }
-    models = {
+
+
+def _sharded_model(policy: MegatronPolicy) -> dict[str, Any]:
+    metadata = _metadata(policy)
+    return {
         _chunk_key(policy, i): module.sharded_state_dict(metadata=metadata) for i, module in enumerate(policy.modules)
     }
+
+
+def _sharded_state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
+    metadata, models = _metadata(policy), _sharded_model(policy)
     sharded = models if len(models) > 1 else models["model"]
     with torch.no_grad(), aligned(policy.optimizer):
         optimizer = policy.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rest.config import ConfigError, RolloutConfig
 from megatron_rest.hf_folder import load_tokenizer
+from megatron_rest.rollout.engine import Exam
 from megatron_rest.rollout.environments.base import EnvironmentFactory
 from megatron_rest.rollout.environments.bfcl import bfcl_environment
 from megatron_rest.rollout.rollouter import Conversation
 from megatron_rest.rollout.translator import ChatTranslator
 
-__all__ = ["find_environment", "make_conversation"]
+__all__ = ["exam_conversation", "find_environment", "make_conversation"]
 
 _KNOWN: dict[str, EnvironmentFactory] = {"bfcl": bfcl_environment}
 
@@ -27,6 +29,11 @@ def make_conversation(config: RolloutConfig, model_path: str | Path) -> Conversa
         max_turns=config.max_turns,
         timeout_seconds=config.tool_timeout_seconds,
     )
+
+
+def exam_conversation(exam: Exam, config: RolloutConfig, model_path: str | Path) -> Conversation | None:
+    """What an exam needs in the place of ``rollout.environment``; time limits are those of ``config``."""
+    return make_conversation(replace(config, environment=exam.environment, max_turns=exam.max_turns), model_path)
 
 
 def find_environment(name: str) -> EnvironmentFactory:

@@ -20,6 +20,7 @@ __all__ = [
     "NO_WEIGHTS",
     "EngineLostError",
     "EngineStateError",
+    "Exam",
     "OnRollout",
     "RolloutEngine",
     "RolloutRequest",
@@ -50,6 +51,15 @@ class RolloutRequest:
     seed: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exam:
+    """How a run answers that is judged and not trained on: the most likely token each time, whatever seed and sampling
+    settings say.  Log-probs are 0, those of the one answer that this can give."""
+
+    environment: str = ""  # as rollout.environment; empty = one answer a case
+    max_turns: int = 1  # answers of one case in an environment
+
+
 OnRollout = Callable[[int, Rollout], None]
 """Called with a request's key and its rollout as soon as that is complete."""
 
@@ -59,10 +69,18 @@ class RolloutEngine(Protocol):
 
     policy_version: int
 
-    def run(self, requests: Sequence[RolloutRequest], *, max_response_tokens: int, on_rollout: OnRollout) -> None:
+    def run(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_tokens: int,
+        on_rollout: OnRollout,
+        exam: Exam | None = None,
+    ) -> None:
         """Sample every request; each goes to ``on_rollout`` once, in the order in which they end.
 
-        Raises EngineLostError when the engine goes; what was handed over before stays valid.
+        With ``exam`` they are answered greedily, with its environment in the place of the engine's own.  Raises
+        EngineLostError when the engine goes; what was handed over before stays valid.
         """
         ...
 

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_rest.config import RolloutConfig, to_dict
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, OnRollout, RolloutRequest
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, OnRollout, RolloutRequest
 from megatron_rest.rollout.host import EngineHost, ask_for_engine, worker_environment
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import Rollout, StopReason
@@ -105,7 +106,14 @@ class RemoteEngine:
         self.num_restarts += 1
         self._process = _Process(self._spec, self._devices, self._host)
 
-    def run(self, requests: Sequence[RolloutRequest], *, max_response_tokens: int, on_rollout: OnRollout) -> None:
+    def run(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_tokens: int,
+        on_rollout: OnRollout,
+        exam: Exam | None = None,
+    ) -> None:
         """See :class:`~megatron_rest.rollout.engine.RolloutEngine`."""
         if not requests:
             return
@@ -128,6 +136,7 @@ class RemoteEngine:
             on_rollout=on_rollout,
             requests=table,
             max_response_tokens=max_response_tokens,
+            exam=exam and asdict(exam),
         )
 
     def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,9 +25,11 @@ import torch.distributed as dist
 
 from megatron_rest.config import RolloutConfig
 from megatron_rest.hf_folder import refuse_remote_code
+from megatron_rest.rollout.conversations import exam_conversation
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
     EngineStateError,
+    Exam,
     OnRollout,
     RolloutRequest,
     as_groups,
@@ -83,6 +85,9 @@ class VllmEngine:
     ) -> None:
         self._config = config
         self._conversation = conversation
+        self._model_path = Path(model_path)
+        self._exams: dict[Exam, Conversation | None] = {}  # conversations of exams taken so far
+        self._is_exam = False  # the call under way
         self._running: set[str] = set()  # requests of the call under way
         self._is_asleep = False
         self._max_model_len = max_model_len
@@ -135,8 +140,9 @@ class VllmEngine:
         max_response_tokens: int,
         on_rollout: OnRollout,
         beat: Callable[[], None] = lambda: None,
+        exam: Exam | None = None,
     ) -> None:
-        """Sample all requests; see :class:`RolloutEngine`.
+        """Sample all requests, or answer them greedily; see :class:`RolloutEngine`.
 
         A response is at most ``max_response_tokens`` long and ends earlier where the context is full.  Raises
         ValueError naming a prompt that leaves no room for a response.
@@ -144,18 +150,26 @@ class VllmEngine:
         self._usable()
         for request in requests:
             self._room(request.prompt.token_ids, f"prompt {request.prompt.prompt_id}")
+        conversation = self._conversation if exam is None else self._exam_conversation(exam)
         with _rng_preserved():
+            self._is_exam = exam is not None
             try:
                 run_rollouts(
                     self,
                     requests,
                     max_response_tokens=max_response_tokens,
                     on_rollout=on_rollout,
-                    conversation=self._conversation,
+                    conversation=conversation,
                     beat=beat,
                 )
             finally:
+                self._is_exam = False
                 self._abandon()
+
+    def _exam_conversation(self, exam: Exam) -> Conversation | None:
+        if exam not in self._exams:
+            self._exams[exam] = exam_conversation(exam, self._config, self._model_path)
+        return self._exams[exam]
 
     # What the rollout loop calls (megatron_rest.rollout.rollouter.Sampler) -----------------------------------------
 
@@ -165,14 +179,14 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=self._config.temperature,
+            temperature=0.0 if self._is_exam else self._config.temperature,  # 0 is greedy: the next three do not count
             top_p=self._config.top_p,
             top_k=self._config.top_k,
-            max_tokens=max_tokens,
             seed=seed,
+            max_tokens=max_tokens,
             stop_token_ids=self._stop_token_ids,
             ignore_eos=True,  # only the ids that were passed in end a turn
-            logprobs=0,
+            logprobs=None if self._is_exam else 0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -409,6 +423,8 @@ def _turn(output: Any) -> Turn:
 
 
 def _sampled_log_probs(output: Any) -> np.ndarray:
+    if output.logprobs is None:  # not asked for: there was one way to go
+        return np.zeros(len(output.token_ids), dtype=np.float32)
     values = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
     return np.asarray(values, dtype=np.float32)
 

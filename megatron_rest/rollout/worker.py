@@ -22,7 +22,7 @@ from typing import Any  # noqa: E402
 
 from megatron_rest.config import RolloutConfig, from_dict  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
-from megatron_rest.rollout.engine import RolloutRequest  # noqa: E402
+from megatron_rest.rollout.engine import Exam, RolloutRequest  # noqa: E402
 from megatron_rest.rollout.vllm_engine import VllmEngine  # noqa: E402
 from megatron_rest.rollout.wire import Connection, ConnectionLostError  # noqa: E402
 from megatron_rest.types import PromptSample, Rollout  # noqa: E402
@@ -88,6 +88,7 @@ class Worker:
                     max_response_tokens=message["max_response_tokens"],
                     on_rollout=self._hand_over,
                     beat=self._beat,
+                    exam=Exam(**message["exam"]) if message["exam"] else None,
                 )
                 send("result", value=None)
             case "greedy":

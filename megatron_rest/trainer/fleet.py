@@ -3,6 +3,7 @@
     begin(prompts, seed)      every engine's owner takes its share (in a thread where training goes on beside it)
     collect(refresh)          wait; engines lost on the way are replaced, given the present weights, and sample what is
                               missing, with the same seeds; all groups on all ranks
+    examine(prompts, exam)    the same with one greedy answer a prompt, while no rollouts are under way
     deliver(version, canary)  weights into every engine, verified; engines lost on the way are replaced and all is sent
                               again
 
@@ -26,6 +27,7 @@ from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
     EngineLostError,
+    Exam,
     RolloutEngine,
     RolloutRequest,
     as_groups,
@@ -134,13 +136,39 @@ class EngineFleet:
 
     def begin(self, prompts: Sequence[PromptSample], *, seed: int, in_background: bool) -> None:
         """Start this rank's share of the rollouts; with ``in_background`` it runs while the caller goes on."""
-        n = self._config.rollouts_per_prompt
-        requests = make_requests(prompts, rollouts_per_prompt=n, seed=seed)
-        num_engines = len(self.placement.owners)
-        mine = [r for r in requests if (r.key // n) % num_engines == self._index]
         self._prompts = prompts
-        self._share = _Share(self.engine, mine, self._config.max_response_tokens)
+        self._share = _Share(
+            self.engine,
+            self._requests(prompts, self._config.rollouts_per_prompt, seed),
+            group_size=self._config.rollouts_per_prompt,
+            max_response_tokens=self._config.max_response_tokens,
+        )
         self._share.start(in_background)
+
+    def examine(
+        self, prompts: Sequence[PromptSample], exam: Exam, *, max_response_tokens: int, refresh: Callable[[], object]
+    ) -> list[RolloutGroup]:
+        """One greedy answer to every prompt, in their order, on every rank.  Collective; as :meth:`collect`.
+
+        The engines hold the present weights, and no rollouts are under way.
+        """
+        assert not self.is_begun, "the engines are busy with rollouts"
+        self._prompts = prompts
+        self._share = _Share(
+            self.engine,
+            self._requests(prompts, 1, 0),
+            group_size=1,
+            max_response_tokens=max_response_tokens,
+            exam=exam,
+        )
+        self._share.start(in_background=False)
+        return self.collect(refresh)
+
+    def _requests(self, prompts: Sequence[PromptSample], group_size: int, seed: int) -> list[RolloutRequest]:
+        """Those of this rank's engine."""
+        requests = make_requests(prompts, rollouts_per_prompt=group_size, seed=seed)
+        num_engines = len(self.placement.owners)
+        return [r for r in requests if (r.key // group_size) % num_engines == self._index]
 
     def collect(self, refresh: Callable[[], object]) -> list[RolloutGroup]:
         """All groups of the step, in the order of its prompts, on every rank.  Collective.
@@ -164,7 +192,7 @@ class EngineFleet:
         self._share = None
         mine: list[RolloutGroup] = []
         if self._hands_over:
-            mine = as_groups(share.requests, share.done, self._config.rollouts_per_prompt)
+            mine = as_groups(share.requests, share.done, share.group_size)
         return all_gather_groups(mine, self._prompts, owners=self.placement.owners)
 
     def deliver(self, version: int, canary: Callable[[], float | None]) -> tuple[SyncReport, float]:
@@ -253,11 +281,21 @@ class EngineFleet:
 class _Share:
     """This rank's rollouts of one step: what was asked for and what is there."""
 
-    def __init__(self, engine: RolloutEngine | None, requests: list[RolloutRequest], max_response_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine | None,
+        requests: list[RolloutRequest],
+        *,
+        group_size: int,
+        max_response_tokens: int,
+        exam: Exam | None = None,
+    ) -> None:
         self.requests = requests
+        self.group_size = group_size
         self.done: dict[int, Rollout] = {}
         self._engine = engine
         self._max_response_tokens = max_response_tokens
+        self._exam = exam
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -287,7 +325,12 @@ class _Share:
         if self._engine is None or not missing:
             return
         try:
-            self._engine.run(missing, max_response_tokens=self._max_response_tokens, on_rollout=self.done.__setitem__)
+            self._engine.run(
+                missing,
+                max_response_tokens=self._max_response_tokens,
+                on_rollout=self.done.__setitem__,
+                exam=self._exam,
+            )
         except Exception as error:  # noqa: BLE001  carried to the thread that waits
             self._error = error
 

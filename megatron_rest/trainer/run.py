@@ -26,7 +26,7 @@ from megatron_rest.trainer.entry import StoppedEarly
 from megatron_rest.trainer.export import export_hf
 from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
 from megatron_rest.trainer.judge import Judge
-from megatron_rest.trainer.metrics import MetricsWriter
+from megatron_rest.trainer.metrics import MetricsWriter, PhaseTimer
 from megatron_rest.trainer.setup import (
     build_policy,
     eos_token_id,
@@ -38,6 +38,7 @@ from megatron_rest.trainer.setup import (
 from megatron_rest.trainer.starts import record_start
 from megatron_rest.trainer.stopping import StopRequest
 from megatron_rest.trainer.trainer import RestTrainer
+from megatron_rest.trainer.validation import Validator, validation_line
 from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import RestWeighting
 
@@ -71,6 +72,8 @@ def train(config: RestConfig) -> None:
     if writer is not None:
         writer.resume(start)
         record_start(run_dir, after_step=start, world_size=context.world_size)
+    if start == 0 and not trainer.is_one_step_off:  # one step off, the first step validates it
+        _validate(trainer, 0, console)
     total = config.trainer.steps - start
     with (
         StopRequest(context.device) as stop,
@@ -81,6 +84,8 @@ def train(config: RestConfig) -> None:
             if writer is not None:
                 writer.write(report)
             console.step(report)
+            if text := validation_line(report.metrics, version=report.policy_version):
+                console.line(text)
             is_stopping = stop.is_agreed() and step < config.trainer.steps
             if is_stopping or _is_due(step, config):
                 trainer.save(step)
@@ -92,6 +97,9 @@ def train(config: RestConfig) -> None:
                     f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
                 )
     trainer.checkpoints.wait()
+    if trainer.is_one_step_off and start < config.trainer.steps and trainer.validator is not None:
+        trainer.sync_weights(version=config.trainer.steps)  # no step has sent the last one's weights
+        _validate(trainer, config.trainer.steps, console)
     _finish(trainer, config, console, writer)
 
 
@@ -131,6 +139,7 @@ def build_trainer(config: RestConfig) -> RestTrainer:
             dialect=TOOLRL_TAGS_ONLY if config.weighting.source is WeightSource.REFERENCE_CODE else TOOLRL,
         ),
         weighting=RestWeighting.from_config(config.weighting),
+        validator=Validator(config, tokenizer, rank=parts.context.rank) if config.validation.every else None,
     )
 
 
@@ -166,6 +175,12 @@ def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
     step = trainer.resume(path)
     console.line(f"continuing after step {step} from {path}")
     return step
+
+
+def _validate(trainer: RestTrainer, version: int, console: Console) -> None:
+    """Outside of a step: its numbers are in the folder, and no line of metrics.jsonl has them."""
+    if text := validation_line(trainer.validate(version, PhaseTimer()), version=version):
+        console.line(text)
 
 
 def _is_finished(config: RestConfig) -> bool:

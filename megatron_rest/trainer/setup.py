@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from megatron_rest.weight_sync.source import MegatronWeightSource
 __all__ = [
     "PolicyParts",
     "Stopwatch",
+    "build_bare_policy",
     "build_policy",
     "eos_token_id",
     "make_batch",
@@ -52,20 +53,27 @@ class PolicyParts:
 
 def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates: int) -> PolicyParts:
     """Process groups, model with the weights of ``model.path``, DDP and optimiser.  Collective over all ranks."""
-    shape = read_shape(config.model.path)
-    _check_lengths(config, shape)
-    context = build.initialize(config)
-    megatron_config = build.transformer_config(shape, config)
-    chunks = build.build_chunks(shape, config, context, megatron_config)
+    bare = build_bare_policy(config)
+    context = bare.context
     # Weights go in before DDP and the optimiser look at them: replicas and master copies start right.
-    bare = MegatronPolicy(chunks=chunks, optimizer=None, scheduler=None, context=context)
-    _load_weights(bare, config, shape)
-    wrapped = build.wrap(chunks, megatron_config, config, context)
+    _load_weights(bare.policy, config, bare.shape)
+    megatron_config = bare.policy.modules[0].config
+    wrapped = build.wrap(bare.policy.chunks, megatron_config, config, context)
     adam, scheduler = build.build_optimizer(
         wrapped, megatron_config, config, optimizer=optimizer, num_updates=num_updates
     )
+    policy = MegatronPolicy(chunks=wrapped, optimizer=adam, scheduler=scheduler, context=context)
+    return replace(bare, policy=policy)
+
+
+def build_bare_policy(config: RestConfig) -> PolicyParts:
+    """Process groups and a model with random weights, without DDP and optimiser.  Collective over all ranks."""
+    shape = read_shape(config.model.path)
+    _check_lengths(config, shape)
+    context = build.initialize(config)
+    chunks = build.build_chunks(shape, config, context, build.transformer_config(shape, config))
     return PolicyParts(
-        policy=MegatronPolicy(chunks=wrapped, optimizer=adam, scheduler=scheduler, context=context),
+        policy=MegatronPolicy(chunks=chunks, optimizer=None, scheduler=None, context=context),
         shape=shape,
         context=context,
         alignment=packing_alignment(config.precision.recipe, config.parallel),

@@ -30,6 +30,7 @@ from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.replay import is_recorded, record_update
 from megatron_rest.trainer.setup import PolicyParts, make_batch
 from megatron_rest.trainer.step_metrics import reward_metrics, rollout_metrics, token_metrics, update_metrics
+from megatron_rest.trainer.validation import Validator
 from megatron_rest.types import (
     MicroBatch,
     PromptSample,
@@ -60,6 +61,7 @@ class RestTrainer:
         source: the policy's weights as full HF tensors.
         judge: regions, rewards, advantages.
         weighting: token weights.
+        validator: benchmarks while training; None = none.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class RestTrainer:
         source: MegatronWeightSource,
         judge: Judge,
         weighting: RestWeighting,
+        validator: Validator | None = None,
     ) -> None:
         self.config = config
         self.parts = parts
@@ -82,6 +85,7 @@ class RestTrainer:
         self.source = source
         self.judge = judge
         self.weighting = weighting
+        self.validator = validator
         self.canary = Canary(
             prompt=prompts[0],
             num_tokens=config.weight_sync.canary_tokens,
@@ -111,7 +115,8 @@ class RestTrainer:
             if self.is_one_step_off:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step - 1)
-                    self.begin_rollouts(step + 1)
+                metrics |= self.validate(step - 1, timer)
+                self.begin_rollouts(step + 1)
             with timer.phase("reward"):
                 verdict = self.judge(groups, step=step)
                 batches = [self.batch(samples) for samples in self.minibatches(verdict)]
@@ -136,6 +141,7 @@ class RestTrainer:
             if not self.is_one_step_off:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step)
+                metrics |= self.validate(step, timer)
         metrics["progress"] = self.progress(step)
         return StepReport(step=step, policy_version=self.fleet.version, metrics=metrics, seconds=timer.seconds)
 
@@ -291,6 +297,13 @@ class RestTrainer:
             "sync/bytes": float(report.num_bytes),
             "sync/canary_max_abs": worst,
         }
+
+    def validate(self, version: int, timer: PhaseTimer) -> dict[str, float]:
+        """Benchmarks answered by the engines, which hold ``version``, if they are due; metrics on rank 0."""
+        if self.validator is None or not self.validator.is_due(version):
+            return {}
+        with timer.phase("validation"):
+            return self.validator(self.fleet, version=version, refresh=partial(self.sync_weights, version=version))
 
     def save(self, step: int) -> Path:
         """A Megatron checkpoint of this step; complete at once, or when ``checkpoints`` has written it."""

@@ -17,6 +17,7 @@ from data_tools.cli import main
 from data_tools.decontaminate import build_index
 from data_tools.errors import DataError
 from data_tools.folders import PreparedFolder
+from megatron_rest.eval.decontamination import decontamination_lines, decontamination_of
 from tests.data_tools.conftest import SAMPLES
 
 
@@ -214,6 +215,16 @@ def test_decontaminate_removes_benchmark_rows_only(
     assert all("bench.json:0 (overlap" in entry["reason"] for entry in removed)
     assert manifest["derived_from"]["operation"]["command"] == "decontaminate"
     assert main(["validate", str(tmp_path / "clean")]) == 0
+    # a part of it says so, too, and an evaluation shows it beside its scores
+    assert main(["split", str(tmp_path / "clean"), "--output", str(tmp_path), "--parts", "a=0.5", "b=0.5"]) == 0
+    for name in ("clean", "a"):
+        report = decontamination_of(tmp_path / name)
+        [done] = report["passes"]
+        assert (done["against"], done["rows_removed"], done["ngram"]) == (["bench.json"], len(removed), 8)
+        [line] = decontamination_lines([report])
+        assert f"decontaminated against bench.json ({len(removed)} rows removed" in line
+    assert "NOT decontaminated" in decontamination_lines([decontamination_of(prepared)])[0]
+    assert "prepare it with" in decontamination_lines([decontamination_of(tmp_path / "nowhere")])[0]
 
 
 def test_decontaminate_against_the_files_of_bfcl(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "rest_30b_a3b": (["rest_30b_a3b", "--dryrun"], {}),
     "qwen": (["rest_70b", "--dryrun", "family=qwen"], {}),
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
-    "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3", "evaluate=true"], {}),
     "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
     "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
     "no such part": (["rest_experiment", "--dryrun", "only=paper/seed-4"], {}),
@@ -44,7 +44,10 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "container": (["rest_8b", "--dryrun", "run.executor.env_vars={'X': '$(touch pwned) $HOME'}"], CONTAINER),
     "no account": (["rest_8b", "--yes"], {}),
     "chain": (["rest_8b", "--dryrun", "links=3", "requeue=2"], {}),
-    "whole": (["rest_8b", "--dryrun", "preprocess=/data/ro ws.parquet", "warm_start=true", "links=2"], {}),
+    "whole": (
+        ["rest_8b", "--dryrun", "preprocess=/data/ro ws.parquet", "warm_start=true", "links=2", "evaluate=true"],
+        {},
+    ),
     "network": (["rest_8b", "--dryrun"], {"REST_ENV": "NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME='a b'"}),
     "kubernetes": (
         ["rest_8b", "--dryrun", "run.executor=kubeflow", "nodes=2", "run.executor.env_vars={'X': '$(HOME)'}"],
@@ -211,6 +214,7 @@ def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done]
         "warm-start",
         "train",
         "variance",
+        "evaluate",
         "report",
         "plan",
     ]
@@ -369,7 +373,7 @@ def test_a_chain_has_a_script_for_every_link(done: dict[str, Done]) -> None:
 def test_a_whole_experiment_converts_warms_up_and_trains_what_came_out(done: dict[str, Done]) -> None:
     run = done["whole"]
     assert run.returncode == 0, run.stderr
-    names = ["preprocess", "train-1", "train-2", "warm-start"]
+    names = ["evaluate", "preprocess", "train-1", "train-2", "warm-start"]
     assert [name for name in run.parts if name.endswith("sbatch.sh")] == [f"{name}_sbatch.sh" for name in names]
     convert = run.parts["preprocess/scripts/preprocess.sh"]
     words = shlex.split(convert.strip().splitlines()[-1])
@@ -383,6 +387,19 @@ def test_a_whole_experiment_converts_warms_up_and_trains_what_came_out(done: dic
     assert "  path: /models/Qwen3-8B\n" in warm
     assert "  path: /runs/rest_8b/warm-start/hf\n" in train
     assert run.parts["train-2/scripts/train-2.sh"] == train
+    words = shlex.split(run.parts["evaluate/scripts/evaluate.sh"].strip().splitlines()[-1])
+    assert words[2:9] == ["-m", "megatron_rest.cli", "eval", "run", "/runs/rest_8b", "--output", "/runs/rest_8b/eval"]
+    assert "#SBATCH --nodes=1\n" in run.parts["evaluate_sbatch.sh"]
+
+
+def test_the_evaluation_that_a_recipe_starts_is_one_that_the_command_takes(done: dict[str, Done]) -> None:
+    from megatron_rest.eval.__main__ import _parser
+    from megatron_rest.eval.selection import find_categories
+
+    texts = (done["whole"].parts["evaluate/scripts/evaluate.sh"], done["demo"].parts["evaluate"])
+    for text in texts:
+        _, _, words = text.strip().splitlines()[-1].partition("megatron_rest.cli eval ")
+        assert find_categories(_parser().parse_args(shlex.split(words)).categories)
 
 
 def test_what_the_network_wants_comes_from_the_environment(done: dict[str, Done]) -> None:

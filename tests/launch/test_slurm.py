@@ -27,6 +27,7 @@ if [ "$2" = megatron_rest.rollout.host ]; then
   [ "$TEST_ENGINES" != fail ] || exit 4
   exec sleep 100
 fi
+if [ "$2" = megatron_rest.cli ]; then echo "${*:3}" > "$TEST_OUT/command-$SLURM_JOB_ID"; exit; fi
 printf '%s ' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$SLURM_JOB_ID" >> "$TEST_OUT/call-$SLURM_JOB_ID-$RANK"
 cp "$4" "$TEST_OUT/config-$RANK.yaml"
 echo "rank $RANK has begun"
@@ -100,10 +101,12 @@ def test_a_failed_rank_is_a_failed_command(cluster: Cluster) -> None:
 
 
 def test_a_chain_goes_on_after_a_link_that_was_stopped(cluster: Cluster) -> None:
-    done = cluster.submit("links=2", TEST_FAIL_RANK="0")
+    done = cluster.submit("links=2", "evaluate=true", TEST_FAIL_RANK="0")
     assert done.returncode == 0, done.stderr  # what the last link ends with counts
-    assert [job["state"] for job in cluster.jobs()] == ["FAILED", "COMPLETED"]
-    assert cluster.jobs()[1]["after"] == "afterany:1001"
+    assert [job["state"] for job in cluster.jobs()] == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert [job["after"] for job in cluster.jobs()] == ["", "afterany:1001", "afterok:1002"]
+    evaluated = (cluster.folder / "command-1003").read_text()
+    assert evaluated.startswith(f"eval run {cluster.folder}/run --output {cluster.folder}/run/eval ")
     assert len(list(cluster.folder.glob("call-1002-*"))) == 8
 
 
@@ -116,11 +119,11 @@ def test_a_failed_job_is_put_back_into_the_queue(cluster: Cluster) -> None:
 
 
 def test_what_waits_for_a_failed_job_is_not_run(cluster: Cluster) -> None:
-    done = cluster.submit("warm_start=true", TEST_FAIL_RANK="3")
+    done = cluster.submit("warm_start=true", "evaluate=true", TEST_FAIL_RANK="3")
     assert done.returncode == 1
     assert "warm-start FAILED" in done.stderr
-    assert [job["state"] for job in cluster.jobs()] == ["FAILED", "CANCELLED"]
-    assert not list(cluster.folder.glob("call-1002-*"))
+    assert [job["state"] for job in cluster.jobs()] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert not list(cluster.folder.glob("c*-100[23]*")), "neither training nor its evaluation"
 
 
 ENGINES = ("rollout.nodes=2", "rollout.replicas=2", "rollout.tensor_parallel=8", "weight_sync.transport=gloo")

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from megatron_rest.config import RolloutConfig, WeightSyncConfig
 from megatron_rest.model_map import ModelShape, parameter_map
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, make_requests
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, make_requests
 from megatron_rest.rollout.remote import EngineCallError, RemoteEngine
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import PromptSample, Rollout
@@ -66,6 +66,11 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
         whole: dict[int, Rollout] = {}
         engine.run(requests, max_response_tokens=40, on_rollout=whole.__setitem__)
         assert sorted(whole) == list(range(12)) and {r.policy_version for r in whole.values()} == {3}
+        exam: dict[int, Rollout] = {}
+        engine.run(requests[::2], max_response_tokens=20, on_rollout=exam.__setitem__, exam=Exam())
+        for request in requests[::2]:
+            answer = exam[request.key].token_ids.tolist()
+            assert answer == engine.greedy(request.prompt.token_ids, 20)[0][: len(answer)].tolist()
         tokens, log_probs = engine.greedy([1, 2, 3], 5)
         scored = engine.prompt_log_probs([1, 2, 3, *tokens])
         np.testing.assert_allclose(scored[-5:], log_probs, atol=1e-5)

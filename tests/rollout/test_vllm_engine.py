@@ -16,7 +16,7 @@ import torch.distributed as dist
 import transformers
 
 from megatron_rest.config import RolloutConfig
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError, rollout_seed
+from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError, Exam, make_requests, rollout_seed
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from tests.helpers.tiny_model import EOS_ID, build_tiny_model
@@ -154,6 +154,21 @@ def test_greedy_and_prompt_log_probs_agree(engine: VllmEngine) -> None:
     assert tokens.tolist() == again.tolist()
     scored = engine.prompt_log_probs(np.concatenate([prompt("g").token_ids, tokens]))
     np.testing.assert_allclose(scored[-10:], log_probs, atol=1e-5)
+
+
+def test_an_exam_is_greedy_and_leaves_sampling_as_it_was(engine: VllmEngine) -> None:
+    prompts = [prompt(name) for name in "uvw"]
+    before = sample(engine, "u")["u"]
+    answers: dict[int, Rollout] = {}
+    requests = make_requests(prompts, rollouts_per_prompt=2, seed=1)
+    engine.run(requests, max_response_tokens=30, on_rollout=answers.__setitem__, exam=Exam())
+    for request in requests:
+        wanted, _ = engine.greedy(request.prompt.token_ids, 30)
+        answer = answers[request.key]
+        assert answer.token_ids.tolist() == wanted[: len(answer.token_ids)].tolist()
+        assert len(answer.token_ids) == 30 or answer.token_ids[-1] == EOS_ID
+        assert not answer.log_probs.any() and answer.policy_version == engine.policy_version
+    assert [r.token_ids.tolist() for r in sample(engine, "u")["u"]] == [r.token_ids.tolist() for r in before]
 
 
 def random_states() -> tuple[Any, ...]:

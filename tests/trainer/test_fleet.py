@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.config import ConfigError, LossConfig, RestConfig, RolloutConfig, WeightSyncConfig, validate
-from megatron_rest.rollout.engine import EngineLostError, OnRollout, RolloutRequest
+from megatron_rest.rollout.engine import EngineLostError, Exam, OnRollout, RolloutRequest
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
 from megatron_rest.types import PromptSample, Rollout, StopReason
@@ -97,6 +97,7 @@ class ScriptedEngine(RemoteEngine):
         self.deaths = list(deaths)
         self.alive = True
         self.asked: list[list[int]] = []
+        self.exams: list[Exam | None] = []
         self.num_restarts = 0
         self.policy_version = 0
 
@@ -107,8 +108,16 @@ class ScriptedEngine(RemoteEngine):
     def restart(self) -> None:
         self.alive, self.num_restarts = True, self.num_restarts + 1
 
-    def run(self, requests: Sequence[RolloutRequest], *, max_response_tokens: int, on_rollout: OnRollout) -> None:
+    def run(
+        self,
+        requests: Sequence[RolloutRequest],
+        *,
+        max_response_tokens: int,
+        on_rollout: OnRollout,
+        exam: Exam | None = None,
+    ) -> None:
         assert self.alive
+        self.exams.append(exam)
         self.asked.append([r.key for r in requests])
         death = self.deaths.pop(0) if self.deaths else None
         for count, request in enumerate(reversed(requests)):  # they end in any order
@@ -190,6 +199,20 @@ def test_only_what_is_missing_is_sampled_again_with_its_own_seed(in_background: 
     hopeless.fleet.begin(PROMPTS, seed=5, in_background=in_background)
     with pytest.raises(EngineLostError, match=r"lost 3 times in a row while sampling .rollout.max_restarts 2."):
         hopeless.fleet.collect(refresh=lambda: None)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_exam_is_one_answer_a_prompt_and_survives_a_lost_engine() -> None:
+    exam = Exam(environment="bfcl", max_turns=5)
+    setting = make_fleet(deaths=[2])
+    refreshed: list[int] = []
+    answers = setting.fleet.examine(PROMPTS, exam, max_response_tokens=9, refresh=lambda: refreshed.append(1))
+    assert [len(group.rollouts) for group in answers] == [1, 1, 1, 1]
+    assert [group.prompt.prompt_id for group in answers] == ["p0", "p1", "p2", "p0"]
+    assert setting.engine.asked == [[0, 1, 2, 3], [0, 1]] and setting.engine.exams == [exam, exam] and refreshed == [1]
+    setting.fleet.begin(PROMPTS, seed=1, in_background=False)
+    with pytest.raises(AssertionError, match="busy"):
+        setting.fleet.examine(PROMPTS, exam, max_response_tokens=9, refresh=lambda: None)
 
 
 @pytest.mark.usefixtures("one_rank")

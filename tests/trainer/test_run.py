@@ -8,9 +8,10 @@ starts.
 4. updates that were recorded agree with float64
 5. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
    as a run that was never stopped (and recorded nothing); a third start finds nothing to do
-6. killed engines leave the run as it would have been; one step off, rollouts are one version old
-7. nothing is left behind, however a run ends
-8. what a user gets wrong is one clear line and a non-zero exit status
+6. benchmarks are answered by the policy of the version that is named, and scored as the command scores them
+7. killed engines leave the run as it would have been; one step off, rollouts are one version old
+8. nothing is left behind, however a run ends
+9. what a user gets wrong is one clear line and a non-zero exit status
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers import AutoTokenizer
 from benchmarks import chaos, long_run
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.eval.answers import read_answers
 from megatron_rest.replay import __main__ as replay
 from megatron_rest.trainer.entry import STOPPED_STATUS
 from megatron_rest.weighting import RestWeighting, region_sums
@@ -116,6 +118,9 @@ def rl_arguments(base: Path, run_dir: Path, model: Path) -> list[str]:
         "checkpoint.save_every=1",
         "checkpoint.keep_last=3",
         "checkpoint.asynchronous=true",
+        "validation.every=2",
+        "validation.categories=level-2,simple_python",
+        "validation.cases=3",
         f"trainer.steps={STEPS}",
     ]
 
@@ -175,6 +180,43 @@ def test_steps_report_every_promised_number(unbroken):
         assert values["mismatch/abs_log_prob_max"] < 1e-4, "vLLM and Megatron hold the same weights, in float32"
         assert values["sync/canary_max_abs"] < 1e-4
         assert set(row["seconds"]) >= {"rollout", "reward", "score", "weights", "update", "sync", "total"}
+
+
+def test_validation_is_what_the_exported_policy_answers(unbroken, tmp_path):
+    """TP 2 x PP 2, an engine in every rank; the last version's answers again, from the export and from a checkpoint."""
+    folder = unbroken / "validation"
+    assert sorted(path.name for path in folder.iterdir()) == ["version_000000", "version_000002", "version_000003"]
+    rows = metrics(unbroken)
+    assert [sorted(n for n in row["metrics"] if n.startswith("validation/")) != [] for row in rows] == [
+        False,
+        True,
+        True,
+    ]
+    for step in (2, 3):
+        for benchmark, category in (("api-bank", "level-2"), ("bfcl", "simple_python")):
+            path = folder / f"version_{step:06d}" / benchmark
+            summary = json.loads((path / "summary.json").read_text())
+            accuracy = summary["categories"][category]["accuracy"]["estimate"]
+            assert rows[step - 1]["metrics"][f"validation/{benchmark}/{category}/accuracy"] == accuracy
+            assert (summary["policy_version"], summary["all"]["cases"]) == (step, 3)
+            assert summary["decontamination"][0]["passes"] == []
+            assert len(read_answers(path / "answers.jsonl")) == 3
+        assert rows[step - 1]["seconds"]["validation"] > 0
+    options = ["--categories", "level-2", "simple_python", "--cases", "3", "--max-model-len", "352"]
+    options += ["--max-response-tokens", "96", "--leave-out-long", "--kv-cache-gib", "0.05"]
+    for step, version in ((None, 3), (2, 2)):
+        output = tmp_path / f"version-{version}"
+        chosen = ["--step", str(step)] if step else []
+        call("megatron_rest.cli", "eval", "run", str(unbroken), *chosen, "--output", str(output), *options)
+        for benchmark in ("api-bank", "bfcl"):
+            again = read_answers(output / benchmark / "answers.jsonl")
+            assert again == read_answers(folder / f"version_{version:06d}" / benchmark / "answers.jsonl")
+            ours, theirs = (
+                json.loads((path / benchmark / "summary.json").read_text())
+                for path in (output, folder / f"version_{version:06d}")
+            )
+            assert ours["categories"] == theirs["categories"] and ours["decontamination"] == theirs["decontamination"]
+    assert read_answers(output / "bfcl" / "answers.jsonl") != read_answers(folder / "version_000000/bfcl/answers.jsonl")
 
 
 def test_run_leaves_checkpoint_events_and_a_model(unbroken, warm):
@@ -363,6 +405,7 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert [start["after_step"] for start in starts] == [0, int(saved.name[-6:])]
     assert starts[0]["packages"]["torch"] == torch.__version__
+    assert "validation/bfcl/accuracy" in ours[2]["metrics"]
     assert timeless(ours)[2] == timeless(theirs)[2], "bit for bit, though only the other one recorded its third step"
     a, b = load_file(run_dir / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -383,11 +426,15 @@ def test_run_with_killed_engines_ends_as_an_undisturbed_one(base):
 def test_one_step_off_every_rollout_is_one_version_old(base):
     run_dir = base / "one-step-off"
     overrides = ("rollout.max_staleness=1", "loss.tis_cap=2.0", "checkpoint.export_hf=false", "trainer.steps=3")
+    overrides += ("validation.every=2", "validation.categories=simple_python", "validation.cases=2")
     chaos.train(base, run_dir, *overrides, ranks=1, replicas=1, kills=0)
     steps = chaos.steps_of(run_dir)
     assert [step["rollout/staleness"] for step in steps] == [0, 1, 1]
     assert [row["policy_version"] for row in metrics(run_dir)] == [0, 1, 2]
     assert all(step["rollout/count"] == 24 for step in steps)
+    assert ["validation/bfcl/accuracy" in step for step in steps] == [True, False, True], "versions 0 and 2"
+    versions = sorted(path.name for path in (run_dir / "validation").iterdir())
+    assert versions == ["version_000000", "version_000002", "version_000003"]
     assert steps[0]["mismatch/abs_log_prob_max"] < 1e-4 < steps[1]["mismatch/abs_log_prob_mean"]
     assert all(0 <= step["tis_clipped/all"] < 1 for step in steps) and steps[0]["tis_clipped/all"] == 0
 

@@ -5,8 +5,10 @@ comes.  Reward 1 when, after every user turn, the objects are in the state that 
 result that the reference produces was produced, else 0: the rules of BFCL's own multi-turn checker (bfcl-eval
 2026.3.23), with our executor in the place of its ``eval``.
 
+In ``multi_turn_miss_func`` some functions are held out; the user brings them in a later turn.
+
 The API classes and the data come from the package ``bfcl-eval``; only its API modules are imported (its model table
-imports the SDKs of every vendor).  Categories: multi_turn_base, multi_turn_miss_param, multi_turn_long_context.
+imports the SDKs of every vendor).
 """
 
 from __future__ import annotations
@@ -26,15 +28,31 @@ from megatron_rest.rollout.environments.calls import Call
 from megatron_rest.rollout.environments.executor import LiteralCall, LiteralExecutor
 from megatron_rest.types import PromptSample
 
-__all__ = ["CATEGORIES", "BfclEnvironment", "bfcl_environment", "bfcl_objects", "bfcl_prompts", "bfcl_rows"]
+__all__ = [
+    "CATEGORIES",
+    "BfclEnvironment",
+    "bfcl_environment",
+    "bfcl_executor",
+    "bfcl_messages",
+    "bfcl_objects",
+    "bfcl_prompts",
+    "bfcl_rows",
+    "bfcl_task",
+]
 
-CATEGORIES = ("multi_turn_base", "multi_turn_miss_param", "multi_turn_long_context")
+CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 
 _INSTALL = "pip install --no-deps bfcl-eval==2026.3.23 && pip install mpmath"
 _MAX_STEPS = 20  # answers with calls to one user turn, BFCL's own limit
 _MAX_RESULT = 20_000  # characters of one result that are shown to the policy
 # Unbounded work behind a small literal: 10.0 ** 300 is fine, 10 ** 10 ** 7 keeps a core for minutes.
-_LARGEST = {"power": ("exponent", 1_000), "square_root": ("precision", 1_000)}
+_LARGEST = {
+    "power": ("exponent", 1_000),
+    "square_root": ("precision", 1_000),
+    "logarithm": ("precision", 1_000),
+    "round_number": ("decimal_places", 1_000),
+}
+_NEW_TOOLS = "I have updated some more functions you can choose from. What about now?"  # BFCL's own words
 
 _SYSTEM = """You are an expert in composing function calls. You may call one or several functions to help the user.
 
@@ -72,8 +90,8 @@ class BfclEnvironment:
     def reset(self) -> None:
         self._objects = bfcl_objects(self._row)
         self._wanted_objects = bfcl_objects(self._row)
-        self._executor = LiteralExecutor(self._objects)
-        self._oracle = LiteralExecutor(self._wanted_objects)
+        self._executor = bfcl_executor(self._objects)
+        self._oracle = bfcl_executor(self._wanted_objects)
 
     def step(self, answer: Answer) -> Observation:
         found = answer.calls
@@ -91,8 +109,7 @@ class BfclEnvironment:
         self._turn += 1
         if self._turn == len(self._row["question"]):
             return Observation(done=True)
-        said = self._row["question"][self._turn]
-        return Observation(messages=tuple(Message(role=m["role"], content=m["content"]) for m in said))
+        return Observation(messages=tuple(Message(**said) for said in _said(self._row, self._turn)))
 
     def reward(self) -> float | None:
         """1.0 or 0.0; a task that was not brought to its end is not solved."""
@@ -103,10 +120,6 @@ class BfclEnvironment:
         self._wanted_objects.clear()
 
     def _run(self, call: Call) -> str:
-        limit = _LARGEST.get(call.name)
-        value = call.arguments.get(limit[0]) if limit else None
-        if limit and isinstance(value, int | float) and abs(value) > limit[1]:
-            return f"Error during execution: {limit[0]} may be at most {limit[1]}"
         return self._executor.run(LiteralCall(name=call.name.rpartition(".")[2], keywords=call.arguments))
 
     def _close_turn(self) -> None:
@@ -132,9 +145,8 @@ def bfcl_environment(prompt: PromptSample) -> BfclEnvironment:
     Raises ValueError for another prompt.
     """
     try:
-        task = json.loads(prompt.ground_truth)["bfcl"]
-        category = str(task).rpartition("_")[0]
-        rows = _rows_by_id(category)
+        task = str(json.loads(prompt.ground_truth)["bfcl"])
+        rows = _rows_by_id(task.rpartition("_")[0])
         row, reference = rows[task]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -151,18 +163,28 @@ def bfcl_prompts(tokenizer: Any, category: str = "multi_turn_base") -> list[Prom
     """
     prompts = []
     for index, row in enumerate(bfcl_rows(category)):
-        messages = [{"role": "system", "content": _SYSTEM.format(tools=_tools(row))}, *row["question"][0]]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(bfcl_messages(row), add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(
             PromptSample(
                 prompt_id=row["id"],
                 token_ids=np.asarray(ids, np.int32),
-                ground_truth=json.dumps({"bfcl": row["id"]}),
+                ground_truth=bfcl_task(row),
                 index=index,
             )
         )
     return prompts
+
+
+def bfcl_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """System message with the tools, and the first user turn."""
+    shown = "\n".join(json.dumps(tool) for tool in _tools(row))
+    return [{"role": "system", "content": _SYSTEM.format(tools=shown)}, *_said(row, 0)]
+
+
+def bfcl_task(row: dict[str, Any]) -> str:
+    """How :func:`bfcl_environment` finds the task: the ``ground_truth`` of its prompts."""
+    return json.dumps({"bfcl": row["id"]})
 
 
 def bfcl_rows(category: str, *, answers: bool = False) -> list[dict[str, Any]]:
@@ -187,6 +209,11 @@ def bfcl_objects(row: dict[str, Any]) -> dict[str, object]:
     return objects
 
 
+def bfcl_executor(objects: dict[str, object]) -> LiteralExecutor:
+    """Carries calls out on :func:`bfcl_objects`, as far as they end soon."""
+    return LiteralExecutor(objects, largest=_LARGEST)
+
+
 @lru_cache(maxsize=len(CATEGORIES))
 def _rows_by_id(category: str) -> dict[str, tuple[dict[str, Any], list[list[str]]]]:
     answers = {row["id"]: row["ground_truth"] for row in bfcl_rows(category, answers=True)}
@@ -200,11 +227,27 @@ def _docs(class_name: str) -> tuple[dict[str, Any], ...]:
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
-def _tools(row: dict[str, Any]) -> str:
-    excluded = row.get("excluded_function", ())
-    docs = [doc for name in row["involved_classes"] for doc in _docs(name) if doc["name"] not in excluded]
+def _tools(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the policy is shown at first: not what the user brings later."""
+    later = [name for names in row.get("missed_function", {}).values() for name in names]
+    return [tool for name, tool in _all_tools(row).items() if name not in later]
+
+
+def _all_tools(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    # Rows name an "excluded_function"; the released generator shows it all the same, and so do we.
+    docs = [doc for name in row["involved_classes"] for doc in _docs(name)]
     shown = [{key: doc[key] for key in ("name", "description", "parameters")} for doc in docs]
-    return "\n".join(json.dumps({"type": "function", "function": doc}) for doc in shown)
+    return {doc["name"]: {"type": "function", "function": doc} for doc in shown}
+
+
+def _said(row: dict[str, Any], turn: int) -> list[dict[str, str]]:
+    """The user's messages of a turn; where functions were held out until now, they and BFCL's sentence."""
+    names = row.get("missed_function", {}).get(str(turn), ())
+    if not names:
+        return [{"role": m["role"], "content": m["content"]} for m in row["question"][turn]]
+    tools = _all_tools(row)
+    shown = "\n".join(json.dumps(tools[name]) for name in names)
+    return [{"role": "user", "content": f"{shown}\n{_NEW_TOOLS}"}]
 
 
 def _state(target: object) -> dict[str, Any]:

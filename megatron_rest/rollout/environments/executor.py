@@ -78,11 +78,13 @@ class LiteralExecutor:
 
     Args:
         objects: anything; of two that have a method of the same name the later one is called, as in BFCL.
+        largest: by method, a parameter and the largest number it may be, where a small literal means unbounded work.
     """
 
-    def __init__(self, objects: Mapping[str, object]) -> None:
+    def __init__(self, objects: Mapping[str, object], *, largest: Mapping[str, tuple[str, int]] | None = None) -> None:
         self._objects = list(objects.values())
         self._limit = _size(self._objects, math.inf) + MAX_GROWTH
+        self._largest = largest or {}
         self._methods: dict[str, Callable[..., Any]] = {}
         for target in objects.values():
             for name, _ in inspect.getmembers(type(target), inspect.isfunction):
@@ -97,8 +99,8 @@ class LiteralExecutor:
     def call(self, call: LiteralCall) -> Any:
         """The method's own result.
 
-        Raises CallRefusedError for an unknown name, arguments that the method does not take or that are not literals,
-        and for every call once the objects have grown too large; what the method raises passes through.
+        Raises CallRefusedError for an unknown name, arguments that the method does not take, that are not literals or
+        too large, and for every call once the objects have grown too large; what the method raises passes through.
         """
         if self._limit < 0:
             raise CallRefusedError(f"the objects have grown by more than {MAX_GROWTH >> 20} MB: no further calls")
@@ -111,9 +113,11 @@ class LiteralExecutor:
         if count > MAX_NODES:
             raise CallRefusedError(f"arguments of {count} values, more than {MAX_NODES}")
         try:
-            inspect.signature(method).bind(*call.positional, **call.keywords)
+            bound = inspect.signature(method).bind(*call.positional, **call.keywords)
         except TypeError as error:
             raise CallRefusedError(f"{call.name}: {error}") from None
+        if call.name in self._largest:
+            _check_size(*self._largest[call.name], bound.arguments)
         try:
             return method(*call.positional, **call.keywords)
         finally:  # one call can at most double what is there
@@ -127,6 +131,13 @@ class LiteralExecutor:
         except Exception as error:  # noqa: BLE001  tools are foreign code, and their failures are part of the game
             text = f"Error during execution: {error}"
         return text[:MAX_RESULT]
+
+
+def _check_size(parameter: str, largest: int, arguments: Mapping[str, Any]) -> None:
+    """A text is refused, too: some libraries read numbers out of it."""
+    value = arguments.get(parameter)
+    if isinstance(value, str) or (isinstance(value, int | float) and abs(value) > largest):
+        raise CallRefusedError(f"{parameter} is a number and may be at most {largest}")
 
 
 def show_result(value: Any) -> str:
