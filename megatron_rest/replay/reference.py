@@ -83,6 +83,14 @@ def _check(bundle: ReplayBundle) -> None:
             shape = tuple(getattr(bundle, part)[name].shape)
             if name != "cu_seqlens" and shape != (size,):
                 raise BundleError(f"{part}.{name} has shape {shape}, expected ({size},) like batch.token_ids")
+    if not size:
+        raise BundleError("the microbatch is empty")
+    regions = bundle.batch["region_ids"]
+    if not 0 <= int(regions.min()) <= int(regions.max()) < len(TokenRegion):
+        raise BundleError("batch.region_ids holds numbers that are no regions")
+    ids = torch.cat([bundle.batch["token_ids"], bundle.batch["labels"]])
+    if not 0 <= int(ids.min()) <= int(ids.max()) < int(bundle.facts.model.get("vocab_size", 0)):
+        raise BundleError("batch.token_ids or batch.labels holds ids that the model does not have")
     bounds = bundle.batch["cu_seqlens"]
     if bounds.ndim != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != size or bool((bounds.diff() < 0).any()):
         raise BundleError("batch.cu_seqlens does not divide the tokens into sequences")
