@@ -90,7 +90,7 @@ bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 bench-gpu: ## the policy head on one GPU, checked before it is timed; in the environment that python3 is
 	@python3 -m benchmarks.policy_head --gpu
 
-chaos: $(STAMP) ## kill rollout engines ten times in a row; the run must end as an undisturbed one does
+chaos: $(STAMP) ## 30 random faults (kills, hangs, damaged checkpoints, no room); the run must end as an undisturbed one
 	@$(BIN)/python -m benchmarks.chaos
 
 preprocess: $(STAMP) ## rows of any Arrow, Parquet or JSON form to prompts: INPUT=... OUTPUT=... [TOKENIZER=...]

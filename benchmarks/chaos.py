@@ -1,12 +1,21 @@
-"""Kill rollout engines with SIGKILL, in the middle of generation and in the middle of a sync, and compare with peace.
+"""A run that everything happens to, and the same run in peace: both must end as the same run.
 
-    python -m benchmarks.chaos [--kills 10] [--steps 3] [--ranks 2] [--replicas 1]
+    python -m benchmarks.chaos [--faults 30] [--seed 1] [--steps 14]
 
-Two runs of the trainer with the same seeds: one undisturbed, one in which engine processes are killed one after another
-as soon as there is something to interrupt (generation: after some rollouts of a batch were handed over, others being
-half sampled; sync: between the first and the last byte of a transfer, the one that repairs the kill before included).
-Equal are: the number of rollouts of every step, every metric that is no time, and the final weights, bit for bit.
-Exit status 1 if anything differs.
+One run of the trainer is left alone. The other is disturbed by random faults, and started again by a loop like that of
+a chain of jobs whenever it ends:
+
+    while it runs       engine killed while it samples, engine killed in the middle of a weight transfer, engine stopped
+                        (SIGSTOP) while it samples: the run goes on
+    what ends it        one rank killed, all processes killed, asked to stop (SIGTERM), no room for a checkpoint, no
+                        room for the metrics
+    while it is down    a bit of the newest checkpoint flipped, a file of it cut short, one lost, half a line behind the
+                        metrics
+
+At the end every step must be there once, and all there is be equal, bit for bit: metrics (but times and the number of
+engines replaced), rollouts of every step, exported weights, and the last checkpoint with optimiser, random streams and
+all. No end may take longer than --patience seconds from the fault to the last process. Exit status 1 if anything is
+otherwise. Which faults are drawn depends on the seed; the microsecond at which they hit depends on the machine.
 """
 
 from __future__ import annotations
@@ -14,166 +23,214 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chaos_rank import ENGINE, Life
+from megatron_rest.mcore import checkpoint_files
+from megatron_rest.trainer.resume_check import kill_tree
+from megatron_rest.trainer.run_diff import Difference, compare_runs
+from megatron_rest.trainer.tiny import RANKS, make_base, tiny_settings
+
 ROOT = Path(__file__).resolve().parents[1]
-PHASES = ("generation", "sync")
-_ROLLOUTS_BEFORE = 3  # handed over before an engine is killed in the middle of generation
-_SYNC_SECONDS = 0.005  # after the first byte may have been sent; a transfer of the toy takes some 30 ms
+END = ("rank killed", "job killed", "asked to stop", "no room for a checkpoint", "no room for metrics")
+DOWN = ("bit flipped", "file cut short", "file lost", "half a line of metrics")
+PHASES = ("rollout", "reward", "score", "weights", "update", "sync", "checkpoint")
+MAY_DIFFER = frozenset({"rollout/restarts"})
+_HANG_SECONDS = 600  # of one start
+_ENGINE_TIMEOUT = 15  # seconds without a sign of life until a stopped engine is replaced
 
 
-def disturb(kills: int) -> None:
-    """Let this process kill its engine ``kills`` times, generation and sync by turns."""
-    from megatron_rest.rollout.remote import RemoteEngine
-
-    due = deque(PHASES[i % 2] for i in range(kills))
-    run, update = RemoteEngine.run, RemoteEngine.update_weights
-
-    def kill(engine: RemoteEngine, phase: str) -> None:
-        print(f"chaos: SIGKILL to engine {engine.pid} in the middle of {phase}", file=sys.stderr, flush=True)
-        os.kill(engine.pid, signal.SIGKILL)
-
-    def killing_run(self: RemoteEngine, requests: Any, *, max_response_tokens: int, on_rollout: Any) -> None:
-        is_due = bool(due) and due[0] == "generation" and len(requests) > _ROLLOUTS_BEFORE
-        if is_due:
-            due.popleft()
-        handed = []
-
-        def take(key: int, rollout: Any) -> None:
-            on_rollout(key, rollout)
-            handed.append(key)
-            if is_due and len(handed) == _ROLLOUTS_BEFORE:
-                kill(self, "generation")
-
-        run(self, requests, max_response_tokens=max_response_tokens, on_rollout=take)
-
-    def killing_update(self: RemoteEngine, update_info: dict[str, Any]) -> None:
-        if due and due[0] == "sync":
-            due.popleft()
-            threading.Timer(_SYNC_SECONDS, kill, (self, "sync")).start()
-        update(self, update_info)
-
-    RemoteEngine.run, RemoteEngine.update_weights = killing_run, killing_update  # type: ignore[method-assign]
+def draw(rng: random.Random, num_faults: int) -> tuple[Life, list[str]]:
+    """A life with at most ``num_faults`` faults, and what happens while the run is down after it."""
+    engine = [rng.choice(ENGINE) for _ in range(min(rng.choice((0, 1, 1, 2)), num_faults - 1))]
+    down = [rng.choice(DOWN) for _ in range(min(rng.choice((0, 1, 1, 2)), num_faults - 1 - len(engine)))]
+    end, rank = rng.choice(END), rng.randrange(RANKS)
+    life = Life(
+        engine=engine,
+        end=end,
+        rank=0 if end == "no room for metrics" else rank,  # rank 0 writes them
+        phase=rng.choice(PHASES),
+        delay=rng.choice((0.0, rng.random() * 0.2)),
+        steps=rng.choice((0, 1, 1)),
+    )
+    return life, down
 
 
-def make_base(folder: Path) -> Path:
-    """Tokenizer, prompts and a random model, as the demo makes them."""
-    sample, tokenizer = str(ROOT / "data_tools/samples/rlla_sft.json"), str(folder / "tokenizer")
-    style = ("--prompt-style", "slim", "--max-think-words", "6", "--processes", "1")
-    shape = ("--hidden-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "2", "--ffn-size", "160")
-    for arguments in (
-        ("data_tools", "train-tokenizer", sample, "--vocab-size", "1001", "--output", tokenizer),
-        ("data_tools", "convert", "--input", sample, "--output", str(folder / "train"),
-         "--tokenizer", tokenizer, *style),
-        ("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, "--output", str(folder / "model"),
-         "--max-length", "512", *shape),
-    ):  # fmt: skip
-        subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-def train(base: Path, run_dir: Path, *overrides: str, ranks: int, replicas: int, kills: int) -> float:
-    """One run under torchrun; returns its seconds.  Raises CalledProcessError if it fails."""
+def start(base: Path, run_dir: Path, *overrides: str, life: Life | None = None, ranks: int = RANKS) -> tuple[int, str]:
+    """One start of the run under torchrun, as far as it comes; exit status and what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-               "benchmarks.chaos", "--worker", str(kills)]  # fmt: skip
+               "benchmarks.chaos_rank"]  # fmt: skip
     settings = [
-        f"model.path={base / 'model'}",
-        f"data.train={base / 'train'}",
-        f"trainer.run_dir={run_dir}",
-        "model.max_sequence_length=352",
-        "data.max_prompt_tokens=256",
-        "data.prompts_per_step=6",
-        "data.require_reachable=true",
-        f"rollout.replicas={replicas}",
-        "rollout.rollouts_per_prompt=4",
-        "rollout.max_response_tokens=96",
-        f"rollout.max_restarts={max(kills, 1)}",
-        "weight_sync.transport=gloo",
+        *tiny_settings(base),
         f"parallel.tensor_parallel={ranks}",
-        "optimizer.lr=1e-3",
-        "loss.entropy_coef=0.01",  # gradients also where all siblings of a group fail alike
-        "trainer.max_tokens_per_microbatch=1024",
-        "trainer.timeout_minutes=5",
-        "checkpoint.save_every=0",
+        f"trainer.run_dir={run_dir}",
+        f"rollout.engine_timeout_seconds={_ENGINE_TIMEOUT}",
+        "checkpoint.save_every=1",
+        "checkpoint.keep_last=3",
+        "checkpoint.asynchronous=true",
+        "trainer.save_rollouts_every=1",
         *overrides,
     ]
+    environment = {**os.environ, "CHAOS_LOG": str(_log_of(run_dir)), "CHAOS_LIFE": json.dumps(asdict(life or Life()))}
+    with subprocess.Popen(
+        [*command, *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=_HANG_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{run_dir.name} hangs: nothing has ended it for {_HANG_SECONDS} s") from error
+        finally:
+            kill_tree(process)
+    return process.returncode, output
+
+
+def train(base: Path, run_dir: Path, *overrides: str, ranks: int = RANKS) -> float:
+    """An undisturbed run; returns its seconds.  Raises RuntimeError if it fails."""
     started = time.perf_counter()
-    subprocess.run([*command, *settings], cwd=ROOT, check=True)
+    status, output = start(base, run_dir, *overrides, ranks=ranks)
+    if status:
+        raise RuntimeError(f"the undisturbed run ended with status {status}:\n{output[-6000:]}")
     return time.perf_counter() - started
 
 
-def steps_of(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics of every step, without those that speak of time or of the engines replaced."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    timeless = ("sync/seconds", "rollout/restarts")
-    return [{k: v for k, v in line["metrics"].items() if k not in timeless} for line in lines]
+@dataclass(kw_only=True)
+class Chaos:
+    """What happened to a run."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    seconds_to_end: dict[str, float] = field(default_factory=dict)  # the longest of each kind that ends the run
+    num_starts: int = 0
+    wrong: list[str] = field(default_factory=list)  # what must not have happened
+
+    @property
+    def num_faults(self) -> int:
+        return self.faults.total()
 
 
-def differences(calm: Path, disturbed: Path) -> list[str]:
+def disturb(base: Path, run_dir: Path, *overrides: str, faults: int, seed: int, quiet: bool = False) -> Chaos:
+    """Start the run again and again until ``faults`` faults have happened to it and it has come to its end."""
+    rng, chaos = random.Random(seed), Chaos()
+    while True:
+        left = faults - chaos.num_faults
+        life, down = draw(rng, left) if left > 0 else (Life(), [])
+        before = _happened(run_dir)
+        status, output = start(base, run_dir, *overrides, life=life)
+        ended = time.time()
+        chaos.num_starts += 1
+        new = _happened(run_dir)[len(before) :]
+        chaos.faults += Counter(kind for kind, _ in new)
+        for kind, at in new:
+            if kind in END:
+                chaos.seconds_to_end[kind] = max(chaos.seconds_to_end.get(kind, 0.0), ended - at)
+        _check_end(chaos, life, [kind for kind, _ in new], status, output)
+        if not quiet:
+            step = (checkpoint_files.latest(run_dir / "checkpoints") or Path("nothing")).name
+            print(f"{chaos.num_faults:3d} faults: {', '.join(k for k, _ in new) or 'none'}; saved: {step}", flush=True)
+        if status == 0 or chaos.wrong:
+            return chaos
+        for kind in down:
+            if spoil(run_dir, kind, rng):
+                chaos.faults[kind] += 1
+                if not quiet:
+                    print(f"{chaos.num_faults:3d} faults: while it is down: {kind}", flush=True)
+
+
+def _check_end(chaos: Chaos, life: Life, new: list[str], status: int, output: str) -> None:
+    """An end that nothing was done for, or that does not say why, is a failure of ours."""
+    reasons = {"no room for a checkpoint": "No space left on device", "no room for metrics": "No space left on device",
+               "asked to stop": "is saved; the same command continues"}  # fmt: skip
+    if status and life.end not in new:
+        chaos.wrong.append(f"the run ended with status {status} by itself:\n{output[-6000:]}")
+    elif status and life.end in reasons and reasons[life.end] not in output:
+        chaos.wrong.append(f"after {life.end!r} nobody said {reasons[life.end]!r}:\n{output[-6000:]}")
+
+
+def spoil(run_dir: Path, kind: str, rng: random.Random) -> bool:
+    """Damage what a run left; False if there is nothing that it could do without."""
+    if kind == "half a line of metrics":
+        path = run_dir / "metrics.jsonl"
+        if not path.is_file():
+            return False
+        with path.open("ab") as file:
+            file.write(b'{"step": 99, "metr')
+        return True
+    whole = checkpoint_files.complete(run_dir / "checkpoints")
+    whole = [path for path in whole if not checkpoint_files.damage(path)]
+    if len(whole) < 2:  # the last good one: nobody promises anything then
+        return False
+    victim = whole[-1] / rng.choice(checkpoint_files.files_of(whole[-1]))
+    data = bytearray(victim.read_bytes())
+    if kind == "file lost":
+        victim.unlink()
+    elif kind == "file cut short":
+        victim.write_bytes(data[: len(data) // 2])
+    else:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        victim.write_bytes(data)
+    return True
+
+
+def differences(calm: Path, disturbed: Path, *, steps: int) -> list[Difference]:
     """What is not equal between two runs; empty if all is."""
-    import torch
-    from safetensors.torch import load_file
-
-    found = []
-    for step, (a, b) in enumerate(zip(steps_of(calm), steps_of(disturbed), strict=True), start=1):
-        found += [f"step {step}: {name} {a[name]!r} != {b.get(name)!r}" for name in a if a[name] != b.get(name)]
-    first, second = load_file(calm / "hf" / "model.safetensors"), load_file(disturbed / "hf" / "model.safetensors")
-    for name, tensor in first.items():
-        if not torch.equal(tensor, second[name]):
-            found.append(f"{name} differs by up to {float((tensor - second[name]).abs().max()):.3g}")
-    return found
+    return compare_runs(calm, disturbed, step=steps, but=MAY_DIFFER).differences
 
 
-def restarts_of(run_dir: Path) -> int:
-    """Engines that were started again in a run."""
-    last = (run_dir / "metrics.jsonl").read_text().splitlines()[-1]
-    return int(json.loads(last)["metrics"]["rollout/restarts"])
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of every step."""
+    return [json.loads(line)["metrics"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def main() -> int:
+def _log_of(run_dir: Path) -> Path:
+    return run_dir.with_name(run_dir.name + ".chaos")
+
+
+def _happened(run_dir: Path) -> list[tuple[str, float]]:
+    path = _log_of(run_dir)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [(kind, at) for kind, at in rows]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="how many times an engine is killed")
-    parser.add_argument("--steps", type=int, default=3, help="RL steps of both runs")
-    parser.add_argument("--ranks", type=int, default=2, help="training ranks (tensor parallel)")
-    parser.add_argument("--replicas", type=int, default=1, help="engine processes")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    parser.add_argument("--faults", type=int, default=30, help="how many happen (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
+    parser.add_argument("--steps", type=int, default=14, help="RL steps of both runs (%(default)s)")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds from a fault to the end (%(default)s)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         base = make_base(Path(folder))
-        setting: dict[str, Any] = {"ranks": args.ranks, "replicas": args.replicas}
-        steps = f"trainer.steps={args.steps}"
         calm, disturbed = base / "calm", base / "disturbed"
-        runs = ((calm, 0), (disturbed, args.kills))
-        seconds = [train(base, run_dir, steps, kills=kills, **setting) for run_dir, kills in runs]
-        found = differences(calm, disturbed)
-        counts = [int(step["rollout/count"]) for step in steps_of(disturbed)]
-        print(f"undisturbed {seconds[0]:.0f} s, with {restarts_of(disturbed)} engines replaced {seconds[1]:.0f} s")
-        print(f"rollouts of each step: {counts}")
-        print("\n".join(found) or "every metric of every step and the final weights are equal, bit for bit")
-        return int(bool(found))
-
-
-def worker(kills: int, settings: list[str]) -> int:
-    """A training rank; the one with an engine kills it."""
-    from megatron_rest.rollout.process import prepare_process
-
-    prepare_process()
-    from megatron_rest.trainer.entry import worker_main
-    from megatron_rest.trainer.run import train as run_training
-
-    if kills and os.environ["RANK"] == "0":
-        disturb(kills)
-    return worker_main(run_training, None, settings)
+        steps = f"trainer.steps={args.steps}"
+        seconds = train(base, calm, steps)
+        print(f"undisturbed: {args.steps} steps in {seconds:.0f} s", flush=True)
+        started = time.perf_counter()
+        chaos = disturb(base, disturbed, steps, faults=args.faults, seed=args.seed)
+        wrong = chaos.wrong
+        if chaos.num_faults < args.faults:
+            wrong.append(f"only {chaos.num_faults} of {args.faults} faults found an occasion: more --steps")
+        wrong += [
+            f"{kind}: {s:.0f} s to the end, more than --patience"
+            for kind, s in chaos.seconds_to_end.items()
+            if s > args.patience
+        ]
+        if not chaos.wrong:
+            wrong += map(str, differences(calm, disturbed, steps=args.steps))
+        print(f"disturbed: {chaos.num_starts} starts, {time.perf_counter() - started:.0f} s")
+        for kind, count in sorted(chaos.faults.items()):
+            longest = chaos.seconds_to_end.get(kind)
+            print(f"  {count:3d} x {kind}" + (f"; ended {longest:.1f} s later at most" if longest else ""))
+        print("\n".join(wrong) or "every step is there once, and all is equal, bit for bit")
+        return int(bool(wrong))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        sys.exit(worker(int(sys.argv[2]), sys.argv[3:]))
     sys.exit(main())

@@ -139,7 +139,15 @@ def claim(config: RestConfig) -> Path:
 
 def _differences(old: RestConfig, new: RestConfig) -> list[str]:
     """Fields that make it another run."""
-    same_run = {"trainer.steps", "trainer.timeout_minutes", "trainer.save_rollouts_every", "warm_start", "validation"}
+    same_run = {
+        "trainer.steps",
+        "trainer.timeout_minutes",
+        "trainer.save_rollouts_every",
+        "optimizer.max_skipped",
+        "reward.timeout_seconds",
+        "warm_start",
+        "validation",
+    }
     before, after = to_dict(old), to_dict(new)
     return [
         f"{section}.{key}"

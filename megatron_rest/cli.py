@@ -24,6 +24,7 @@ _COMMANDS = {
     "report": ("megatron_rest.analysis.report", "summary table and plots of a run"),
     "compare": ("megatron_rest.analysis.compare", "runs side by side in one plot and table"),
     "replay": ("megatron_rest.replay.__main__", "a recorded microbatch again in float64: which term differs"),
+    "resume-check": ("megatron_rest.trainer.resume_check", "prove that a killed run continues byte by byte as it was"),
     "plan-sync": ("megatron_rest.weight_sync.limits", "how fast weights can reach the engines, from the links' rates"),
     "plan": ("megatron_rest.planner.__main__", "memory and time of a configuration before it runs"),
 }

@@ -321,12 +321,16 @@ class RewardConfig:
     """Add words in the thought / 512, at most 1, to the total (WITHLENGTH, as ToolRL adds it)."""
     length_schedule: bool = False
     """Lengthen the 512 from 384 to 640 words over 105 steps (SCHEDULELENGTH)."""
+    timeout_seconds: float = 60.0
+    """Judging one answer may take so long; one that takes longer ends the run and is named."""
 
     def __post_init__(self) -> None:
         _at_least("reward.schedule_steps", self.schedule_steps, 1)
         _one_of("reward.granularity", self.granularity, ("fine", "exact_sets", "coarse", "whole_calls"))
         if not 0 < self.correctness_range < math.inf:
             raise ConfigError(f"reward.correctness_range is {self.correctness_range}, expected a number > 0")
+        if not 0 < self.timeout_seconds < math.inf:
+            raise ConfigError(f"reward.timeout_seconds is {self.timeout_seconds}, expected a finite number > 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -457,10 +461,13 @@ class OptimizerConfig:
     """constant or linear (to a tenth of lr at the last step)."""
     updates_per_step: int = 1
     """Optimiser steps per RL step (the rollouts are split into so many mini-batches)."""
+    max_skipped: int = 5
+    """Updates in a row that may be skipped because the loss or a gradient is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         _one_of("optimizer.decay", self.decay, ("constant", "linear"))
         _at_least("optimizer.updates_per_step", self.updates_per_step, 1)
+        _at_least("optimizer.max_skipped", self.max_skipped, 0)
         if self.lr <= 0:
             raise ConfigError(f"optimizer.lr is {self.lr}, expected a number > 0")
         _within("optimizer.weight_decay", self.weight_decay, 0)
@@ -503,6 +510,10 @@ class CheckpointConfig:
     """RL steps between checkpoints; 0 = only at the end."""
     keep_last: int = 2
     """Older checkpoints are removed."""
+    keep_best: int = 0
+    """Besides the last ones the so many best by best_metric are kept."""
+    best_metric: str = "reward/static"
+    """Metric of the step that keep_best goes by: larger is better; with a leading "-" smaller is."""
     asynchronous: bool = False
     """Write checkpoints in processes of their own while training goes on, from a snapshot of the moment."""
     export_hf: bool = True
@@ -511,6 +522,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _at_least("checkpoint.save_every", self.save_every, 0)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_best", self.keep_best, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -530,7 +542,7 @@ class TrainerConfig:
     replay_every: int = 0
     """RL steps between replay bundles in run_dir/replay, one for each optimiser update, weights included; 0 = none."""
     timeout_minutes: int = 30
-    """A collective that takes longer ends the run with an error."""
+    """A collective that takes longer ends the run, and the rank that was waited for is named."""
 
     def __post_init__(self) -> None:
         _at_least("trainer.steps", self.steps, 1)
@@ -539,6 +551,7 @@ class TrainerConfig:
         _at_least("trainer.save_rollouts_every", self.save_rollouts_every, 0)
         _at_least("trainer.replay_every", self.replay_every, 0)
         _at_least("trainer.max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
+        _at_least("trainer.timeout_minutes", self.timeout_minutes, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

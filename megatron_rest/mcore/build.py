@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
-from megatron_rest.mcore import accelerations, cpu, precision
+from megatron_rest.mcore import accelerations, cpu, precision, rng
 from megatron_rest.model_map import ModelShape, padded_vocab_size
 
 __all__ = ["ParallelContext", "build_chunks", "build_optimizer", "initialize", "transformer_config", "wrap"]
@@ -108,9 +108,11 @@ def initialize(config: RestConfig) -> ParallelContext:
         context_parallel_size=p.context_parallel,
         expert_model_parallel_size=p.expert_parallel,
         expert_tensor_parallel_size=1,  # model_map: an expert is never cut
+        distributed_timeout_minutes=config.trainer.timeout_minutes,  # groups do not inherit it
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     cpu.seed_model_parallel(config.trainer.seed, tp_rank=groups.tp.rank(), ep_rank=groups.ep.rank())
+    rng.seed_host(config.trainer.seed, rank=dist.get_rank())
     return ParallelContext(
         pg_collection=groups,
         rank=dist.get_rank(),
@@ -311,7 +313,7 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # it would end the run; MegatronPolicy.update skips the update and says why
         **precision.ddp_settings(config.precision),
     )
     wrapped = [

@@ -1,25 +1,33 @@
-"""Megatron distributed checkpoints: sharded, layout-free, complete or absent.
+"""Megatron distributed checkpoints: sharded, layout-free, complete or absent, and what was written or refused.
 
-A checkpoint is written under ``<folder>/step_000010.partial`` and renamed once every rank has finished; a folder
-without that suffix is whole.  Model and optimiser are Megatron's sharded state, so a checkpoint saved at TP2 x PP2
-loads at any layout; replicas share the writing.
+A checkpoint is written under ``<folder>/step_000010.partial`` and renamed once every rank has finished and the sums of
+all files are on disk; a folder without that suffix is whole.  Before one is loaded every file is compared with its sum.
+Model and optimiser are Megatron's sharded state, so a checkpoint saved at TP2 x PP2 loads at any layout; replicas share
+the writing.
 
 An asynchronous save takes a snapshot and returns; one forked process a rank writes it while training goes on:
 
-    writer = CheckpointWriter(folder, keep_last=2, is_asynchronous=True)
+    writer = CheckpointWriter(folder, config.checkpoint)
     writer.save(policy, step=10, extra={...})     # waits for the save before it, if that is still under way
     writer.poll()                                 # after every step: renames what is finished
     writer.wait()                                 # at the end
+
+    path, notes = newest_intact(folder)           # None if there is none; notes say what is damaged
+    loaded = load(path, policy)
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import pickle
 import queue
-import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,44 +36,69 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rest.config import ConfigError
+from megatron_rest.config import CheckpointConfig, ConfigError
+from megatron_rest.errors import RunError
+from megatron_rest.mcore import checkpoint_files as files
+from megatron_rest.mcore import rng
+from megatron_rest.mcore.checkpoint_files import latest
 from megatron_rest.mcore.optimizer_state import aligned, is_distributed, load_optimizer_state, prepare_for_loading
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.mcore.safe_loading import check_description, data_only
 
-__all__ = ["CheckpointError", "CheckpointWriter", "latest", "load", "load_model"]
+__all__ = ["CheckpointError", "CheckpointWriter", "Loaded", "latest", "load", "load_model", "newest_intact"]
 
-_NAME = re.compile(r"step_(\d{6})$")
+_log = logging.getLogger(__name__)
+
+_SUMS_OF_RANK = ".sums_of_{}"
+_RESULT_OF_RANK = ".written_by_{}"
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written; raised on every rank."""
+class CheckpointError(RunError):
+    """A checkpoint that could not be written, or of which none is intact; raised on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a checkpoint says besides model, optimiser and schedule, which are filled in."""
+
+    step: int
+    extra: dict[str, Any]  # as it was given to save()
+    rng: dict[str, Any] | None
+    """This rank's random streams (``mcore.rng.restore``); None if the checkpoint was saved at another layout, where no
+    rank is the same."""
 
 
 class CheckpointWriter:
-    """Saves of one run into ``folder``.
-
-    Args:
-        folder: holds one folder a checkpoint.
-        keep_last: older complete checkpoints are removed.
-        is_asynchronous: write in the background; at most one save is under way.
+    """Saves of one run into ``folder``; ``config`` says how many are kept and whether training waits.
 
     Every method is collective over all ranks and raises :class:`CheckpointError` on all of them if the writing failed
-    on one; there is then no such checkpoint.
+    on one; there is then no such checkpoint, and those before it are untouched.
     """
 
-    def __init__(self, folder: str | Path, *, keep_last: int, is_asynchronous: bool = False) -> None:
+    def __init__(self, folder: str | Path, config: CheckpointConfig) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
         self.folder = Path(folder)
-        self.keep_last = keep_last
-        self.is_asynchronous = is_asynchronous
+        self.config = config
         self._calls = AsyncCallsQueue(persistent=False)  # a forked process a save
 
-    def save(self, policy: MegatronPolicy, *, step: int, extra: dict[str, Any]) -> Path:
+    def check_writable(self) -> None:
+        """Find out now, and not when the first checkpoint is due, that nothing can be written into the folder."""
+        _on_rank_0(self._probe, self.folder)
+
+    def _probe(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            file.write(b"writable")
+
+    def save(
+        self, policy: MegatronPolicy, *, step: int, extra: dict[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> Path:
         """Write ``<folder>/step_<step>`` and return its path, which exists once the checkpoint is whole.
 
-        ``extra`` is plain data (numbers, strings, lists, dicts, tensors) and comes back from :func:`load` as it was.
+        ``extra`` is plain data (numbers, strings, lists, dicts, tensors) and comes back from :func:`load` as it was;
+        only rank 0's is written.  ``metrics`` of the step go into ``step.json``; ``checkpoint.best_metric`` is one of
+        them.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -74,23 +107,30 @@ class CheckpointWriter:
         self.wait()
         target = self.folder / f"step_{step:06d}"
         partial_ = target.with_suffix(".partial")
-        if policy.context.rank == 0:
-            for old in (target, partial_):
-                shutil.rmtree(old, ignore_errors=True)
-            partial_.mkdir(parents=True)
-        dist.barrier()
-        _leave_results_in(partial_ / f".written_by_{policy.context.rank}")
+        _on_rank_0(partial(_make_room, target, partial_), partial_)
+        _leave_results_in(partial_ / _RESULT_OF_RANK.format(policy.context.rank))
         state = _sharded_state(policy, is_loading=False)
-        state |= {"step": step, "extra": extra, "optimizer_kind": _optimizer_kind(policy)}
+        state |= {"step": step, "extra": extra, "optimizer_kind": _optimizer_kind(policy), "layout": _layout(policy)}
+        state["rng"] = _rng_object(policy, rng.capture())
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), policy.context.dp_cp_group)
         with _failures_named(partial_):
-            request = dist_checkpointing.save(state, str(partial_), strategy, async_sharded_save=self.is_asynchronous)
-        publish = partial(self._publish, partial_, target)
-        if request is None:
-            publish()
-        else:
-            request.add_finalize_fn(publish)
-            self._calls.schedule_async_request(request)
+            request = dist_checkpointing.save(
+                state,
+                str(partial_),
+                strategy,
+                async_sharded_save=True,
+                preprocess_common_before_consistancy_check=_without_extra,
+            )
+        assert request is not None
+        if request.async_fn is not None:
+            transforms = request.async_fn.args[0]  # Megatron's own: nothing, unless somebody registered some
+            request = request._replace(async_fn=partial(_write, transforms))
+        request.add_finalize_fn(partial(self._publish, partial_, target, step, dict(metrics or {})))
+        with _failures_named(partial_):
+            if self.config.asynchronous:
+                self._calls.schedule_async_request(request)
+            else:
+                request.execute_sync()
         return target
 
     def poll(self) -> None:
@@ -103,59 +143,207 @@ class CheckpointWriter:
         with _failures_named(self.folder):
             self._calls.maybe_finalize_async_calls(blocking=True)
 
-    def _publish(self, written: Path, target: Path) -> None:
+    def _publish(self, written: Path, target: Path, step: int, metrics: Mapping[str, float]) -> None:
         dist.barrier()
-        if dist.get_rank() == 0:
+
+        def publish() -> None:
+            files.write_summary(written, step, metrics)
+            files.write_sums(written, _collected_sums(written))
             written.rename(target)
-            for old in _complete(self.folder)[: -self.keep_last]:
+            files.sync_folder(self.folder)
+            config = self.config
+            if config.keep_best and not files.is_measured(config.best_metric, metrics):
+                _log.warning(
+                    "checkpoint.best_metric %s was not measured in step %d, so this checkpoint is not among the best; "
+                    "measured were %s", config.best_metric, step, ", ".join(sorted(metrics)) or "no metrics"
+                )  # fmt: skip
+            for old in files.superfluous(
+                self.folder,
+                keep_last=config.keep_last,
+                keep_best=config.keep_best,
+                best_metric=config.best_metric,
+            ):
                 shutil.rmtree(old)
-        dist.barrier()
+
+        _on_rank_0(publish, written)
 
 
-def load(path: str | Path, policy: MegatronPolicy) -> tuple[int, dict[str, Any]]:
-    """Fill model and optimiser from a checkpoint of any layout; returns ``(step, extra)``.  Collective.
+def newest_intact(folder: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file is what was written, and a line about each newer one that is not.
 
-    Nothing in the folder is executed (``mcore/safe_loading.py``).
+    Damaged ones get the suffix ``.damaged``, so that they are neither loaded nor counted again.  ``(None, [])`` if
+    there is no checkpoint at all.  Ranks share the reading.  Collective over all ranks: one broadcast of names, and for
+    each checkpoint looked at one all-gather of findings.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them is intact.
+    """
+    folder = Path(folder)
+    listed: list[Any] = [[path.name for path in files.complete(folder)] if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(listed, src=0)  # one listing: shared storage may show it to ranks at different times
+    notes: list[str] = []
+    for path in (folder / name for name in reversed(listed[0])):
+        found = _damage(path)
+        if not found:
+            return path, notes
+        notes.append(f"{path} is DAMAGED: {'; '.join(found[:3])}{f' and {len(found) - 3} more' if found[3:] else ''}")
+        _on_rank_0(partial(path.rename, _damaged_name(path)), path)
+    if notes:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is intact, so there is nothing to continue from:\n  "
+            + "\n  ".join(notes)
+            + "\nrestore one from a backup, or move that folder away to start from the beginning"
+        )
+    return None, notes
+
+
+def load(path: str | Path, policy: MegatronPolicy, *, is_verified: bool = False) -> Loaded:
+    """Fill model, optimiser and schedule from a checkpoint of any layout.  Collective.
+
+    Every file is compared with its sum first, unless :func:`newest_intact` has just done that (``is_verified``).
+    Nothing in the folder is executed (``mcore/safe_loading.py``).  Raises ConfigError on every rank if the checkpoint
+    is incomplete, damaged, or of another kind of optimiser.
     """
     from megatron.core import dist_checkpointing
 
-    _check_whole(path)
+    path = Path(path)
+    _check_whole(path, is_verified=is_verified)
     with data_only():
-        _check_optimizer(path, policy)
+        common = _check_optimizer(path, policy)
         prepare_for_loading(policy.optimizer)
-        state = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(path))
+        wanted = _sharded_state(policy, is_loading=True)
+        is_same_layout = common["layout"] == _layout(policy)
+        if is_same_layout:
+            wanted["rng"] = _rng_object(policy, None)
+        state = dist_checkpointing.load(wanted, str(path))
     for i, module in enumerate(policy.modules):
         module.load_state_dict(state[_chunk_key(policy, i)], strict=True)
     load_optimizer_state(policy.optimizer, state["optimizer"])
     policy.scheduler.load_state_dict(state["scheduler"])
-    return state["step"], state["extra"]
+    return Loaded(step=state["step"], extra=state["extra"], rng=state["rng"] if is_same_layout else None)
 
 
 def load_model(path: str | Path, policy: MegatronPolicy) -> None:
     """Fill the model alone; the policy may have no optimiser, and its layout may be any.  Collective."""
     from megatron.core import dist_checkpointing
 
-    _check_whole(path)
+    _check_whole(Path(path), is_verified=False)
     with data_only():
         state = dist_checkpointing.load(_sharded_model(policy), str(path))
     for i, module in enumerate(policy.modules):
         module.load_state_dict(state[_chunk_key(policy, i)], strict=True)
 
 
-def _check_whole(path: str | Path) -> None:
-    if not (Path(path) / "metadata.json").is_file():
-        raise ConfigError(f"checkpoint.load: {path} is not a complete Megatron checkpoint (no metadata.json)")
+def _check_whole(path: Path, *, is_verified: bool) -> None:
+    found = [] if is_verified else _damage(path)
+    if found:
+        raise ConfigError(f"checkpoint.load: {path} is not a complete checkpoint: {'; '.join(found[:3])}")
     check_description(path)
 
 
-def latest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint under ``folder``."""
-    complete = _complete(Path(folder))
-    return complete[-1] if complete else None
+def _damage(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, the same list on every rank, each of which has read its part of the files."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, files.damage(path, part=dist.get_rank(), num_parts=dist.get_world_size()))
+    return list(dict.fromkeys(line for lines in found for line in lines))
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if _NAME.match(p.name) and (p / "metadata.json").is_file())
+def _damaged_name(path: Path) -> Path:
+    """One that is free: the same step may be damaged twice."""
+    names = (path.with_suffix(f".damaged{number or ''}") for number in range(1000))
+    return next(name for name in names if not name.exists())
+
+
+def _make_room(target: Path, partial_: Path) -> None:
+    """An empty ``partial_``; what killed runs left half-written goes, and so does an older save of the same step."""
+    for left in (target, *target.parent.glob("step_*.partial")):
+        shutil.rmtree(left, ignore_errors=True)
+    partial_.mkdir(parents=True)
+
+
+def _on_rank_0(action: Callable[[], object], path: Path) -> None:
+    """Run ``action`` on rank 0; if it fails there every rank raises :class:`CheckpointError` with the reason.
+
+    Collective: one broadcast.
+    """
+    outcome: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            outcome = [f"{path}: {error.strerror or error}"]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointError(f"a checkpoint could not be written: {outcome[0]}")
+
+
+def _write(transforms: list[Any], rank: int, buckets: list[Any], results: _ResultFile) -> None:
+    """Write this rank's files and leave their sums beside them; runs in the forked process of an asynchronous save.
+
+    Megatron starts one more process a file, and waits for ever if one of those is killed; threads do as well.
+    """
+    try:
+        with ThreadPoolExecutor(max_workers=len(buckets)) as pool:
+            outcomes = list(pool.map(partial(_write_file, transforms), range(len(buckets)), buckets))
+        sums = {name: value for name, value, _ in outcomes}
+        (Path(buckets[0][0]).parent / _SUMS_OF_RANK.format(rank)).write_text(json.dumps(sums))
+        results.put({i: written for i, (_, _, written) in enumerate(outcomes)})
+    except Exception as error:  # noqa: BLE001  Megatron tells all ranks
+        folder = Path(buckets[0][0]).parent
+        free = shutil.disk_usage(folder).free  # torch.save says "unexpected pos" when the disk is full
+        results.put(OSError(f"{error} ({free / 1e6:.1f} MB are free in {folder})"))
+
+
+def _write_file(transforms: list[Any], index: int, bucket: Any) -> tuple[str, str, Any]:
+    """``(name, sum, what Megatron wants to know)`` of one file, synced to disk."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    outcome: queue.Queue[Any] = queue.Queue()
+    running: queue.Queue[int] = queue.Queue()
+    running.put(index)
+    FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
+    _, written = outcome.get_nowait()
+    if isinstance(written, Exception):
+        raise written
+    path, name, _ = bucket
+    return name, files.file_sum(path), written
+
+
+def _collected_sums(folder: Path) -> dict[str, str]:
+    """Sums of all files: from the ranks that wrote them, and here of what only this rank writes."""
+    sums: dict[str, str] = {}
+    for path in folder.glob(_SUMS_OF_RANK.format("*")):
+        sums |= json.loads(path.read_text())
+        path.unlink()
+    for name in files.files_of(folder):
+        if name not in sums:
+            sums[name] = files.file_sum(folder / name)
+    return sums
+
+
+def _layout(policy: MegatronPolicy) -> dict[str, int]:
+    context = policy.context
+    return {
+        "world_size": context.world_size,
+        "tp": context.tp_size,
+        "pp": context.pp_size,
+        "vpp": len(policy.chunks),
+        "cp": context.cp_size,
+        "ep": context.ep_size,
+    }
+
+
+def _rng_object(policy: MegatronPolicy, state: dict[str, Any] | None) -> Any:
+    """One entry a rank, none of them a replica of another."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    context = policy.context
+    return ShardedObject("rng", state, (context.world_size,), (context.rank,), replica_id=0)
+
+
+def _without_extra(common: dict[str, Any]) -> dict[str, Any]:
+    """What ranks must agree on: Megatron broadcasts it from rank 0 and compares."""
+    return {name: value for name, value in common.items() if name != "extra"}
 
 
 def _chunk_key(policy: MegatronPolicy, i: int) -> str:
@@ -197,11 +385,12 @@ def _optimizer_kind(policy: MegatronPolicy) -> dict[str, bool]:
     }
 
 
-def _check_optimizer(path: str | Path, policy: MegatronPolicy) -> None:
+def _check_optimizer(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
+    """What a checkpoint holds besides shards; refused if its optimiser state does not fit ours."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
-    ours = _optimizer_kind(policy)
-    saved = load_common_state_dict(str(path)).get("optimizer_kind", ours)
+    common = load_common_state_dict(str(path))
+    ours, saved = _optimizer_kind(policy), common["optimizer_kind"]
     if saved["is_distributed"] != ours["is_distributed"]:
         was = str(saved["is_distributed"]).lower()
         raise ConfigError(
@@ -216,6 +405,7 @@ def _check_optimizer(path: str | Path, policy: MegatronPolicy) -> None:
             "the experts is arranged differently on the other side of that line: choose such a layout, or start from "
             "the run's HF export"
         )
+    return common
 
 
 @contextmanager
@@ -225,6 +415,7 @@ def _failures_named(path: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         lines = [f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items())]
+        lines = lines or ["another rank says why"]  # Megatron tells rank 0 alone
         more = f" and {len(lines) - 3} more ranks" if len(lines) > 3 else ""
         raise CheckpointError(f"a checkpoint in {path} could not be written: {'; '.join(lines[:3])}{more}") from error
 
@@ -244,7 +435,7 @@ class _ResultFile:
 
     def get_nowait(self) -> Any:
         if not self.path.exists():
-            raise queue.Empty
+            return RuntimeError("the process that wrote ended before it was done (killed, or out of memory)")
         value = pickle.loads(self.path.read_bytes())
         self.path.unlink()
         return value

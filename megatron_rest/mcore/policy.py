@@ -6,6 +6,7 @@ collective: every rank of the model calls them with its own data-parallel share.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -45,10 +46,12 @@ class UpdateReport:
     loss: float  # loss_sum / num_tokens over the global batch
     grad_norm: float
     lr: float
-    is_skipped: bool  # the optimiser refused the step (overflow)
+    is_skipped: bool  # the weights are unchanged
     metrics: Mapping[str, tuple[float, float]]  # (sum, count) over the global batch
+    nonfinite: tuple[str, ...] = ()  # why it was skipped: the loss, or gradients by parameter and rank
 
 
+_NAMES_OF_A_RANK, _NAMES = 2, 6  # of what is not finite: enough to look at, and one NaN soon is everywhere
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)")
 _EXPERT = re.compile(r"(\.mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
 
@@ -126,7 +129,12 @@ class MegatronPolicy:
         settle_scales(self.modules, lambda: self._schedule(score_step, microbatches, forward_only=True))
 
     def update(self, batch: TrainBatch, loss: PolicyLoss) -> UpdateReport:
-        """One optimiser step over the global batch of which ``batch`` is this replica's share."""
+        """One optimiser step over the global batch of which ``batch`` is this replica's share.
+
+        Skipped on every rank if the loss or any gradient on any rank is not finite: neither weights nor the optimiser's
+        state nor the learning rate's schedule move.  Collectives besides Megatron's: those of the metrics, and one MAX
+        all-reduce of an integer over all ranks; names travel only if there are any.
+        """
         if self.optimizer is None:
             raise RuntimeError("this policy was built without an optimiser")
         for chunk in self.chunks:
@@ -135,19 +143,45 @@ class MegatronPolicy:
         self.optimizer.zero_grad()
         step = partial(forward_step, loss=loss, totals=batch.totals)
         results = self._schedule(step, batch.microbatches, forward_only=False)
-        is_applied, grad_norm, _ = self.optimizer.step()
-        lr = self.optimizer.param_groups[0]["lr"]
-        if is_applied:
-            self.scheduler.step(increment=1)
         metrics = self._reduce_metrics(results)
         loss_sum, count = metrics.pop("loss")
+        nonfinite = self._nonfinite_gradients()
+        if not math.isfinite(loss_sum):
+            nonfinite = ("loss", *nonfinite)
+        lr = self.optimizer.param_groups[0]["lr"]
+        is_applied, grad_norm = False, math.nan
+        if not nonfinite:
+            is_applied, grad_norm, _ = self.optimizer.step()
+        if is_applied:
+            self.scheduler.step(increment=1)
         return UpdateReport(
             loss=loss_sum / max(count, 1.0),
             grad_norm=float(grad_norm or 0.0),
             lr=float(lr),
             is_skipped=not is_applied,
             metrics=metrics,
+            nonfinite=nonfinite,
         )
+
+    def _nonfinite_gradients(self) -> tuple[str, ...]:
+        """Gradients that hold NaN or infinity, a few of each rank, the same on every rank."""
+        context = self.context
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        flag = torch.zeros(1, dtype=torch.int32, device=context.device)
+        if not all(_is_finite(buffer.grad_data) for buffer in buffers):
+            flag += 1
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag.item():
+            return ()
+        mine = []
+        for name, parameter in self.named_parameters():
+            gradient = getattr(parameter, "main_grad", None)
+            if gradient is not None and not _is_finite(gradient):
+                count = int((~gradient.isfinite()).sum())
+                mine.append(f"{count} of {gradient.numel()} gradients of {name} on rank {context.rank}")
+        found: list[Any] = [None] * context.world_size
+        dist.all_gather_object(found, mine[:_NAMES_OF_A_RANK])
+        return tuple(name for names in found for name in names)[:_NAMES]
 
     def gradients(
         self, batch: TrainBatch, loss: PolicyLoss
@@ -241,6 +275,11 @@ class _Shards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Without a temporary of its size."""
+    return values.numel() == 0 or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def _layer_offset(module: Any) -> int:

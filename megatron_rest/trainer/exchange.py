@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_rest.mcore.policy import Scores
 from megatron_rest.types import MicroBatch, PromptSample, Rollout, RolloutGroup, StopReason
 
-__all__ = ["all_gather_groups", "all_token_scores"]
+__all__ = ["all_gather_groups", "all_token_scores", "pack_groups", "unpack_groups"]
 
 _STOP_REASONS = tuple(StopReason)
 
@@ -37,20 +37,13 @@ def all_gather_groups(
 
     Collectives: two all-gathers (integers; log-probs and rewards) over ``group``, each with one of its sizes.
     """
-    rollouts = [r for g in mine for r in g.rollouts]
-    header = [[len(g.rollouts) for g in mine], [x for r in rollouts for x in _header(r)]]
-    integers = np.concatenate(
-        [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
-        + [r.loss_mask.astype(np.int64) for r in rollouts]
-    )  # fmt: skip
-    rewards = np.array([np.nan if r.reward is None else r.reward for r in rollouts], np.float32)
-    floats = np.concatenate([rewards, *(r.log_probs for r in rollouts)]).astype(np.float32)
-    all_integers = _all_gather(torch.from_numpy(integers), group)
-    all_floats = _all_gather(torch.from_numpy(floats), group)
+    integers, floats = pack_groups(mine)
+    all_integers = _all_gather(integers, group)
+    all_floats = _all_gather(floats, group)
     groups: list[RolloutGroup | None] = [None] * len(prompts)
     for engine, rank in enumerate(owners):
         theirs = list(range(engine, len(prompts), len(owners)))
-        unpacked = _unpack(all_integers[rank].numpy(), all_floats[rank].numpy(), [prompts[i] for i in theirs])
+        unpacked = unpack_groups(all_integers[rank], all_floats[rank], [prompts[i] for i in theirs])
         for index, rollout_group in zip(theirs, unpacked, strict=True):
             groups[index] = rollout_group
     return [g for g in groups if g is not None]
@@ -92,11 +85,28 @@ def all_token_scores(
     return dict(zip(names, table.numpy(), strict=False))
 
 
+def pack_groups(groups: Sequence[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All there is to say about ``groups`` but their prompts: int64 and float32, flat."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    header = [[len(g.rollouts) for g in groups], [x for r in rollouts for x in _header(r)]]
+    integers = np.concatenate(
+        [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
+        + [r.loss_mask.astype(np.int64) for r in rollouts]
+    )  # fmt: skip
+    rewards = np.array([np.nan if r.reward is None else r.reward for r in rollouts], np.float32)
+    floats = np.concatenate([rewards, *(r.log_probs for r in rollouts)]).astype(np.float32)
+    return torch.from_numpy(integers), torch.from_numpy(floats)
+
+
 def _header(rollout: Rollout) -> tuple[int, int, int]:
     return len(rollout.token_ids), _STOP_REASONS.index(rollout.stop_reason), rollout.policy_version
 
 
-def _unpack(integers: np.ndarray, floats: np.ndarray, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
+def unpack_groups(
+    packed_integers: torch.Tensor, packed_floats: torch.Tensor, prompts: Sequence[PromptSample]
+) -> list[RolloutGroup]:
+    """Undo :func:`pack_groups`, given the prompts of the groups in their order."""
+    integers, floats = packed_integers.numpy(), packed_floats.numpy()
     sizes = integers[: len(prompts)]
     total = int(sizes.sum())
     headers = integers[len(prompts) : len(prompts) + 3 * total].reshape(total, 3)

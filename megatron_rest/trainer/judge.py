@@ -16,9 +16,12 @@ from megatron_rest.algorithms import group_relative_advantages
 from megatron_rest.config import AdvantageConfig, RewardConfig
 from megatron_rest.regions import TOOLRL, Dialect, label_rollout
 from megatron_rest.rewards import tool_call_reward
+from megatron_rest.trainer.time_limit import time_limit
 from megatron_rest.types import RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
 
 __all__ = ["Judge", "Verdict"]
+
+_SHOWN = 500  # characters of an answer that could not be judged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +68,7 @@ class Judge:
         static: list[float] = []
         zero_groups = 0
         for group in groups:
-            judged = [self.judge(r, group.prompt.ground_truth, step=step) for r in group.rollouts]
+            judged = [self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))]
             advantages = group_relative_advantages(
                 np.array([reward.total for reward, _ in judged]),
                 estimator=self.advantage.estimator,
@@ -84,6 +87,18 @@ class Judge:
             num_zero_groups=zero_groups,
             num_truncated=truncated,
         )
+
+    def _judge_in_time(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
+        """:meth:`judge`; what does not end within ``reward.timeout_seconds``, or fails, is named."""
+        what = f"judging rollout {i} of prompt {group.prompt.prompt_id} in step {step}"
+        try:
+            with time_limit(self.reward.timeout_seconds, what):
+                return self.judge(group.rollouts[i], group.prompt.ground_truth, step=step)
+        except Exception as error:
+            tokens = (self.token_bytes[t] for t in group.rollouts[i].token_ids)
+            text = b"".join(tokens).decode("utf-8", errors="replace")
+            error.add_note(f"{what}: {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}")
+            raise
 
     def judge(self, rollout: Rollout, ground_truth: str, *, step: int) -> tuple[RewardOutput, float]:
         """Reward of one rollout, and its total without the schedule: its environment's, or that of its last answer."""

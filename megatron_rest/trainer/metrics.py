@@ -206,11 +206,15 @@ class PhaseTimer:
     """Wall seconds by phase, and ``total`` for the ``with`` block as a whole.
 
     ``with PhaseTimer() as timer: ... with timer.phase("rollout"): ...`` then ``StepReport(seconds=timer.seconds)``.
-    A phase entered several times adds up; one that raises is counted up to there.
+    A phase entered several times adds up; one that raises is counted up to there.  ``on_phase`` is told the name of
+    each that begins.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, *, on_phase: Callable[[str], object] | None = None
+    ) -> None:
         self._clock = clock
+        self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._started: float | None = None
@@ -227,6 +231,8 @@ class PhaseTimer:
         if self._running:
             raise ValueError(f"phase {name!r} starts inside phase {self._running[-1]!r}: its seconds would count twice")
         self._running.append(name)
+        if self._on_phase is not None:
+            self._on_phase(name)
         started = self._clock()
         try:
             yield

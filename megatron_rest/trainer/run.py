@@ -39,6 +39,7 @@ from megatron_rest.trainer.starts import record_start
 from megatron_rest.trainer.stopping import StopRequest
 from megatron_rest.trainer.trainer import RestTrainer
 from megatron_rest.trainer.validation import Validator, validation_line
+from megatron_rest.trainer.watch import Watch
 from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import RestWeighting
 
@@ -63,9 +64,18 @@ def train(config: RestConfig) -> None:
     set_threads()
     trainer = build_trainer(config)
     context = trainer.context
+    limit = 60.0 * config.trainer.timeout_minutes
+    with Watch(rank=context.rank, world_size=context.world_size, limit_seconds=limit) as watch:
+        trainer.on_phase = watch.enter
+        _train(trainer, run_dir)
+
+
+def _train(trainer: RestTrainer, run_dir: Path) -> None:
+    config, context = trainer.config, trainer.context
     console = Console(enabled=context.rank == 0)
     writer = MetricsWriter(run_dir) if context.rank == 0 else None
     console.line(str(accelerations.active()))
+    trainer.checkpoints.check_writable()
     trainer.settle_precision()  # the first weight transfer scores already
     start = _resume(trainer, run_dir, console)
     _certify(trainer, console)
@@ -86,9 +96,10 @@ def train(config: RestConfig) -> None:
             console.step(report)
             if text := validation_line(report.metrics, version=report.policy_version):
                 console.line(text)
+            trainer.on_phase(step, "checkpoint")
             is_stopping = stop.is_agreed() and step < config.trainer.steps
             if is_stopping or _is_due(step, config):
-                trainer.save(step)
+                trainer.save(step, report.metrics)
             trainer.checkpoints.poll()
             progress.update()
             if is_stopping:
@@ -100,6 +111,7 @@ def train(config: RestConfig) -> None:
     if trainer.is_one_step_off and start < config.trainer.steps and trainer.validator is not None:
         trainer.sync_weights(version=config.trainer.steps)  # no step has sent the last one's weights
         _validate(trainer, config.trainer.steps, console)
+    trainer.on_phase(config.trainer.steps, "export")
     _finish(trainer, config, console, writer)
 
 
@@ -167,12 +179,18 @@ def make_engine(
 
 
 def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
-    path = trainer.config.checkpoint.load or checkpoint.latest(run_dir / "checkpoints")
+    """Continue this run if it has a checkpoint, else begin from ``checkpoint.load`` or from the model."""
+    own, notes = checkpoint.newest_intact(run_dir / "checkpoints")
+    for note in notes:
+        console.line(f"WARNING: {note}; continuing from the one before it")
+    path = own or trainer.config.checkpoint.load
     if not path:
         # The engine read its weights from the folder by itself: the first transfer makes them the trainer's own.
         trainer.sync_weights(version=0)
         return 0
-    step = trainer.resume(path)
+    step, notes = trainer.resume(path, is_verified=own is not None)
+    for note in notes:
+        console.line(f"WARNING: {note}")
     console.line(f"continuing after step {step} from {path}")
     return step
 

@@ -8,7 +8,7 @@ uses them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import Fp8Recipe, RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
-from megatron_rest.mcore import checkpoint
+from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
@@ -27,8 +27,11 @@ from megatron_rest.trainer.exchange import all_token_scores
 from megatron_rest.trainer.fleet import EngineFleet
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
+from megatron_rest.trainer.pace import Pace
 from megatron_rest.trainer.replay import is_recorded, record_update
+from megatron_rest.trainer.run_state import RunState
 from megatron_rest.trainer.setup import PolicyParts, make_batch
+from megatron_rest.trainer.skips import SkipCount
 from megatron_rest.trainer.step_metrics import reward_metrics, rollout_metrics, token_metrics, update_metrics
 from megatron_rest.trainer.validation import Validator
 from megatron_rest.types import (
@@ -91,12 +94,14 @@ class RestTrainer:
             num_tokens=config.weight_sync.canary_tokens,
             tolerance=canary_tolerance(config),
         )
-        self.checkpoints = checkpoint.CheckpointWriter(
-            Path(config.trainer.run_dir) / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            is_asynchronous=config.checkpoint.asynchronous,
-        )
+        self.checkpoints = checkpoint.CheckpointWriter(Path(config.trainer.run_dir) / "checkpoints", config.checkpoint)
         self.loss = RestPolicyLoss(config.loss)
+        self.skips = SkipCount(config.optimizer.max_skipped, is_reporting=self.context.rank == 0)
+        context = parts.context
+        self.pace = Pace(rank=context.rank, world_size=context.world_size, device=context.device)
+        self.on_phase: Callable[[int, str], object] = lambda step, phase: None
+        """Told the step and the name of every phase that begins."""
+        self._collected: list[RolloutGroup] | None = None  # of the next step, where a checkpoint wanted them early
 
     def progress(self, step: int) -> float:
         """Curriculum progress in [0, 1]; steps count from 1."""
@@ -109,7 +114,7 @@ class RestTrainer:
         there, and the engines sample the next step's while this one trains.
         """
         metrics: dict[str, float] = {}
-        with PhaseTimer() as timer:
+        with PhaseTimer(on_phase=partial(self.on_phase, step)) as timer:
             with timer.phase("rollout"):
                 groups = self.roll_out(step)
             if self.is_one_step_off:
@@ -137,11 +142,13 @@ class RestTrainer:
                     if is_recorded(step, self.config):
                         self.record(step, number, batch, groups, verdict)
                     reports.append(self.policy.update(batch, self.loss))
+                    self.skips.note(reports[-1], where=f"step {step}, update {number + 1}")
                 metrics |= update_metrics(reports)
             if not self.is_one_step_off:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step)
                 metrics |= self.validate(step, timer)
+        self.pace.compare(step, judging_seconds=timer.seconds["reward"])
         metrics["progress"] = self.progress(step)
         return StepReport(step=step, policy_version=self.fleet.version, metrics=metrics, seconds=timer.seconds)
 
@@ -164,6 +171,9 @@ class RestTrainer:
 
     def roll_out(self, step: int) -> list[RolloutGroup]:
         """All groups of the step in prompt order, none sampled by a policy older than the bound."""
+        if self._collected is not None:
+            groups, self._collected = self._collected, None
+            return groups
         if not self.fleet.is_begun:
             self.begin_rollouts(step)
         groups = self.fleet.collect(refresh=partial(self.sync_weights, version=step - 1))
@@ -305,17 +315,48 @@ class RestTrainer:
         with timer.phase("validation"):
             return self.validator(self.fleet, version=version, refresh=partial(self.sync_weights, version=version))
 
-    def save(self, step: int) -> Path:
-        """A Megatron checkpoint of this step; complete at once, or when ``checkpoints`` has written it."""
-        return self.checkpoints.save(self.policy, step=step, extra={"weighting": self.weighting.state_dict()})
+    def save(self, step: int, metrics: Mapping[str, float]) -> Path:
+        """A checkpoint of this step and all that the run is; complete at once, or when ``checkpoints`` has written it.
 
-    def resume(self, path: str | Path) -> int:
-        """Load a checkpoint, put its weights into the engine; returns the last finished step."""
-        step, extra = checkpoint.load(path, self.policy)
-        self.weighting.load_state_dict(extra["weighting"])
-        self.sync_weights(version=step)
+        One step off the rollouts of the next step are under way: they are waited for and belong to the checkpoint,
+        since no engine will hold the weights again that sample them.
+        """
+        if self.is_one_step_off and step < self.config.trainer.steps:
+            self._collected = self.roll_out(step + 1)
+        state = RunState(
+            weighting=self.weighting.state_dict(),
+            num_restarts=self.fleet.num_restarts,
+            skipped_in_a_row=self.skips.in_a_row,
+            next_prompts=tuple(prompt.prompt_id for prompt in self.prompts_of(step + 1)),
+            queue=self._collected,
+        )
+        return self.checkpoints.save(self.policy, step=step, extra=state.as_extra(), metrics=metrics)
+
+    def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:
+        """Load a checkpoint, put its weights into the engines.
+
+        Returns the last finished step, and what is not as it was, a line each; nothing at the same layout with the same
+        data.
+        """
+        loaded = checkpoint.load(path, self.policy, is_verified=is_verified)
+        prompts, notes = self.prompts_of(loaded.step + 1), []
+        state = RunState.of_extra(loaded.extra, prompts)
+        if state.next_prompts != tuple(prompt.prompt_id for prompt in prompts):
+            notes.append(
+                f"the prompts of step {loaded.step + 1} are not those that this checkpoint's run would have come to: "
+                "data.* or trainer.seed differ"
+            )
+        self.weighting.load_state_dict(state.weighting)
+        self.fleet.num_restarts = state.num_restarts
+        self.skips.in_a_row = state.skipped_in_a_row
+        self._collected = state.queue if self.is_one_step_off else None
+        self.sync_weights(version=loaded.step)
+        if loaded.rng is not None:
+            rng.restore(loaded.rng)
+        else:
+            notes.append("saved at another layout: random streams begin anew from trainer.seed")
         dist.barrier()
-        return step
+        return loaded.step, notes
 
 
 def canary_tolerance(config: RestConfig) -> float:

@@ -50,6 +50,7 @@ def warm_start(config: RestConfig) -> None:
         set_threads,
         weight_source,
     )
+    from megatron_rest.trainer.skips import SkipCount
 
     set_threads()
     settings = config.warm_start
@@ -62,12 +63,15 @@ def warm_start(config: RestConfig) -> None:
         f"warm start: {len(answers)} reference answers ({answers.num_left_out} too long), at most {num_updates} "
         f"updates of {settings.batch_size}"
     )
+    skips = SkipCount(config.optimizer.max_skipped, is_reporting=parts.context.rank == 0)
     seconds, tokens = Stopwatch(), 0
     losses: list[float] = []
     with console.progress("warm start", total=num_updates, unit="update") as progress:
         for samples in sample_batches(answers, config, num_updates):
             batch = make_batch(parts, samples, max_tokens=config.trainer.max_tokens_per_microbatch)
-            losses.append(parts.policy.update(batch, supervised_loss).loss)
+            report = parts.policy.update(batch, supervised_loss)
+            skips.note(report, where=f"update {len(losses) + 1} of the warm start")
+            losses.append(report.loss)
             tokens += sum(len(s.token_ids) for s in samples)
             progress.update()
             if len(losses) >= per_pass and np.mean(losses[-per_pass:]) <= settings.target_loss:

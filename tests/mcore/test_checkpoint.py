@@ -3,22 +3,33 @@
 1. saved in the background at TP2 x PP2 while training goes on, with and without the distributed optimiser; continued at
    TP2 x PP2 (bit for bit), TP4, PP2 x VPP2, DP2 and in one process: same loss, gradient norm, learning rate, parameters
 2. experts: saved at EP2 x DP2 with the distributed optimiser, continued at EP4 and EP2 x TP2
-3. only whole checkpoints are kept or found; a writer that fails says so on every rank; what cannot be loaded is refused
+3. every rank's random streams come back, at the same layout only
+4. a damaged checkpoint is refused by name, and the newest intact one is found; none intact is an error
+5. a writer that fails (disk full, file too large, folder not made, process killed) says so on every rank, and what was
+   there before is untouched; what cannot be loaded is refused
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import random
 import re
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from megatron_rest.config import ConfigError
-from megatron_rest.mcore import checkpoint
+from megatron_rest.config import CheckpointConfig, ConfigError
+from megatron_rest.mcore import checkpoint, checkpoint_files, rng
 from megatron_rest.mcore.checkpoint import CheckpointError, CheckpointWriter
 from tests.helpers.distributed import run_distributed
 from tests.helpers.gradients import full_parameters
@@ -63,6 +74,15 @@ def models(tmp_path_factory) -> dict[str, str]:
     return {"plain": dense, "distributed": dense, "experts": str(experts)}
 
 
+def draw(count: int) -> list[float]:
+    """``count`` numbers from each random stream of this process."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    numbers = [*np.random.random(count), *torch.rand(count).tolist(), *(random.random() for _ in range(count))]
+    with get_cuda_rng_tracker().fork():
+        return [*numbers, *torch.rand(count).tolist()]
+
+
 def train_and_save(rank: int, world_size: int, models: dict[str, str], folder: str) -> dict[str, dict]:
     """Four updates of each; checkpoints after the second, third and fourth, the last two kept."""
     from megatron.core import parallel_state
@@ -71,15 +91,18 @@ def train_and_save(rank: int, world_size: int, models: dict[str, str], folder: s
     for name, layout in SAVED.items():
         parts = make_policy(layout_config(models[name], **layout))
         batch = with_weights(batch_of(parts, random_samples(parts.shape.vocab_size)))
-        writer = CheckpointWriter(Path(folder) / name, keep_last=2, is_asynchronous=name != "experts")
+        writer = CheckpointWriter(Path(folder) / name, CheckpointConfig(asynchronous=name != "experts"))
         for step in range(1, 5):
             report = parts.policy.update(batch, smooth_loss)  # the weights move while the step before is written
             writer.poll()
             if step >= 2:
+                draw(1 + rank)  # every rank is at another place of its streams
                 writer.save(parts.policy, step=step, extra={"weighting": {"mean": [None, 0.25]}, "step_seen": step})
+            if step == 3:
+                drawn = draw(2)
         writer.wait()
         numbers = (report.loss, report.grad_norm, report.lr)
-        results[name] = {"numbers": numbers, "parameters": full_parameters(parts)}
+        results[name] = {"numbers": numbers, "parameters": full_parameters(parts), "drawn": drawn}
         parallel_state.destroy_model_parallel()
     return results
 
@@ -96,30 +119,35 @@ def continue_from(
         with torch.no_grad():
             for shard in parts.policy.named_shards().values():
                 shard.mul_(1.5)
-        step, extra = checkpoint.load(Path(folder) / name / "step_000003", parts.policy)
+        loaded = checkpoint.load(Path(folder) / name / "step_000003", parts.policy)
+        drawn = None
+        if loaded.rng is not None:
+            rng.restore(loaded.rng)
+            drawn = draw(2)
         batch = with_weights(batch_of(parts, random_samples(parts.shape.vocab_size)))
         report = parts.policy.update(batch, smooth_loss)
         numbers = (report.loss, report.grad_norm, report.lr)
-        results.append({"step": step, "extra": extra, "numbers": numbers, "parameters": full_parameters(parts)})
+        result = {"step": loaded.step, "extra": loaded.extra, "numbers": numbers, "drawn": drawn}
+        results.append(result | {"parameters": full_parameters(parts)})
         parallel_state.destroy_model_parallel()
     return results
 
 
 @pytest.fixture(scope="module")
-def saved(models, tmp_path_factory) -> tuple[Path, dict[str, dict]]:
+def saved(models, tmp_path_factory) -> tuple[Path, list[dict[str, dict]]]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    [results, *_] = run_distributed(train_and_save, 4, models, str(folder))
-    return folder, results
+    return folder, run_distributed(train_and_save, 4, models, str(folder))
 
 
 def test_only_the_last_complete_checkpoints_are_kept(saved):
     folder, _ = saved
     folder = folder / "plain"
     assert sorted(p.name for p in folder.iterdir()) == ["step_000003", "step_000004"]
-    assert checkpoint.latest(folder) == folder / "step_000004"
-    (folder / "step_000009.partial").mkdir()
-    (folder / "step_000008").mkdir()  # no metadata: not complete
-    assert checkpoint.latest(folder) == folder / "step_000004"
+    assert checkpoint_files.latest(folder) == folder / "step_000004"
+    for path in checkpoint_files.complete(folder):
+        assert checkpoint_files.damage(path) == []
+        listed = (path / "sha256sums").read_text()
+        assert all(name in listed for name in checkpoint_files.files_of(path)), "nothing besides what is summed"
 
 
 @pytest.mark.parametrize("world_size", CONTINUED)
@@ -128,9 +156,10 @@ def test_continue_at_any_layout(models, saved, world_size):
     runs = CONTINUED[world_size]
     ranks = run_distributed(continue_from, world_size, models, str(folder), runs)
     for number, (name, layout) in enumerate(runs):
-        expected = unbroken[name]
+        expected = unbroken[0][name]
         is_same = layout == SAVED[name]
-        for result in (results[number] for results in ranks):
+        for rank, result in enumerate(results[number] for results in ranks):
+            assert result["drawn"] == (unbroken[rank][name]["drawn"] if is_same else None)
             assert result["step"] == 3
             assert result["extra"] == {"weighting": {"mean": [None, 0.25]}, "step_seen": 3}
             tolerance = 0.0 if is_same else 3e-5
@@ -157,33 +186,144 @@ def refused(rank: int, world_size: int, models: dict[str, str], folder: str, emp
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-    parts = make_policy(layout_config(models["plain"]))
-    writer = CheckpointWriter(Path(empty) / "full", keep_last=1, is_asynchronous=True)
-    with pytest.MonkeyPatch.context() as patch:  # the processes that write are forked: they inherit it
-        patch.setattr("os.fsync", _disk_is_full)
-        writer.save(parts.policy, step=1, extra={})
-        with pytest.raises(CheckpointError) as failure:
-            writer.wait()
-    messages.append(str(failure.value))
-    messages.append(str(checkpoint.latest(Path(empty) / "full")))
-    writer.save(parts.policy, step=2, extra={})
-    writer.wait()
-    messages.append(sorted(p.name for p in checkpoint.latest(Path(empty) / "full").iterdir() if "written" in p.name))
     return messages
 
 
-def _disk_is_full(descriptor: int) -> None:
+def test_what_cannot_be_loaded_is_refused(models, saved, tmp_path):
+    folder, _ = saved
+    [[incomplete, kind, experts]] = run_distributed(refused, 1, models, str(folder), str(tmp_path))
+    assert "not a complete checkpoint: sha256sums cannot be read" in incomplete
+    assert "parallel.distributed_optimizer=false" in kind
+    assert "parallel.expert_parallel > 1" in experts
+
+
+def damaged(rank: int, world_size: int, models: dict[str, str], folder: str) -> list[Any]:
+    """From the newest intact one, twice; then from none."""
+    parts = make_policy(layout_config(models["plain"], tp=2))
+    with pytest.raises(ConfigError) as refusal:
+        checkpoint.load(Path(folder) / "step_000004", parts.policy)
+    path, notes = checkpoint.newest_intact(folder)
+    step = checkpoint.load(path, parts.policy, is_verified=True).step
+    again = checkpoint.newest_intact(folder)
+    dist.barrier()
+    if rank == 0:
+        (Path(folder) / "step_000003" / "common.pt").unlink()
+    dist.barrier()
+    with pytest.raises(CheckpointError) as nothing:
+        checkpoint.newest_intact(folder)
+    return [str(refusal.value), str(path), notes, step, [str(again[0]), again[1]], str(nothing.value)]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_found(models, saved, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved[0] / "plain", folder)
+    newest = folder / "step_000004"
+    name = sorted(p.name for p in newest.glob("*.distcp"))[-1]
+    data = bytearray((newest / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / name).write_bytes(data)
+    (folder / "step_000009.partial").mkdir()  # what a run leaves that is killed while it writes
+    first, second = run_distributed(damaged, 2, models, str(folder))
+    assert first == second, "the same on every rank"
+    refusal, path, notes, step, again, nothing = first
+    assert (
+        refusal
+        == f"checkpoint.load: {newest} is not a complete checkpoint: {name} is not what was written (sha256 differs)"
+    )
+    assert (path, step) == (str(folder / "step_000003"), 3)
+    assert notes == [f"{newest} is DAMAGED: {name} is not what was written (sha256 differs)"]
+    assert again == [str(folder / "step_000003"), []], "it was put aside"
+    assert "no checkpoint" in nothing and "common.pt is missing" in nothing
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "step_000003.damaged",
+        "step_000004.damaged",
+        "step_000009.partial",
+    ]
+
+
+def unwritable(rank: int, world_size: int, models: dict[str, str], folder: str) -> list[str]:
+    """A checkpoint that is whole, then one failure after the other, then another one."""
+    parts = make_policy(layout_config(models["plain"], tp=2))
+    messages = []
+    for is_asynchronous in (True, False):
+        own = Path(folder) / f"{is_asynchronous}"
+        writer = CheckpointWriter(own, CheckpointConfig(asynchronous=is_asynchronous))
+        writer.save(parts.policy, step=1, extra={})
+        writer.wait()
+        for failure in (_disk_full, _file_too_large, _killed if is_asynchronous else _not_a_folder):
+            with failure(own if rank == 0 else None), pytest.raises(CheckpointError) as error:
+                writer.save(parts.policy, step=2, extra={})
+                writer.wait()
+            messages.append(str(error.value))
+            dist.barrier()
+            found, notes = checkpoint.newest_intact(own)
+            assert (found.name, notes) == ("step_000001", []), "nothing half-written is found, nothing whole is lost"
+        writer.save(parts.policy, step=3, extra={})
+        writer.wait()
+        assert checkpoint.newest_intact(own)[0].name == "step_000003"
+        dist.barrier()
+        assert not list(own.glob("*.partial"))
+    with pytest.raises(CheckpointError) as error:
+        CheckpointWriter("/sys/checkpoints", CheckpointConfig()).check_writable()
+    return [*messages, str(error.value)]
+
+
+@contextmanager
+def _disk_full(folder: Path | None) -> Iterator[None]:
+    """Rank 0's files cannot be synced; processes that write are forked and inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if folder is not None:
+            patch.setattr("os.fsync", _no_space)
+        yield
+
+
+def _no_space(descriptor: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_what_cannot_be_loaded_is_refused_and_what_cannot_be_written_is_said(models, saved, tmp_path):
-    folder, _ = saved
-    [[incomplete, kind, experts, failure, latest, leftovers]] = run_distributed(
-        refused, 1, models, str(folder), str(tmp_path)
-    )
-    assert "not a complete Megatron checkpoint" in incomplete
-    assert "parallel.distributed_optimizer=false" in kind
-    assert "parallel.expert_parallel > 1" in experts
-    assert re.search(r"could not be written: rank 0: .*No space left on device", failure)
-    assert latest == "None", "nothing half-written is found"
-    assert leftovers == [], "the next one is whole, and nothing else"
+@contextmanager
+def _file_too_large(folder: Path | None) -> Iterator[None]:
+    """The kernel's own refusal in the middle of a write, on rank 0 alone: files of more than 100 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if folder is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def _not_a_folder(folder: Path | None) -> Iterator[None]:
+    """Rank 0 cannot make the checkpoint's folder; root may write into a read-only one, so a file is in its place."""
+    if folder is not None:
+        shutil.rmtree(folder / "step_000002.partial", ignore_errors=True)
+        (folder / "step_000002.partial").write_text("")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("shutil.rmtree", lambda *_, **__: None)
+            yield
+        (folder / "step_000002.partial").unlink()
+    else:
+        yield
+
+
+@contextmanager
+def _killed(folder: Path | None) -> Iterator[None]:
+    """Rank 0's writing process is killed, as the kernel does when memory runs out."""
+    with pytest.MonkeyPatch.context() as patch:
+        if folder is not None:
+            patch.setattr("os.fsync", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        yield
+
+
+def test_what_cannot_be_written_is_said_on_every_rank_and_loses_nothing(models, tmp_path):
+    first, second = run_distributed(unwritable, 2, models, str(tmp_path))
+    assert first[-1] == second[-1], "said by rank 0 to all"
+    assert "could not be written: /sys/checkpoints: " in first.pop(), "a read-only file system"
+    second.pop()
+    assert len(first) == len(second) == 6
+    reasons = ["No space left on device", "unexpected pos .* MB are free in", "killed, or out of memory"] * 2
+    reasons[-1] = "File exists"
+    for message, other, reason in zip(first, second, reasons, strict=True):
+        assert re.search(f"could not be written: .*{reason}", message), message
+        assert re.search(f"could not be written: .*(another rank says why|{reason})", other), other

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rest.config import ConfigError
+from megatron_rest.config import CheckpointConfig, ConfigError
 from megatron_rest.mcore import checkpoint
 from megatron_rest.mcore.checkpoint import CheckpointWriter
+from megatron_rest.mcore.checkpoint_files import file_sum, files_of, write_sums
 from megatron_rest.mcore.safe_loading import check_description, data_only
 from tests.helpers.distributed import run_distributed
 from tests.helpers.policies import batch_of, layout_config, make_policy, random_samples
@@ -79,18 +80,29 @@ def outcome_of(call: Any) -> str:
     return ""
 
 
+def loaded(path: Path, policy: Any) -> tuple[int, dict[str, Any]]:
+    result = checkpoint.load(path, policy)
+    return result.step, result.extra
+
+
+def sum_up(folder: Path) -> None:
+    """Sums find damage, not malice: who writes a folder writes its sums."""
+    write_sums(folder, {name: file_sum(folder / name) for name in files_of(folder)})
+
+
 def attack(rank: int, world_size: int, model: str, folder: str) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     parts = make_policy(layout_config(model))
     policy = parts.policy
     policy.update(with_weights(batch_of(parts, random_samples(parts.shape.vocab_size))), smooth_loss)
-    good = CheckpointWriter(folder, keep_last=1).save(policy, step=3, extra={"weighting": {}})
-    results: dict[str, Any] = {"good": checkpoint.load(good, policy)}
+    good = CheckpointWriter(folder, CheckpointConfig(keep_last=1)).save(policy, step=3, extra={"weighting": {}})
+    results: dict[str, Any] = {"good": loaded(good, policy)}
     for make in ATTACKS:
         bad, canary = Path(folder) / make.__name__, Path(folder) / f"{make.__name__}.owned"
         shutil.copytree(good, bad)
         make(bad, canary)
+        sum_up(bad)
         said = outcome_of(lambda bad=bad: checkpoint.load(bad, policy))
         results[make.__name__] = (said, canary.exists())
         if make in UNLIMITED:
@@ -102,8 +114,9 @@ def attack(rank: int, world_size: int, model: str, folder: str) -> dict[str, Any
         shutil.copytree(good, bad)
         data = (bad / ".metadata").read_bytes()
         (bad / ".metadata").write_bytes(data[: len(data) // 2] if name == "cut" else b"")
+        sum_up(bad)
         results[name] = outcome_of(lambda bad=bad: checkpoint.load(bad, policy))
-    results["again"] = checkpoint.load(good, policy)
+    results["again"] = loaded(good, policy)
     return results
 
 
