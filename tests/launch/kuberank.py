@@ -24,9 +24,11 @@ def main() -> None:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     record = {name: int(os.environ[name]) for name in names} | {"config": text, "environment": dict(os.environ)}
     folder = Path(config.trainer.run_dir)
-    (folder / f"rank-{record['RANK']}.json").write_text(json.dumps(record))
     print(f"rank {record['RANK']} has begun", flush=True)
+    (folder / f"rank-{record['RANK']}.json").write_text(json.dumps(record))
     if config.trainer.seed == 13 and record["RANK"] == 1:
+        while not (folder / "rank-0.json").exists():  # torchrun would end rank 0 before it has said anything
+            time.sleep(0.05)
         sys.exit(3)
     if config.trainer.steps > 1:
         signal.signal(signal.SIGTERM, lambda *_: save(folder, record["RANK"]))
