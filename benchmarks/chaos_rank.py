@@ -66,7 +66,7 @@ class _Saboteur:
         run, update, enter = RemoteEngine.run, RemoteEngine.update_weights, Watch.enter
         saboteur = self
 
-        def disturbed_run(engine: RemoteEngine, requests: Any, *, max_response_tokens: int, on_rollout: Any) -> None:
+        def disturbed_run(engine: RemoteEngine, requests: Any, *, on_rollout: Any, **others: Any) -> None:
             due = saboteur.engine_due[:1]
             is_due = due in ([ENGINE[0]], [ENGINE[2]]) and len(requests) > _ROLLOUTS_BEFORE
             if is_due:
@@ -79,7 +79,7 @@ class _Saboteur:
                 if is_due and len(handed) == _ROLLOUTS_BEFORE:
                     saboteur.signal_engine(engine, due[0])
 
-            run(engine, requests, max_response_tokens=max_response_tokens, on_rollout=take)
+            run(engine, requests, on_rollout=take, **others)
 
         def disturbed_update(engine: RemoteEngine, update_info: dict[str, Any]) -> None:
             if saboteur.engine_due[:1] == [ENGINE[1]]:

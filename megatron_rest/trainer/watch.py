@@ -14,6 +14,7 @@ sign.  Half-way to the limit the same is said as a warning, by the first rank th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -92,8 +93,12 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
+        step, phase, _ = self._at
+        if error is not None:  # those who wait for this rank learn that it is gone, and why
+            self.enter(step, f"{phase} (ended by {type(error).__name__})")
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                self._give_sign()
         if isinstance(error, RuntimeError) and (operation := where_it_failed(error)):
-            step, phase, _ = self._at
             error.add_note(f"rank {self._rank} waited in {operation} in phase {phase!r} of step {step}")
             for line in self._others():
                 error.add_note(line)
