@@ -23,10 +23,12 @@ import json
 import os
 import secrets
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,13 +38,23 @@ from pathlib import Path
 from megatron_rest.config import ConfigError
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 
-__all__ = ["EngineHost", "announced", "ask_for_engine", "main", "worker_environment"]
+__all__ = [
+    "EngineHost",
+    "announced",
+    "ask_for_engine",
+    "clear_engine_folder",
+    "main",
+    "new_engine_folder",
+    "own_engine_folder",
+    "worker_environment",
+]
 
 _POLL_MILLISECONDS = 200  # how late a hang-up or an exit may be noticed
 _HELLO_SECONDS = 10.0
 _HELLO_BYTES = 4096  # all that is read from somebody who has not shown the key
 # The owner's own rank in its job is none of the engine's business.
 _OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+_FOLDER = "REST_ENGINE_FOLDER"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,12 +105,38 @@ def ask_for_engine(host: EngineHost, *, devices: str | None, is_probe: bool = Fa
     return sock
 
 
-def worker_environment(devices: str | None) -> dict[str, str]:
-    """Of a worker that this process starts; ``devices`` as for CUDA_VISIBLE_DEVICES, None leaves this process's."""
+def worker_environment(devices: str | None, folder: Path) -> dict[str, str]:
+    """Of a worker that this process starts; ``devices`` as for CUDA_VISIBLE_DEVICES, None leaves this process's.
+
+    ``folder`` becomes the temporary folder of all its processes; caches stay where they are.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_OWNER)}
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
-    return environment
+    compiled = str(Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"))
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
+    return environment | {"TMPDIR": str(folder), _FOLDER: str(folder)}
+
+
+def new_engine_folder() -> Path:
+    """A temporary folder for one engine."""
+    return Path(tempfile.mkdtemp(prefix="engine-"))
+
+
+def clear_engine_folder(folder: Path) -> None:
+    """Remove an engine's temporary folder, and the shared memory that its workers named after their store in there.
+
+    vLLM removes both itself where it ends by itself; a killed engine cannot.
+    """
+    for store in folder.glob("vllm_dist_*"):
+        for segment in Path("/dev/shm").glob(f"{store.name}-*"):
+            segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def own_engine_folder() -> Path | None:
+    """What the process that started this worker made for it."""
+    return Path(os.environ[_FOLDER]) if _FOLDER in os.environ else None
 
 
 def serve(folder: Path, *, num_gpus: int, address: str = "") -> None:
@@ -156,12 +194,13 @@ def _answer(sock: socket.socket, key: str) -> None:
 
 
 def _run_worker(sock: socket.socket, devices: str | None) -> None:
+    folder = new_engine_folder()
     command = [sys.executable, "-m", "megatron_rest.rollout.worker", str(sock.fileno()), str(os.getpid())]
     # A session of its own: ending it ends the workers that vLLM may have started under it.
     child = subprocess.Popen(
         command,
         pass_fds=[sock.fileno()],
-        env=worker_environment(devices),
+        env=worker_environment(devices, folder),
         start_new_session=True,
         stdin=subprocess.DEVNULL,
     )
@@ -172,6 +211,7 @@ def _run_worker(sock: socket.socket, devices: str | None) -> None:
     with suppress(ProcessLookupError):  # it had ended by itself, with all it had started
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    clear_engine_folder(folder)
 
 
 def main(argv: list[str] | None = None) -> int:

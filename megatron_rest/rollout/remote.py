@@ -24,7 +24,13 @@ import numpy as np
 
 from megatron_rest.config import RolloutConfig, to_dict
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, OnRollout, RolloutRequest
-from megatron_rest.rollout.host import EngineHost, ask_for_engine, worker_environment
+from megatron_rest.rollout.host import (
+    EngineHost,
+    ask_for_engine,
+    clear_engine_folder,
+    new_engine_folder,
+    worker_environment,
+)
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import Rollout, StopReason
 
@@ -212,6 +218,7 @@ class _Child:
     """A worker process that this one has started, and its end of the connection."""
 
     def __init__(self, devices: str | None) -> None:
+        self._folder = new_engine_folder()
         self.socket, theirs = socket.socketpair()
         with theirs:
             arguments = [str(theirs.fileno()), str(os.getpid())]
@@ -220,7 +227,7 @@ class _Child:
             self._popen = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
-                env=worker_environment(devices),
+                env=worker_environment(devices, self._folder),
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -235,10 +242,11 @@ class _Child:
         return self._popen.poll() is None
 
     def kill(self) -> None:
-        """End the process and all it started."""
+        """End the process and all it started, and remove what they may have left."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait()
+        clear_engine_folder(self._folder)
 
     def wait(self, seconds: float) -> None:
         """For an end that was asked for."""

@@ -23,6 +23,7 @@ from typing import Any  # noqa: E402
 from megatron_rest.config import RolloutConfig, from_dict  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
 from megatron_rest.rollout.engine import Exam, RolloutRequest  # noqa: E402
+from megatron_rest.rollout.host import clear_engine_folder, own_engine_folder  # noqa: E402
 from megatron_rest.rollout.vllm_engine import VllmEngine  # noqa: E402
 from megatron_rest.rollout.wire import Connection, ConnectionLostError  # noqa: E402
 from megatron_rest.types import PromptSample, Rollout  # noqa: E402
@@ -137,6 +138,9 @@ def _follow(owner: int) -> None:
     """End this process, and what vLLM started under it, when its owner is gone: it may hang in a transfer just then."""
     while os.getppid() == owner:
         time.sleep(_BEAT_SECONDS)
+    folder = own_engine_folder()
+    if folder is not None:
+        clear_engine_folder(folder)
     os.killpg(0, signal.SIGKILL)
 
 

@@ -147,6 +147,27 @@ def test_process_goes_with_its_owner(tmp_path: Path) -> None:
     assert gone(pid)
 
 
+@pytest.mark.slow
+def test_a_killed_engine_of_two_workers_leaves_nothing(tmp_path: Path) -> None:
+    """Its workers share memory by files that only vLLM's own orderly end would remove."""
+    build_tiny_model(tmp_path, with_tokenizer=False)
+    config = RolloutConfig(kv_cache_bytes=16 << 20, tensor_parallel=2)
+    engine = RemoteEngine(tmp_path, config, seed=0, max_model_len=64)
+    folder = engine._open()._child._folder
+    try:
+        engine.policy_version = 1
+        engine.greedy([1, 2], 2)
+        [store] = folder.glob("vllm_dist_*")
+        assert any(name.startswith(store.name) for name in os.listdir("/dev/shm"))
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineLostError, match="signal SIGKILL"):
+            engine.greedy([1, 2], 2)
+        assert not any(name.startswith(store.name) for name in os.listdir("/dev/shm"))
+        assert not folder.exists()
+    finally:
+        engine.close()
+
+
 def test_messages_carry_arrays_and_ends_are_noticed() -> None:
     import socket
 
