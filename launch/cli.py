@@ -70,7 +70,7 @@ def run_recipe(recipe: Callable[..., Any], executor: str) -> None:
     """What a launch file's ``__main__`` calls; ``executor`` names the factory if ``run.executor=`` does not."""
     import nemo_run as run
 
-    import launch.kubernetes  # noqa: F401  registers, with launch.executors, the factories that run.executor= names
+    import launch.trainjob  # noqa: F401  registers, with launch.executors, the factories that run.executor= names
     from launch.recipe import GIVEN
 
     names = [name for name in inspect.signature(recipe).parameters if name != "ctx"]

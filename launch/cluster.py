@@ -13,7 +13,6 @@ from pathlib import Path
 
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
-from launch.kubernetes import launch_on_kubernetes
 from launch.recipe import (
     GIVEN,
     ROOT,
@@ -26,6 +25,7 @@ from launch.recipe import (
 )
 from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
+from launch.trainjob import launch_on_kubernetes
 from launch.version import code_version
 from megatron_rest.config import RestConfig
 
@@ -190,9 +190,8 @@ def _end_with_status(experiment: run.Experiment, jobs: list[_Job]) -> None:
 
     Of a chain the last link counts: the ones before it may well have ended at their time limit.
     """
-    last_link = [job.name for job in jobs if job.name.startswith("train")][-1]
+    links = [job.name for job in jobs if job.name.startswith("train-")]
     states = {name: str(job["status"]) for name, job in experiment.status(return_dict=True).items()}
-    earlier = {job.name for job in jobs if job.name.startswith("train-")} - {last_link}
-    failed = {name: state for name, state in states.items() if "SUCCEEDED" not in state and name not in earlier}
+    failed = {name: state for name, state in states.items() if "SUCCEEDED" not in state and name not in links[:-1]}
     if failed:
         stop(f"failed: {', '.join(f'{name} {state}' for name, state in failed.items())}", status=1)

@@ -20,6 +20,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 __all__ = [
+    "TRANSPORTS",
     "AdvantageConfig",
     "AdvantageEstimator",
     "CheckpointConfig",
@@ -477,6 +478,9 @@ class OptimizerConfig:
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
 
 
+TRANSPORTS = ("local", "gloo", "nccl_p2p", "broadcast")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightSyncConfig:
     """Training shards into the engine."""
@@ -493,7 +497,7 @@ class WeightSyncConfig:
     """Tokens sampled from the canary prompt after every sync."""
 
     def __post_init__(self) -> None:
-        _one_of("weight_sync.transport", self.transport, ("local", "gloo", "nccl_p2p", "broadcast"))
+        _one_of("weight_sync.transport", self.transport, TRANSPORTS)
         _at_least("weight_sync.bucket_bytes", self.bucket_bytes, 1)
         _at_least("weight_sync.canary_tokens", self.canary_tokens, 1)
         if self.canary_tolerance is not None:

@@ -61,7 +61,7 @@ def examine(*, imports: bool = True) -> list[Finding]:
 # Each prints one line, which the finding shows; those of JSON are what the trainer itself asks.
 _PROBES = {
     "torch": "import json, torch, torch.distributed as d; c = torch.cuda; "
-    "from megatron_rest.weight_sync.sync import TRANSPORTS; "
+    "from megatron_rest.config import TRANSPORTS; "
     "gpus = [c.get_device_name(i) for i in range(c.device_count())]; "
     "print(json.dumps({'cuda': torch.version.cuda, 'gpus': gpus, 'gloo': d.is_gloo_available(), "
     "'nccl': d.is_nccl_available(), 'transports': TRANSPORTS}))",

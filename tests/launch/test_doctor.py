@@ -143,7 +143,7 @@ def test_recipes_of_other_machines() -> None:
 
 
 def test_transports_of_other_machines() -> None:
-    from megatron_rest.weight_sync.sync import TRANSPORTS
+    from megatron_rest.config import TRANSPORTS
 
     def states(**found: object) -> dict[str, str]:
         findings = doctor_device.transports({**found, "transports": TRANSPORTS})

@@ -18,9 +18,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.kubernetes import _dollars_kept
 from launch.processes import descendants
 from launch.script import node_script
+from launch.trainjob import _dollars_kept
 from megatron_rest.config import ModelConfig, RestConfig, TrainerConfig, from_dict
 
 from .conftest import ROOT

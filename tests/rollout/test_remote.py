@@ -64,7 +64,7 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
         with pytest.raises(EngineCallError, match=r"ValueError: .* holds token id 9999"):
             engine.greedy([1, 9999], 2)
         whole: dict[int, Rollout] = {}
-        engine.run(requests, max_response_tokens=40, on_rollout=whole.__setitem__)
+        engine.run(requests, max_response_tokens=200, on_rollout=whole.__setitem__)
         assert sorted(whole) == list(range(12)) and {r.policy_version for r in whole.values()} == {3}
         exam: dict[int, Rollout] = {}
         engine.run(requests[::2], max_response_tokens=20, on_rollout=exam.__setitem__, exam=Exam())
@@ -80,14 +80,13 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
 
         def take(key: int, rollout: Rollout) -> None:
             handed[key] = rollout
-            if len(handed) == 3:
-                os.kill(pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
 
         engine._config = RolloutConfig(engine_timeout_seconds=HANG_SECONDS)
         with pytest.raises(EngineLostError, match=f"engine process {pid} gave no sign of life for 10 s during run"):
-            engine.run(requests, max_response_tokens=40, on_rollout=take)
+            engine.run(requests, max_response_tokens=200, on_rollout=take)
         assert gone(pid, 1) and not engine.is_alive
-        assert 3 <= len(handed) < 12
+        assert 1 <= len(handed) < 12
         assert all(whole[key].token_ids.tolist() == r.token_ids.tolist() for key, r in handed.items())
         with pytest.raises(EngineLostError, match=f"engine process {pid} ended"):
             engine.start_weight_update()

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rest.config import WeightSyncConfig
+from megatron_rest.config import TRANSPORTS, WeightSyncConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.rollout import vllm_engine
 from megatron_rest.weight_sync.broadcast import BroadcastSender
 from megatron_rest.weight_sync.layouts import EngineLayout, engine_tensors, engine_workers
 from megatron_rest.weight_sync.sliced import SliceTransport, worker_tensors
 from megatron_rest.weight_sync.stream import LocalSender, StreamTransport
-from megatron_rest.weight_sync.sync import TRANSPORTS, WeightSync, WeightSyncError, make_transport
+from megatron_rest.weight_sync.sync import WeightSync, WeightSyncError, make_transport
 from tests.weight_sync.test_plan import _dense
 from tests.weight_sync.test_sync import BF16_BAND, FP32_BAND, SETTINGS, flip, gap_to, make_bench
 
@@ -31,8 +31,10 @@ def test_every_transport_is_chosen_by_name() -> None:
     for name, sender in (("local", LocalSender), ("broadcast", BroadcastSender)):
         transport = chosen[name]
         assert isinstance(transport, StreamTransport) and isinstance(transport._sender, sender)
-    with pytest.raises(ValueError, match="transport 'pigeon' is not known"):
-        make_transport(source, WeightSyncConfig(transport="pigeon"))
+    with pytest.raises(
+        ValueError, match=r"weight_sync\.transport is 'pigeon': allowed: local, gloo, nccl_p2p, broadcast"
+    ):
+        WeightSyncConfig(transport="pigeon")
 
 
 def layout_of(shape: ModelShape, engine: EngineLayout, dtype: str = "bfloat16") -> list[dict[str, Any]]:

@@ -250,8 +250,3 @@ def test_source_is_drained_when_the_engine_fails(bench: Bench, monkeypatch: pyte
         bench.push()
     assert len(taken) == len(bench.state)
     monkeypatch.undo()
-
-
-def test_unknown_transport_is_refused(bench: Bench) -> None:
-    with pytest.raises(ValueError, match="transport 'pigeon' is not known; expected one of"):
-        WeightSync(bench.engine, bench.sync._source, WeightSyncConfig(transport="pigeon"))
