@@ -10,7 +10,8 @@ What is judged is the second half of the run, after caches and allocators have s
                           through what each process says of itself (heap_probe/sitecustomize.py), as the median of
                           all slopes (Theil-Sen)
     resident memory       the same line, with a wider limit: holes in the heap and first uses of pages move it, too
-    descriptors, threads  most in the last quarter of the run against most in the quarter before it
+    descriptors, threads  in the last quarter of the run against the quarter before it, medians: what is open for a
+                          moment, or closed while the process ends, is none
     shared memory         the same, of files in /dev/shm that a process of the run maps
     left behind           processes of the run, and such files, five seconds after its end
 
@@ -163,11 +164,11 @@ def growth(samples: Iterable[Sample], steps: int) -> dict[str, dict[str, float]]
             continue  # lives for a moment
         early = [s for s in mine if s.step < steps * 3 // 4] or mine
         late = [s for s in mine if s.step >= steps * 3 // 4] or mine
-        row = {"rss_mb": late[-1].rss_bytes / 1e6}
+        row = {"rss_mb": statistics.median(s.rss_bytes for s in late) / 1e6}
         for name in _MOST_A_STEP:
             row[f"{name}_a_step"] = slope((s.step, v) for s in mine if (v := getattr(s, name)) is not None)
         for name in ("num_fds", "num_threads", "num_shm"):
-            before, after = (max(getattr(s, name) for s in part) for part in (early, late))
+            before, after = (statistics.median(getattr(s, name) for s in part) for part in (early, late))
             row[name], row[f"{name}_grown"] = float(after), float(after - before)
         table[role] = row
     return table
@@ -183,7 +184,7 @@ def verdicts(table: dict[str, dict[str, float]]) -> list[str]:
             if row[f"{name}_a_step"] > most
         ]
         found += [
-            f"{role}: {row[name]:+.0f} {name.removeprefix('num_').removesuffix('_grown')} in the last quarter"
+            f"{role}: {row[name]:+g} {name.removeprefix('num_').removesuffix('_grown')} in the last quarter"
             for name in ("num_fds_grown", "num_threads_grown", "num_shm_grown")
             if row[name] > 0
         ]
@@ -279,7 +280,7 @@ def _show(table: dict[str, dict[str, float]], steps: int, seconds: float, seen: 
     print(f"{'process':12s} {columns[0]:>8s} " + " ".join(f"{c:>11s}" for c in columns[1:]))
     for role, row in table.items():
         slopes = [f"{row[f'{name}_a_step']:.0f}" for name in ("rss_bytes", "heap_bytes", "python_blocks")]
-        counts = [f"{row[n]:.0f} ({row[n + '_grown']:+.0f})" for n in ("num_fds", "num_threads", "num_shm")]
+        counts = [f"{row[n]:g} ({row[n + '_grown']:+g})" for n in ("num_fds", "num_threads", "num_shm")]
         print(f"{role:12s} {row['rss_mb']:8.0f} " + " ".join(f"{c:>11s}" for c in [*slopes, *counts]))
     for role, address in sorted(seen.listening):
         print(f"{role} listens on {address}")

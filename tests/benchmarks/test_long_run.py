@@ -39,9 +39,9 @@ def test_a_process_that_stays_as_it_is_has_no_verdict() -> None:
         ("rss_bytes", 60_000, "rank 0: rss bytes grow by 60000 a step, limit 50000"),
         ("heap_bytes", 5_000, "rank 0: heap bytes grow by 5000 a step, limit 4000"),
         ("python_blocks", 50, "rank 0: python blocks grow by 50 a step, limit 40"),
-        ("num_fds", 0.2, "rank 0: +11 fds in the last quarter"),
-        ("num_threads", 0.2, "rank 0: +11 threads in the last quarter"),
-        ("num_shm", 0.2, "rank 0: +11 shm in the last quarter"),
+        ("num_fds", 0.2, "rank 0: +10.5 fds in the last quarter"),
+        ("num_threads", 0.2, "rank 0: +10.5 threads in the last quarter"),
+        ("num_shm", 0.2, "rank 0: +10.5 shm in the last quarter"),
     ],
 )
 def test_what_grows_is_named(name: str, a_step: float, words: str) -> None:
