@@ -66,7 +66,8 @@ def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecuto
     """Slurm; ``nodes=0`` leaves the number to the recipe."""
     image = os.environ.get("REST_IMAGE") or None
     # A rank may use all cores of its node: Slurm's default binds it to one, which starves data loading and vLLM.
-    srun_args = ["--cpu-bind=none"]
+    # And a rank that fails ends the others at once, as under torchrun: on GPUs they would wait for it until a timeout.
+    srun_args = ["--cpu-bind=none", "--kill-on-bad-exit=1"]
     if image:
         srun_args.append("--no-container-mount-home")  # packages in ~/.local would win over the image's
     # A plain run.Config: @run.autoconvert would turn os.environ.get and everything else in here into Configs too.

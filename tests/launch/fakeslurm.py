@@ -101,8 +101,13 @@ def srun(arguments: list[str]) -> None:
             )
             for rank in range(tasks)
         ]  # fmt: skip
-        codes = [abs(rank.wait()) for rank in ranks]
-    sys.exit(max(codes))
+        while (codes := [rank.poll() for rank in ranks]).count(None):
+            if any(codes) and given.get("kill-on-bad-exit") == "1":
+                for rank in ranks:
+                    rank.terminate()
+                break
+            time.sleep(0.05)
+    sys.exit(max(abs(rank.wait()) for rank in ranks))
 
 
 def main() -> None:

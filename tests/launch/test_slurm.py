@@ -33,7 +33,7 @@ cp "$4" "$TEST_OUT/config-$RANK.yaml"
 echo "rank $RANK has begun"
 [ -f megatron_rest/trainer/__main__.py ] || exit 9  # the code has to be where the job runs
 if [ "$RANK" = "${TEST_FAIL_RANK:-none}" ] && [ ! -f "$TEST_OUT/failed" ]; then touch "$TEST_OUT/failed"; exit 3; fi
-[ -z "${TEST_SLEEP:-}" ] || sleep "$TEST_SLEEP"
+[ -z "${TEST_SLEEP:-}" ] || exec sleep "$TEST_SLEEP"
 """
 
 
@@ -96,6 +96,12 @@ def test_a_job_runs_every_rank_with_the_submitted_configuration(cluster: Cluster
 
 def test_a_failed_rank_is_a_failed_command(cluster: Cluster) -> None:
     done = cluster.submit(TEST_FAIL_RANK="5")
+    assert done.returncode == 1, done.stdout
+    assert "train FAILED" in done.stderr
+
+
+def test_a_failed_rank_ends_the_others(cluster: Cluster) -> None:
+    done = cluster.submit(TEST_FAIL_RANK="5", TEST_SLEEP="200")  # longer than submit waits
     assert done.returncode == 1, done.stdout
     assert "train FAILED" in done.stderr
 
