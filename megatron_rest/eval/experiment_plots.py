@@ -65,8 +65,8 @@ def _training(experiment: Experiment) -> Figure:
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     figure.supxlabel(
-        f"thick: mean of seeds {', '.join(map(str, experiment.seeds))}; thin: each seed; "
-        f"mean of the last {width} steps, in which every prompt is asked once",
+        f"thick: mean of seeds {', '.join(map(str, experiment.seeds))}; thin: each seed"
+        + (f"; mean of the last {width} steps, in which every prompt is asked once" if width > 1 else ""),
         fontsize=9, color=GREY,
     )  # fmt: skip
     return figure
