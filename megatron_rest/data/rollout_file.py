@@ -8,6 +8,7 @@ Sequences lie behind each other (``lengths`` says where they end); index t of ev
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import zipfile
@@ -38,6 +39,8 @@ _DTYPES = {
 }
 _PER_SEQUENCE = ("group_ids", "advantages", "rewards")
 _FILE = re.compile(r"step_(\d{6,})\.npz")
+# zipfile's own, its decompressors', and RuntimeError for an encrypted entry or an unknown compression method
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,5 +144,5 @@ def read_rollouts(path: str | Path) -> SavedRollouts:
                 progress=float(values.pop("progress")),
                 **values,
             )
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, *_ZIP_ERRORS) as error:
         raise ValueError(f"{path} is not a file of rollouts: {error}") from error

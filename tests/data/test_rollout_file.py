@@ -52,3 +52,24 @@ def test_pickles_and_damage_are_refused_by_name(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"step_000001.npz is not a file of rollouts"):
             read_rollouts(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [(8, 14), (8, 99), (6, 1)],
+    ids=["another compression method", "an unknown compression method", "encrypted"],
+)
+def test_entries_that_say_something_else_of_themselves_are_refused_by_name(
+    tmp_path: Path, offset: int, value: int
+) -> None:
+    """One field changed in both headers of every entry; zipfile raises something of its own for each."""
+    path = write_rollouts(tmp_path, rollouts_of(2))
+    data = bytearray(path.read_bytes())
+    for magic, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):  # local header, central directory
+        at = data.find(magic)
+        while at >= 0:
+            data[at + shift + offset] = value
+            at = data.find(magic, at + 4)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"step_\d+.npz is not a file of rollouts"):
+        read_rollouts(path)
