@@ -139,6 +139,9 @@ def read_rollouts(path: str | Path) -> SavedRollouts:
     try:
         with np.load(path, allow_pickle=False) as data:
             values = {name: data[name] for name in data.files}
+            for name, value in values.items():
+                if not isinstance(value, np.ndarray):  # numpy hands out as bytes what does not begin as an array
+                    raise ValueError(f"{name} is no array")
             return SavedRollouts(
                 step=int(values.pop("step")),
                 progress=float(values.pop("progress")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -72,4 +73,16 @@ def test_entries_that_say_something_else_of_themselves_are_refused_by_name(
             at = data.find(magic, at + 4)
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"step_\d+.npz is not a file of rollouts"):
+        read_rollouts(path)
+
+
+@pytest.mark.parametrize("entry", ["lengths.npy", "entropy.npy"])
+def test_an_entry_that_is_no_array_is_refused_by_name(tmp_path: Path, entry: str) -> None:
+    path = write_rollouts(tmp_path, rollouts_of(2))
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (entries | {entry: b"text"}).items():
+            archive.writestr(name, data)
+    with pytest.raises(ValueError, match=f"is not a file of rollouts: {entry.removesuffix('.npy')} is no array"):
         read_rollouts(path)
