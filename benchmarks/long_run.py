@@ -225,12 +225,14 @@ def probe_environment(folder: Path) -> dict[str, str]:
     return cache | os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HEAP_PROBE_FOLDER": str(folder)}
 
 
-def watch(command: list[str], run_dir: Path, probe: Path, steps: int) -> tuple[Watch, int]:
+def watch(command: list[str], run_dir: Path, steps: int) -> tuple[Watch, int]:
     """Run it to its end under watch; what was seen, and its exit status."""
     metrics = run_dir / "metrics.jsonl"
-    environment = probe_environment(probe)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) as process:
-        seen = Watch(psutil.Process(process.pid), probe)
+    with (
+        tempfile.TemporaryDirectory() as probe,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=probe_environment(Path(probe))) as process,
+    ):
+        seen = Watch(psutil.Process(process.pid), Path(probe))
         while process.poll() is None:
             step = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
             seen.look(step)
@@ -254,9 +256,7 @@ def main() -> int:
         run_dir = base / "long-run"
         command = train_command(base, run_dir, f"trainer.steps={args.steps}", ranks=args.ranks, replicas=args.replicas)
         started = time.monotonic()
-        probe = Path(scratch) / "heap"
-        probe.mkdir()
-        seen, status = watch(command, run_dir, probe, args.steps)
+        seen, status = watch(command, run_dir, args.steps)
         seconds = time.monotonic() - started
         left = seen.left_behind()
     table = growth(seen.samples, args.steps)
@@ -275,13 +275,12 @@ def main() -> int:
 
 def _show(table: dict[str, dict[str, float]], steps: int, seconds: float, seen: Watch) -> None:
     print(f"{steps} steps in {seconds:.0f} s; second half of the run:")
-    columns = ("RSS MB", "RSS bytes", "heap bytes", "py blocks", "fds", "threads", "/dev/shm")
-    print(f"{'':12s} {'':>8s} {'a step':>11s} {'a step':>11s} {'a step':>11s}")
-    print(f"{'process':12s} {columns[0]:>8s} " + " ".join(f"{c:>11s}" for c in columns[1:]))
+    columns = [*(f"{name.replace('_', ' ')}/step" for name in _MOST_A_STEP), "fds", "threads", "/dev/shm"]
+    print(f"{'process':12s} {'RSS MB':>8s} " + " ".join(f"{c:>18s}" for c in columns))
     for role, row in table.items():
-        slopes = [f"{row[f'{name}_a_step']:.0f}" for name in ("rss_bytes", "heap_bytes", "python_blocks")]
+        slopes = [f"{row[f'{name}_a_step']:.0f}" for name in _MOST_A_STEP]
         counts = [f"{row[n]:g} ({row[n + '_grown']:+g})" for n in ("num_fds", "num_threads", "num_shm")]
-        print(f"{role:12s} {row['rss_mb']:8.0f} " + " ".join(f"{c:>11s}" for c in [*slopes, *counts]))
+        print(f"{role:12s} {row['rss_mb']:8.0f} " + " ".join(f"{c:>18s}" for c in [*slopes, *counts]))
     for role, address in sorted(seen.listening):
         print(f"{role} listens on {address}")
 

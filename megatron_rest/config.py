@@ -479,6 +479,7 @@ class OptimizerConfig:
 
 
 TRANSPORTS = ("local", "gloo", "nccl_p2p", "broadcast")
+"""Values of ``weight_sync.transport``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
