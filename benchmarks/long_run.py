@@ -245,7 +245,9 @@ def watch(command: list[str], run_dir: Path, steps: int) -> tuple[Watch, int]:
 def main() -> int:
     """0: nothing grew, nothing is left."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--steps", type=int, default=200, help="with fewer, caches still fill while it is judged (%(default)s)"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="tensor-parallel training ranks (%(default)s)")
     parser.add_argument("--replicas", type=int, default=1, help="engines; 0: one in every rank's process (%(default)s)")
     parser.add_argument("--json", type=Path, help="write table and samples there")
