@@ -101,14 +101,14 @@ def worker_extension() -> type:
             engine: Any = self.weight_transfer_engine
             link, schedule = engine._receiver.link, engine._receiver.schedule
             if not hasattr(self, "buffers"):
-                largest = schedule.dtype.itemsize * max(m.num_elements for m in schedule.messages)
+                largest = max(m.num_bytes for m in schedule.messages)
                 self.buffers = [torch.ones(largest, dtype=torch.uint8) for _ in range(IN_FLIGHT + 1)]
             under_way: deque[Any] = deque()
             for i, message in enumerate(schedule.messages):
                 if len(under_way) > IN_FLIGHT:
                     under_way.popleft().wait()
-                size = schedule.dtype.itemsize * message.num_elements
-                under_way.append(link.receive(self.buffers[i % len(self.buffers)][:size], message.source))
+                buffer = self.buffers[i % len(self.buffers)][: message.num_bytes]
+                under_way.append(link.receive(buffer, message.source))
             for work in under_way:
                 work.wait()
 

@@ -36,6 +36,7 @@ __all__ = [
     "RestConfig",
     "RewardConfig",
     "RolloutConfig",
+    "RolloutQuantization",
     "TrainerConfig",
     "ValidationConfig",
     "WarmStartConfig",
@@ -70,6 +71,14 @@ class LossAggregation(StrEnum):
     SEQUENCE_MEAN = "sequence_mean"  # paper: mean over sequences of the mean over their tokens
     TOKEN_MEAN = "token_mean"  # one weighted mean over all tokens of the global batch
     REFERENCE_CODE = "reference_code"  # published code: weighted mean of each microbatch; for parity tests only
+
+
+class RolloutQuantization(StrEnum):
+    """How engines hold the matrices of the layers (see docs/weight_sync.md); sender-side, e4m3, float32 scales."""
+
+    NONE = "none"  # as rollout.dtype
+    FP8_CHANNEL = "fp8_channel"  # one scale an output channel
+    FP8_BLOCK = "fp8_block"  # one scale a block of 128 x 128
 
 
 class Fp8Recipe(StrEnum):
@@ -228,6 +237,8 @@ class RolloutConfig:
     """Top-k sampling; 0 = off."""
     dtype: str = "float32"
     """Engine precision: float32, bfloat16 or float16."""
+    quantization: RolloutQuantization = RolloutQuantization.NONE
+    """Matrices of the layers in engines and on their way there: none, fp8_channel or fp8_block (needs loss.tis_cap)."""
     tensor_parallel: int = 1
     """Ranks of one engine: with replicas vLLM's own workers, colocated so many training ranks in a row."""
     kv_cache_bytes: int = 64 << 20
@@ -263,6 +274,11 @@ class RolloutConfig:
         _at_least("rollout.rollouts_per_prompt", self.rollouts_per_prompt, 1)
         _at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.quantization is RolloutQuantization.FP8_BLOCK and self.dtype == "float32":
+            raise ConfigError(
+                "rollout.quantization=fp8_block multiplies 16-bit activations, and rollout.dtype is float32: set "
+                "rollout.dtype=bfloat16"
+            )
         if self.temperature <= 0:
             raise ConfigError(f"rollout.temperature is {self.temperature}: RL samples from the policy, it must be > 0")
         if not 0 < self.top_p <= 1:
@@ -493,7 +509,7 @@ class WeightSyncConfig:
     """Tensors travel in buckets or messages of about this size."""
     canary_tolerance: float | None = None
     """Largest |log-prob difference| between engine and trainer on the canary after a sync, nats; null = 1e-3 if both
-    compute in float32, else 0.1 (16-bit rounding alone makes up to 0.06)."""
+    compute in float32, 0.1 if not (16-bit rounding alone makes up to 0.06), 1.0 with rollout.quantization."""
     canary_tokens: int = 16
     """Tokens sampled from the canary prompt after every sync."""
 
@@ -718,6 +734,11 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
         raise ConfigError(
             "rollout.max_staleness=1 trains on rollouts of an older policy, which loss.tis_cap corrects: set it (2.0 "
             "is common), or rollout.max_staleness to 0"
+        )
+    if config.rollout.quantization is not RolloutQuantization.NONE and config.loss.tis_cap is None:
+        raise ConfigError(
+            f"rollout.quantization={config.rollout.quantization} samples from a rounded policy, which loss.tis_cap "
+            "corrects: set it (2.0 is common), or rollout.quantization=none"
         )
     if (config.weight_sync.transport == "local") == (config.rollout.replicas > 0):
         raise ConfigError(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rest.config import RolloutConfig
+from megatron_rest.config import RolloutConfig, RolloutQuantization
 from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.rollout.conversations import exam_conversation
 from megatron_rest.rollout.engine import (
@@ -67,7 +67,8 @@ class VllmEngine:
             transfer has succeeded.
 
     Raises FileNotFoundError for a folder without configuration or weights, ValueError for a length that the model
-    does not take.  Collectives: on several ranks construction creates process groups, so all ranks construct together.
+    does not take and for a quantised engine that is not to start without weights (a transfer quantises them).
+    Collectives: on several ranks construction creates process groups, so all ranks construct together.
     """
 
     def __init__(
@@ -93,6 +94,11 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._stop_token_ids = [int(i) for i in stop_token_ids]
         model = _read_folder(Path(model_path), max_model_len, random_weights)
+        if config.quantization is not RolloutQuantization.NONE and not random_weights:
+            raise ValueError(
+                f"rollout.quantization is {config.quantization}, and the folder's weights are not quantised: pass "
+                "random_weights=True and transfer them (a WeightSync quantises), or set rollout.quantization=none"
+            )
         self._vocab_size = int(model["vocab_size"])
         in_process = transport in _TRANSPORTS_IN_PROCESS if in_process is None else in_process
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -366,6 +372,8 @@ def _make_llm(
         "weight_transfer_config": {"backend": transport},
         "worker_extension_cls": _WORKER_EXTENSION,
     }
+    if config.quantization is not RolloutQuantization.NONE:
+        arguments["hf_overrides"] = {"quantization_config": _quantization_config(config.quantization, model)}
     if current_platform.is_cpu():
         if config.sleep_level:
             raise ValueError(
@@ -383,6 +391,35 @@ def _make_llm(
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enable_sleep_mode"] = config.sleep_level > 0
     return LLM(**arguments)
+
+
+def _quantization_config(quantization: RolloutQuantization, model: dict[str, Any]) -> dict[str, Any]:
+    """What ``config.json`` of a checkpoint in this form says: vLLM then holds such a checkpoint's parameters.
+
+    The output layer, embeddings, norms and routers stay as they are.
+    """
+    if quantization is RolloutQuantization.FP8_BLOCK:
+        routers = [f"model.layers.{layer}.mlp.gate" for layer in range(int(model["num_hidden_layers"]))]
+        return {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head", *routers],
+        }
+    value = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", r"re:.*\.mlp\.gate$"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**value, "strategy": "channel", "dynamic": False},
+                "input_activations": {**value, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
 
 
 def _read_folder(path: Path, max_model_len: int, random_weights: bool) -> dict[str, Any]:

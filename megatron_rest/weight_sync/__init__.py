@@ -4,7 +4,9 @@ sync.py         one verified transfer: push, compare, resend once, or stop and n
 transport.py    what an engine offers and what a way of transferring promises
 
 layouts.py      where pieces of HF tensors lie in Megatron's shards and in vLLM's parameters
+engine_side.py  what a running engine takes, in which data types
 plan.py         who sends which bytes to whom, as data
+fp8.py          matrices in FP8, with scales, quantised before they are sent
 slices.py       a plan carried out: packing, sending, receiving, putting together
 sliced.py       transports gloo and nccl_p2p: layouts -> plans -> groups -> transfers by slices
 links.py        bytes between two processes

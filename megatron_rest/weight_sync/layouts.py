@@ -1,14 +1,18 @@
 """Where pieces of HF tensors lie in a training rank's shards and in a vLLM worker's parameters: pure data.
 
 Both sides are described in the same words (:class:`Placement`: a box of an HF tensor and where it lies in a local one),
-so a plan needs to know neither Megatron's nor vLLM's fusions.
+so a plan needs to know neither Megatron's nor vLLM's fusions.  The scales of a matrix in FP8 are one more HF tensor, as
+they are in a checkpoint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from megatron_rest.model_map import (
     ModelShape,
@@ -24,12 +28,14 @@ from megatron_rest.model_map import (
 __all__ = [
     "EngineLayout",
     "EngineTensor",
+    "Fp8Form",
     "Placement",
     "Shard",
     "TrainingLayout",
     "WorkerLayout",
     "engine_tensors",
     "engine_workers",
+    "scale_tensor",
     "training_placements",
     "training_shards",
     "whole_tensors",
@@ -110,12 +116,47 @@ class EngineTensor:
     name: str
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
+    dtype: torch.dtype  # as the engine's loaders see it, which is what travels
     is_whole: bool = False
 
     @property
     def covered(self) -> int:
         """Elements that a transfer writes; the rest is padding and zero."""
         return sum(math.prod(p.size) for p in self.placements)
+
+    @property
+    def covered_bytes(self) -> int:
+        """What travels for it."""
+        return self.covered * self.dtype.itemsize
+
+    def as_type(self, dtype: torch.dtype) -> EngineTensor:
+        return dataclasses.replace(self, dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Form:
+    """Which HF matrices an engine holds in FP8, and how many of their elements share a scale.
+
+    A matrix ``w`` is held as ``q`` (e4m3) and ``scale`` (float32): ``w = q * scale``, element by element, with the
+    scale of the block that the element lies in.  Blocks are counted from the start of the whole HF matrix, so they do
+    not depend on how either side cuts it.
+    """
+
+    names: frozenset[str]  # HF names of the matrices
+    scale_suffix: str  # a scale's name is its matrix's and this
+    block: tuple[int, int | None]  # rows and columns of a block; None = all columns
+
+    def scale_name(self, hf_name: str) -> str:
+        return hf_name + self.scale_suffix
+
+    def grid(self, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Start and size, in blocks, of the blocks that a box of a matrix touches."""
+        begins, sizes = [], []
+        for at, length, step in zip(start, size, self.block, strict=True):
+            first, last = (0, 1) if step is None else (at // step, -(-(at + length) // step))
+            begins.append(first)
+            sizes.append(last - first)
+        return (begins[0], begins[1]), (sizes[0], sizes[1])
 
 
 # Training side ----------------------------------------------------------------------------------------------------
@@ -210,12 +251,63 @@ def engine_workers(shape: ModelShape, layout: EngineLayout) -> list[WorkerLayout
     return workers
 
 
-def engine_tensors(shape: ModelShape, worker: WorkerLayout) -> list[EngineTensor]:
+def engine_tensors(
+    shape: ModelShape, worker: WorkerLayout, dtype: torch.dtype, form: Fp8Form | None = None
+) -> list[EngineTensor]:
     """Parameters of a vLLM worker for this model, in layer order, with vLLM's names and fusions.
 
     The shapes are those that vLLM's weight loaders fill, before any packing or quantisation of its own.  A tied head
-    has no entry: it follows the embedding.
+    has no entry: it follows the embedding.  The matrices of ``form`` are in FP8, each followed by its scales, all else
+    is in ``dtype``.  Raises ValueError when TP cuts through a head, a row or a block.
     """
+    tensors: list[EngineTensor] = []
+    for slot in _slots(shape, worker):
+        tensor = EngineTensor(name=slot.name, shape=slot.shape, placements=slot.placements, dtype=dtype)
+        if form is None or not any(placement.hf_name in form.names for placement in slot.placements):
+            tensors.append(tensor)
+        else:
+            tensors += [tensor.as_type(torch.float8_e4m3fn), scale_tensor(tensor, form)]
+    return tensors
+
+
+def scale_tensor(tensor: EngineTensor, form: Fp8Form) -> EngineTensor:
+    """The parameter with the scales of ``tensor``: what lies where follows from where the matrices lie."""
+    placements = []
+    for box in tensor.placements:
+        lead = len(box.start) - len(box.size)
+        hf_start, size = form.grid(box.hf_start, box.size)
+        start, room = form.grid(box.start[lead:], box.size)
+        ends = [at + length for at, length in zip(box.hf_start, box.size, strict=True)]
+        cuts = [
+            step is not None and (at % step or begin % step)
+            for at, begin, step in zip(box.hf_start, box.start[lead:], form.block, strict=True)
+        ]
+        if any(cuts) or size != room:
+            raise ValueError(
+                f"{tensor.name} holds rows and columns {box.hf_start} to {tuple(ends)} of {box.hf_name}, which cuts "
+                f"through FP8 blocks of {form.block}: choose another engine parallelism, or scales by channel"
+            )
+        placements.append(Placement(form.scale_name(box.hf_name), hf_start, (*box.start[:lead], *start), size))
+    lead = len(tensor.shape) - len(form.block)
+    _, grid = form.grid((0, 0), tensor.shape[lead:])
+    return EngineTensor(
+        name=form.scale_name(tensor.name),
+        shape=(*tensor.shape[:lead], *grid),
+        placements=tuple(placements),
+        dtype=torch.float32,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Slot:
+    """A parameter of a worker before anybody says how it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    placements: tuple[Placement, ...]
+
+
+def _slots(shape: ModelShape, worker: WorkerLayout) -> list[_Slot]:
     tensors = [_engine_vocab(shape, worker, "model.embed_tokens.weight")]
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
@@ -228,15 +320,15 @@ def engine_tensors(shape: ModelShape, worker: WorkerLayout) -> list[EngineTensor
     return tensors
 
 
-def _engine_vocab(shape: ModelShape, worker: WorkerLayout, name: str) -> EngineTensor:
+def _engine_vocab(shape: ModelShape, worker: WorkerLayout, name: str) -> _Slot:
     rows = padded_vocab_size(shape.vocab_size, 1, _VLLM_VOCAB_MULTIPLE) // worker.tp_size
     begin = worker.tp_rank * rows
     size = max(min(rows, shape.vocab_size - begin), 0)
     placement = Placement(name, (begin, 0), (0, 0), (size, shape.hidden_size))
-    return EngineTensor(name=name, shape=(rows, shape.hidden_size), placements=(placement,) if size else ())
+    return _Slot(name=name, shape=(rows, shape.hidden_size), placements=(placement,) if size else ())
 
 
-def _engine_attention(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[EngineTensor]:
+def _engine_attention(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[_Slot]:
     heads = _divide(shape.num_attention_heads, worker.tp_size, "attention heads")
     if worker.tp_size >= shape.num_query_groups:  # vLLM gives several ranks the same key/value head
         kv_heads, kv_begin = 1, worker.tp_rank // _divide(worker.tp_size, shape.num_query_groups, "engine TP ranks")
@@ -255,16 +347,14 @@ def _engine_attention(shape: ModelShape, worker: WorkerLayout, prefix: str) -> l
             zeros = (0,) * len(rest)
             placements.append(Placement(name, (begin * head, *zeros), (at, *zeros), (count * head, *rest)))
             at += count * head
-        tensors.append(
-            EngineTensor(name=f"{attention}.qkv_proj.{kind}", shape=(at, *rest), placements=tuple(placements))
-        )
+        tensors.append(_Slot(name=f"{attention}.qkv_proj.{kind}", shape=(at, *rest), placements=tuple(placements)))
     if shape.has_qk_norm:
         tensors += [_replicated(f"{attention}.{part}_norm.weight", head) for part in "qk"]
     tensors.append(_columns(f"{attention}.o_proj.weight", shape.hidden_size, heads * head, worker.tp_rank))
     return tensors
 
 
-def _engine_mlp(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[EngineTensor]:
+def _engine_mlp(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[_Slot]:
     size = _divide(shape.ffn_hidden_size, worker.tp_size, "rows of the MLP")
     placements = tuple(
         Placement(
@@ -274,14 +364,12 @@ def _engine_mlp(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[En
     )
     return [
         _replicated(f"{prefix}.post_attention_layernorm.weight", shape.hidden_size),
-        EngineTensor(
-            name=f"{prefix}.mlp.gate_up_proj.weight", shape=(2 * size, shape.hidden_size), placements=placements
-        ),
+        _Slot(name=f"{prefix}.mlp.gate_up_proj.weight", shape=(2 * size, shape.hidden_size), placements=placements),
         _columns(f"{prefix}.mlp.down_proj.weight", shape.hidden_size, size, worker.tp_rank),
     ]
 
 
-def _engine_experts(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[EngineTensor]:
+def _engine_experts(shape: ModelShape, worker: WorkerLayout, prefix: str) -> list[_Slot]:
     size = _divide(shape.moe_ffn_hidden_size, worker.expert_tp_size, "rows of an expert")
     begin, hidden = worker.expert_tp_rank * size, shape.hidden_size
     up, down = [], []
@@ -296,23 +384,23 @@ def _engine_experts(shape: ModelShape, worker: WorkerLayout, prefix: str) -> lis
     router = f"{prefix}.mlp.gate.weight"
     return [
         _replicated(f"{prefix}.post_attention_layernorm.weight", hidden),
-        EngineTensor(
+        _Slot(
             name=router,
             shape=(shape.num_experts, hidden),
             placements=(Placement(router, (0, 0), (0, 0), (shape.num_experts, hidden)),),
         ),
-        EngineTensor(name=f"{stacked}.w13_weight", shape=(count, 2 * size, hidden), placements=tuple(up)),
-        EngineTensor(name=f"{stacked}.w2_weight", shape=(count, hidden, size), placements=tuple(down)),
+        _Slot(name=f"{stacked}.w13_weight", shape=(count, 2 * size, hidden), placements=tuple(up)),
+        _Slot(name=f"{stacked}.w2_weight", shape=(count, hidden, size), placements=tuple(down)),
     ]
 
 
-def _replicated(name: str, size: int) -> EngineTensor:
-    return EngineTensor(name=name, shape=(size,), placements=(Placement(name, (0,), (0,), (size,)),))
+def _replicated(name: str, size: int) -> _Slot:
+    return _Slot(name=name, shape=(size,), placements=(Placement(name, (0,), (0,), (size,)),))
 
 
-def _columns(name: str, rows: int, columns: int, tp_rank: int) -> EngineTensor:
+def _columns(name: str, rows: int, columns: int, tp_rank: int) -> _Slot:
     placement = Placement(name, (0, tp_rank * columns), (0, 0), (rows, columns))
-    return EngineTensor(name=name, shape=(rows, columns), placements=(placement,))
+    return _Slot(name=name, shape=(rows, columns), placements=(placement,))
 
 
 def _divide(count: int, parts: int, what: str) -> int:
@@ -322,25 +410,37 @@ def _divide(count: int, parts: int, what: str) -> int:
 
 
 def whole_tensors(
-    tensors: Sequence[EngineTensor], shape: ModelShape, takes: Callable[[EngineTensor], bool]
+    tensors: Sequence[EngineTensor],
+    shape: ModelShape,
+    refused: Collection[str],
+    *,
+    form: Fp8Form | None = None,
 ) -> list[EngineTensor]:
-    """``tensors`` with each one that the engine does not take replaced by the full HF tensors it is made of."""
+    """``tensors`` with each one that the engine does not take in slices replaced by the full HF tensors it is made of.
+
+    ``refused`` has the names of those.
+    """
     full = {
         name: size
         for spec in parameter_map(shape)
         for name, size in zip(spec.hf_names, hf_shapes(spec, shape), strict=True)
     }
+    if form is not None:
+        full |= {form.scale_name(name): form.grid((0, 0), full[name])[1] for name in form.names}
     result: list[EngineTensor] = []
     for tensor in tensors:
-        if takes(tensor):
+        if tensor.name not in refused:
             result.append(tensor)
             continue
         names: Iterable[str] = dict.fromkeys(p.hf_name for p in tensor.placements)
-        if "w13_weight" in tensor.name or "w2_weight" in tensor.name:  # vLLM's loader picks its own experts
-            prefix, kinds = tensor.name.split(_EXPERT)[0], ("gate", "up") if "w13" in tensor.name else ("down",)
-            names = [f"{prefix}{_EXPERT}{e}.{k}_proj.weight" for e in range(shape.num_experts) for k in kinds]
+        prefix, is_expert, stacked = tensor.name.partition(f"{_EXPERT}routed_experts.")
+        if is_expert:  # vLLM's loader picks its own experts
+            kinds, kind = ("gate", "up") if stacked.startswith("w13") else ("down",), stacked.partition("_")[2]
+            names = [f"{prefix}{_EXPERT}{e}.{k}_proj.{kind}" for e in range(shape.num_experts) for k in kinds]
         for name in names or [tensor.name]:
             origin = (0,) * len(full[name])
             placement = Placement(name, origin, origin, full[name])
-            result.append(EngineTensor(name=name, shape=full[name], placements=(placement,), is_whole=True))
+            result.append(
+                EngineTensor(name=name, shape=full[name], placements=(placement,), dtype=tensor.dtype, is_whole=True)
+            )
     return result

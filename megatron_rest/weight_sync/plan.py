@@ -15,6 +15,9 @@ element of a worker's parameter comes from exactly one rank, exactly once.  So b
 tensors that an engine only takes whole: those are delivered as full HF tensors to every worker, and
 :meth:`SyncPlan.whole_bytes` says what that costs.
 
+A matrix that an engine holds in FP8 travels in FP8, and its scales are one more tensor.  These no rank holds: senders
+compute them before a transfer (fp8.py), and then every rank that holds a part of the matrix has all of its scales.
+
 Copies are packed into messages of one (source, worker) pair; a large one travels alone, since it needs no packing where
 both ends hold it in one piece.  The order of messages is the same for everybody, and sources take turns in it, so that
 all links are busy and layers are complete early.
@@ -28,8 +31,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_rest.model_map import ModelShape, parameter_map, resolve_name
-from megatron_rest.weight_sync.layouts import EngineTensor, Placement, Shard, training_placements
+from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, resolve_name
+from megatron_rest.weight_sync.layouts import EngineTensor, Fp8Form, Placement, Shard, training_placements
 
 __all__ = ["Copy", "Message", "SyncPlan", "make_plan", "region"]
 
@@ -49,12 +52,12 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Consecutive copies of one (source, worker) pair, packed without gaps."""
+    """Consecutive copies of one (source, worker) pair, packed without gaps; the widest data type first aligns all."""
 
     source: int
     worker: int
     copies: tuple[Copy, ...]
-    num_elements: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,29 +66,28 @@ class SyncPlan:
 
     tensors: tuple[tuple[EngineTensor, ...], ...]  # of each worker
     messages: tuple[Message, ...]
-    dtype: torch.dtype  # on the wire: the engine's own
+    form: Fp8Form | None = None  # what senders quantise
     sent_by: tuple[int, ...] = field(default=())  # bytes leaving each source rank
 
     @property
     def moved_bytes(self) -> int:
-        return self.dtype.itemsize * sum(m.num_elements for m in self.messages)
+        return sum(m.num_bytes for m in self.messages)
 
     @property
     def needed_bytes(self) -> int:
         """What the workers hold: each its own slices once."""
-        sliced = sum(t.covered for tensors in self.tensors for t in tensors if not t.is_whole)
-        return self.dtype.itemsize * sliced + self.whole_bytes
+        return sum(t.covered_bytes for tensors in self.tensors for t in tensors)
 
     @property
     def whole_bytes(self) -> int:
         """Of ``needed_bytes``: full tensors that go to every worker, because the engine takes no slices of them."""
-        return self.dtype.itemsize * sum(t.covered for tensors in self.tensors for t in tensors if t.is_whole)
+        return sum(t.covered_bytes for tensors in self.tensors for t in tensors if t.is_whole)
 
     def received_by(self) -> tuple[int, ...]:
         """Bytes reaching each worker."""
         totals = [0] * len(self.tensors)
         for message in self.messages:
-            totals[message.worker] += self.dtype.itemsize * message.num_elements
+            totals[message.worker] += message.num_bytes
         return tuple(totals)
 
 
@@ -102,7 +104,7 @@ def make_plan(
     sources: Sequence[Mapping[str, Shard]],
     workers: Sequence[Sequence[EngineTensor]],
     *,
-    dtype: torch.dtype,
+    form: Fp8Form | None = None,
     message_bytes: int = 64 << 20,
     load: Sequence[int] = (),
 ) -> SyncPlan:
@@ -111,22 +113,23 @@ def make_plan(
     Args:
         shape: the model's numbers.
         sources: for every training rank its Megatron parameters (global names) and how TP cut them.
-        workers: for every worker of one engine the tensors that it takes.
-        dtype: what travels: the engine's data type; sources cast to it.
+        workers: for every worker of one engine the tensors that it takes, each in the data type that travels.
+        form: what of it is in FP8.
         message_bytes: a message is closed when it reaches this size.
         load: bytes that each source sends already (into other engines); replicas are chosen to even it out.
 
     Pure and deterministic: every rank that calls it with the same arguments gets the same plan.  Raises ValueError
     when a box that a worker needs is held by nobody.
     """
-    held = _index_holders(shape, sources)
+    held = _index_holders(shape, sources, form)
     sent = [*load] or [0] * len(sources)
-    packer = _Packer(max(message_bytes // dtype.itemsize, 1), _ALONE_BYTES // dtype.itemsize)
+    packer = _Packer(max(message_bytes, 1), _ALONE_BYTES)
     for position in range(max((len(t) for t in workers), default=0)):  # layer by layer, all workers alike
         for worker, tensors in enumerate(workers):
             if position >= len(tensors):
                 continue
             tensor = tensors[position]
+            itemsize = tensor.dtype.itemsize
             for wanted in tensor.placements:
                 left = math.prod(wanted.size)
                 for holders in held.get(wanted.hf_name, ()):
@@ -141,9 +144,9 @@ def make_plan(
                         _shifted(wanted.start, box.hf_start, wanted.hf_start),
                         box.size,
                     )
-                    sent[source] += dtype.itemsize * math.prod(box.size)
+                    sent[source] += itemsize * math.prod(box.size)
                     left -= math.prod(box.size)
-                    packer.add(source, worker, copy)
+                    packer.add(source, worker, copy, itemsize)
                 if left:
                     raise ValueError(
                         f"{wanted.hf_name}: the training ranks hold {math.prod(wanted.size) - left} of the "
@@ -152,24 +155,34 @@ def make_plan(
     return SyncPlan(
         tensors=tuple(tuple(t) for t in workers),
         messages=packer.messages(),
-        dtype=dtype,
+        form=form,
         sent_by=tuple(s - before for s, before in zip(sent, [*load] or [0] * len(sources), strict=True)),
     )
 
 
-def _index_holders(shape: ModelShape, sources: Sequence[Mapping[str, Shard]]) -> dict[str, list[_Holders]]:
+def _index_holders(
+    shape: ModelShape, sources: Sequence[Mapping[str, Shard]], form: Fp8Form | None
+) -> dict[str, list[_Holders]]:
     boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], _Holders]] = {}
+
+    def note(box: Placement, rank: int, parameter: str) -> None:
+        holders = boxes.setdefault(box.hf_name, {}).setdefault((box.hf_start, box.size), _Holders(box))
+        holders.ranks.append((rank, parameter, box.start))
+
     for spec in parameter_map(shape):
+        scales = [] if form is None else [pair for pair in zip(spec.hf_names, hf_shapes(spec, shape), strict=True)
+                                          if pair[0] in form.names]  # fmt: skip
         for rank, parameters in enumerate(sources):
             name = resolve_name(spec, parameters)
             if name is None:
                 continue
             shard = parameters[name]
             for placement in training_placements(spec, shape, shard.tp_rank, shard.tp_size):
-                holders = boxes.setdefault(placement.hf_name, {}).setdefault(
-                    (placement.hf_start, placement.size), _Holders(placement)
-                )
-                holders.ranks.append((rank, name, placement.start))
+                note(placement, rank, name)
+            for matrix, size in scales:
+                assert form is not None
+                scale, (origin, grid) = form.scale_name(matrix), form.grid((0, 0), size)
+                note(Placement(scale, origin, origin, grid), rank, scale)
     return {name: list(parts.values()) for name, parts in boxes.items()}
 
 
@@ -177,20 +190,21 @@ class _Packer:
     """Copies into messages: one open message for every pair, in rounds, so that sources take turns."""
 
     def __init__(self, limit: int, alone: int) -> None:
-        self._limit, self._alone = limit, alone  # elements
-        self._open: dict[tuple[int, int], list[Copy]] = {}
+        self._limit, self._alone = limit, alone  # bytes
+        self._open: dict[tuple[int, int], list[tuple[int, Copy]]] = {}  # size of an element, copy
         self._sizes: dict[tuple[int, int], int] = {}
         self._rounds: dict[tuple[int, int], int] = {}
         self._closed: list[tuple[int, int, Message]] = []  # (round, position, message)
 
-    def add(self, source: int, worker: int, copy: Copy) -> None:
+    def add(self, source: int, worker: int, copy: Copy, itemsize: int) -> None:
         pair = (source, worker)
-        for part in _split(copy, self._limit):
-            is_alone = math.prod(part.size) >= self._alone
+        for part in _split(copy, self._limit // itemsize):
+            num_bytes = itemsize * math.prod(part.size)
+            is_alone = num_bytes >= self._alone
             if is_alone:
                 self._close(pair)  # what came before it stays before it: layers are complete early
-            self._open.setdefault(pair, []).append(part)
-            self._sizes[pair] = self._sizes.get(pair, 0) + math.prod(part.size)
+            self._open.setdefault(pair, []).append((itemsize, part))
+            self._sizes[pair] = self._sizes.get(pair, 0) + num_bytes
             if is_alone or self._sizes[pair] >= self._limit:
                 self._close(pair)
 
@@ -200,11 +214,11 @@ class _Packer:
         return tuple(message for _, _, message in sorted(self._closed, key=lambda entry: entry[:2]))
 
     def _close(self, pair: tuple[int, int]) -> None:
-        copies = self._open.pop(pair, [])
+        copies = sorted(self._open.pop(pair, []), key=lambda entry: -entry[0])
         if copies:
             turn = self._rounds.get(pair, 0)
             self._rounds[pair] = turn + 1
-            message = Message(*pair, tuple(copies), self._sizes.pop(pair))
+            message = Message(*pair, tuple(copy for _, copy in copies), self._sizes.pop(pair))
             self._closed.append((turn, len(self._closed), message))
 
 

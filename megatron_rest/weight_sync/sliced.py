@@ -14,21 +14,22 @@ import functools
 import hashlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_rest.weight_sync.layouts import EngineTensor, WorkerLayout, engine_tensors, whole_tensors
+from megatron_rest.weight_sync.engine_side import worker_tensors
+from megatron_rest.weight_sync.fp8 import NonFiniteWeightError, QuantisedShards
 from megatron_rest.weight_sync.links import GivenUp, Link, free_port, meet, new_token, open_link
 from megatron_rest.weight_sync.plan import SyncPlan, make_plan
 from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
 from megatron_rest.weight_sync.source import MegatronWeightSource
 from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
 
-__all__ = ["SliceTransport", "worker_tensors"]
+__all__ = ["SliceTransport"]
 
 _TIMEOUT_SECONDS = 600
 _FIRST = 0  # the rank whose address and ports count
@@ -91,10 +92,8 @@ class SliceTransport:
         for rank in owners:
             layout = hellos[rank].layout
             assert layout is not None
-            tensors, dtype = worker_tensors(self._source.shape, layout)
-            plan = make_plan(
-                self._source.shape, held, tensors, dtype=dtype, message_bytes=self._message_bytes, load=load
-            )
+            tensors, form = worker_tensors(self._source.shape, layout)
+            plan = make_plan(self._source.shape, held, tensors, form=form, message_bytes=self._message_bytes, load=load)
             self.plans.append(plan)
             load = [a + b for a, b in zip(load, plan.sent_by, strict=True)]
         self._mine = owners.index(self._source.rank) if self._source.rank in owners else None
@@ -107,7 +106,11 @@ class SliceTransport:
         outcome = Outcome()
         shards = self._source.local_shards()
         replicas = self._source.replica_digests(shards)
+        quantised = {plan.form: QuantisedShards(self._source, shards, plan.form) for plan in self.plans if plan.form}
+        of_engines = [shards if plan.form is None else quantised[plan.form] for plan in self.plans]
         try:
+            if names := [name for view in quantised.values() for name in view.non_finite]:
+                raise NonFiniteWeightError(names)
             if engine is not None:
                 engine.start_weight_update()
         except Exception as e:  # noqa: BLE001  raised by WeightSync after all ranks have agreed
@@ -119,7 +122,7 @@ class SliceTransport:
         executor = ThreadPoolExecutor(1)  # workers load while this rank sends
         try:
             loading = None if engine is None else executor.submit(engine.update_weights, {"detailed": detailed})
-            sent = self._sender.send(shards, detailed=detailed, tamper=tamper)
+            sent = self._sender.send(of_engines, detailed=detailed, tamper=tamper)
             if self._mine in self._sender.broken:
                 raise self._sender.broken[self._mine]
             if engine is not None and loading is not None:
@@ -201,27 +204,6 @@ class SliceTransport:
         if rank == _FIRST:
             hand_out(plan, link, num_sources)
         return link
-
-
-def worker_tensors(shape: Any, layout: Sequence[Mapping[str, Any]]) -> tuple[list[list[EngineTensor]], torch.dtype]:
-    """What each worker of an engine takes, from what they say of themselves, and the data type that travels.
-
-    A parameter that a worker holds in the table's shape is taken in slices.  One with another shape or name (another
-    version of vLLM, a padded kernel) is taken whole, through vLLM's own loader, by all workers alike.
-    """
-    workers = [WorkerLayout(**{**entry["layout"], "experts": tuple(entry["layout"]["experts"])}) for entry in layout]
-    tables = [engine_tensors(shape, worker) for worker in workers]
-    shapes = [{name: tuple(size) for name, size, _ in entry["parameters"]} for entry in layout]
-    refused = {
-        tensor.name
-        for table, known in zip(tables, shapes, strict=True)
-        for tensor in table
-        if known.get(tensor.name) != tensor.shape
-    }
-    tensors = [whole_tensors(table, shape, lambda tensor: tensor.name not in refused) for table in tables]
-    dtypes = {getattr(torch, dtype) for entry in layout for _, _, dtype in entry["parameters"]}
-    # A router in float32 beside bfloat16 matrices: nothing may be rounded on the way.
-    return tensors, functools.reduce(torch.promote_types, dtypes)
 
 
 def _wrong_names(

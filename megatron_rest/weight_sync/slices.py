@@ -1,6 +1,7 @@
 """A plan carried out: training ranks pack, cast and send; workers receive, check and put together.
 
     rank:    slice -> cast -> pack -> digest -> send            two messages under way: packing overlaps sending
+             (what is sent in FP8 is quantised by then: fp8.py)
     worker:  receive (the next ones are asked for already) -> digest -> scatter -> a complete tensor goes to the engine
 
 Nothing but the planned bytes travels: sender and worker know sizes and order from the plan, and the digests are
@@ -48,6 +49,7 @@ class ScheduledTensor:
 
     name: str
     shape: tuple[int, ...]
+    dtype: torch.dtype
     is_whole: bool
     covered: int  # elements that arrive; the others are padding
 
@@ -58,23 +60,28 @@ class Schedule:
 
     tensors: tuple[ScheduledTensor, ...]
     messages: tuple[Message, ...]
-    dtype: torch.dtype
 
     @classmethod
     def of(cls, plan: SyncPlan, worker: int) -> Schedule:
         return cls(
-            tensors=tuple(ScheduledTensor(t.name, t.shape, t.is_whole, t.covered) for t in plan.tensors[worker]),
+            tensors=tuple(
+                ScheduledTensor(t.name, t.shape, t.dtype, t.is_whole, t.covered) for t in plan.tensors[worker]
+            ),
             messages=tuple(message for message in plan.messages if message.worker == worker),
-            dtype=plan.dtype,
         )
+
+    def dtypes(self, message: Message) -> list[torch.dtype]:
+        """Of each of its copies."""
+        return [self.tensors[copy.tensor].dtype for copy in message.copies]
 
     def to_json(self) -> str:
         """Names and numbers: a worker unpickles nothing that comes over the wire."""
         return json.dumps({
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "tensors": [[t.name, t.shape, t.is_whole, t.covered] for t in self.tensors],
+            "tensors": [
+                [t.name, t.shape, str(t.dtype).removeprefix("torch."), t.is_whole, t.covered] for t in self.tensors
+            ],
             "messages": [
-                [m.source, m.worker, m.num_elements, [[c.tensor, c.start, c.size] for c in m.copies]]
+                [m.source, m.worker, m.num_bytes, [[c.tensor, c.start, c.size] for c in m.copies]]
                 for m in self.messages
             ],
         })  # fmt: skip
@@ -84,12 +91,14 @@ class Schedule:
         """The inverse, but for what only the source needs of a copy."""
         data = json.loads(text)
         return cls(
-            tensors=tuple(ScheduledTensor(name, tuple(shape), *rest) for name, shape, *rest in data["tensors"]),
-            messages=tuple(
-                Message(source, worker, tuple(Copy("", (), t, tuple(at), tuple(n)) for t, at, n in copies), numel)
-                for source, worker, numel, copies in data["messages"]
+            tensors=tuple(
+                ScheduledTensor(name, tuple(shape), getattr(torch, dtype), *rest)
+                for name, shape, dtype, *rest in data["tensors"]
             ),
-            dtype=getattr(torch, data["dtype"]),
+            messages=tuple(
+                Message(source, worker, tuple(Copy("", (), t, tuple(at), tuple(n)) for t, at, n in copies), num_bytes)
+                for source, worker, num_bytes, copies in data["messages"]
+            ),
         )
 
 
@@ -115,7 +124,7 @@ class SliceSender:
         self._links, self._num_sources = links, num_sources
         # One order that all ranks and workers agree on: position in the plan, then engine.
         mine = [
-            (position, engine, plan.dtype, message, plan)
+            (position, engine, message, plan)
             for engine, plan in enumerate(plans)
             for position, message in enumerate(plan.messages)
             if message.source == rank
@@ -129,13 +138,14 @@ class SliceSender:
 
     def send(
         self,
-        shards: Mapping[str, Tensor],
+        shards: Sequence[Mapping[str, Tensor]],
         *,
         detailed: bool = False,
         tamper: Callable[[str, Tensor], Tensor] | None = None,
     ) -> dict[tuple[int, int], list[tuple[int, int]]]:
         """Send this rank's messages; digests by (engine, position in its plan).
 
+        ``shards`` has this rank's parameters for each engine: the live ones, or for an engine in FP8 the quantised.
         ``tamper`` is fault injection, between digest and link.  A link that breaks, for instance because a worker is
         gone, goes to :attr:`broken`, and its engine gets nothing more; the others get all of theirs.
         """
@@ -154,13 +164,16 @@ class SliceSender:
             engine, work, _ = under_way.popleft()
             attempt(engine, work.wait)
 
-        for position, engine, dtype, message, plan in self._messages:
+        for position, engine, message, plan in self._messages:
             if engine in self.broken:
                 continue
-            packed = pack(message.copies, shards, dtype, self._staging)
-            digests[engine, position] = _digests(packed, message.copies, dtype, detailed)
+            tensors = [plan.tensors[message.worker][copy.tensor] for copy in message.copies]
+            dtypes = [tensor.dtype for tensor in tensors]
+            packed = pack(message.copies, shards[engine], dtypes, self._staging)
+            digests[engine, position] = _digests(packed, message.copies, dtypes, detailed)
             if tamper is not None:
-                packed = _tampered(packed, message, plan, tamper)
+                parts = [part for _, part in _parts(message.copies, packed, dtypes)]
+                packed = _tampered([tensor.name for tensor in tensors], parts, tamper)
             while len(under_way) >= _IN_FLIGHT:
                 finish_one()
             target = self._num_sources + message.worker
@@ -209,7 +222,7 @@ class SliceReceiver:
         self._open.clear()
         for message, buffer, in_place in self._incoming():
             self.num_bytes += buffer.numel()
-            digests.append(_digests(buffer, message.copies, self.schedule.dtype, detailed))
+            digests.append(_digests(buffer, message.copies, self.schedule.dtypes(message), detailed))
             try:
                 self._scatter(message, None if in_place else buffer, hand_over=error is None)
             except Exception as failure:  # noqa: BLE001  raised below: senders must get rid of their messages first
@@ -235,21 +248,21 @@ class SliceReceiver:
             target = region(self._tensor(copy.tensor).value, copy.start, copy.size)
             if target.is_contiguous():
                 return target.view(-1).view(torch.uint8), True
-        return self.staging.empty(message.num_elements * self.schedule.dtype.itemsize), False
+        return self.staging.empty(message.num_bytes), False
 
     def _tensor(self, index: int) -> _Open:
         if index not in self._open:
             wanted = self.schedule.tensors[index]
             numel = torch.Size(wanted.shape).numel()
-            value = self.staging.empty(numel * self.schedule.dtype.itemsize).view(self.schedule.dtype)
+            value = self.staging.empty(numel * wanted.dtype.itemsize)
             if wanted.covered < numel:
                 value.zero_()
-            self._open[index] = _Open(value.view(wanted.shape), wanted.covered)
+            self._open[index] = _Open(value.view(wanted.dtype).view(wanted.shape), wanted.covered)
         return self._open[index]
 
     def _scatter(self, message: Message, buffer: Tensor | None, hand_over: bool) -> None:
         """Put a message's copies in place, unless they are; complete tensors leave."""
-        parts = None if buffer is None else _parts(message.copies, buffer.view(self.schedule.dtype))
+        parts = None if buffer is None else _parts(message.copies, buffer, self.schedule.dtypes(message))
         for copy in message.copies:
             target = self._tensor(copy.tensor)
             if parts is not None:
@@ -262,37 +275,44 @@ class SliceReceiver:
                     self.put(wanted.name, target.value, wanted.is_whole)
 
 
-def pack(copies: Sequence[Copy], shards: Mapping[str, Tensor], dtype: torch.dtype, staging: Staging) -> Tensor:
-    """The copies' elements one after another, cast to ``dtype``; uint8 [num_bytes] in ``staging``, on its device.
+def pack(
+    copies: Sequence[Copy], shards: Mapping[str, Tensor], dtypes: Sequence[torch.dtype], staging: Staging
+) -> Tensor:
+    """The copies' elements one after another, each cast to its data type; uint8 [num_bytes] in ``staging``.
 
-    A copy that is alone, in one piece and of that type already is a view of the live parameter.
+    A copy that is alone, in one piece and of its type already is a view of the live parameter.  Raises TypeError where
+    a copy should become FP8 and is not: a cast without a scale would be another number.
     """
     parts = [region(shards[copy.parameter].detach(), copy.source_start, copy.size) for copy in copies]
-    if len(parts) == 1 and parts[0].dtype is dtype and parts[0].is_contiguous():
+    for copy, part, dtype in zip(copies, parts, dtypes, strict=True):
+        if dtype.itemsize == 1 and part.dtype is not dtype:
+            raise TypeError(f"{copy.parameter} is {part.dtype} and must be quantised before it is sent as {dtype}")
+    if len(parts) == 1 and parts[0].dtype is dtypes[0] and parts[0].is_contiguous():
         return parts[0].view(-1).view(torch.uint8)
-    packed = staging.empty(dtype.itemsize * sum(part.numel() for part in parts))
-    for part, (_, target) in zip(parts, _parts(copies, packed.view(dtype)), strict=True):
+    packed = staging.empty(sum(part.numel() * dtype.itemsize for part, dtype in zip(parts, dtypes, strict=True)))
+    for part, (_, target) in zip(parts, _parts(copies, packed, dtypes), strict=True):
         target.copy_(part)
     return packed
 
 
-def _parts(copies: Sequence[Copy], packed: Tensor) -> Iterator[tuple[Copy, Tensor]]:
+def _parts(copies: Sequence[Copy], packed: Tensor, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Copy, Tensor]]:
     at = 0
-    for copy in copies:
-        numel = torch.Size(copy.size).numel()
-        yield copy, packed[at : at + numel].view(copy.size)
-        at += numel
+    for copy, dtype in zip(copies, dtypes, strict=True):
+        num_bytes = torch.Size(copy.size).numel() * dtype.itemsize
+        yield copy, packed[at : at + num_bytes].view(dtype).view(copy.size)
+        at += num_bytes
 
 
-def _digests(packed: Tensor, copies: Sequence[Copy], dtype: torch.dtype, detailed: bool) -> list[tuple[int, int]]:
-    parts = _parts(copies, packed.view(dtype)) if detailed else ()
+def _digests(
+    packed: Tensor, copies: Sequence[Copy], dtypes: Sequence[torch.dtype], detailed: bool
+) -> list[tuple[int, int]]:
+    parts = _parts(copies, packed, dtypes) if detailed else ()
     return [digest(packed), *(digest(part) for _, part in parts)]
 
 
-def _tampered(packed: Tensor, message: Message, plan: SyncPlan, tamper: Callable[[str, Tensor], Tensor]) -> Tensor:
-    tensors = plan.tensors[message.worker]
-    parts = [tamper(tensors[copy.tensor].name, part) for copy, part in _parts(message.copies, packed.view(plan.dtype))]
-    return torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
+def _tampered(names: Sequence[str], parts: Sequence[Tensor], tamper: Callable[[str, Tensor], Tensor]) -> Tensor:
+    changed = [tamper(name, part) for name, part in zip(names, parts, strict=True)]
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in changed])
 
 
 def _arrived(message: Message, buffer: Tensor, in_place: bool, work: Work) -> tuple[Message, Tensor, bool]:

@@ -129,7 +129,7 @@ class MegatronWeightSource:
     ) -> None:
         self._named_shards = named_shards
         self.shape = shape
-        self._specs = tuple(specs)
+        self.specs = tuple(specs)
         self._dtype = dtype
         self._tp_group, self._pp_group, self._ep_group, self._all_ranks = tp_group, pp_group, ep_group, all_ranks
         self._tp_size = 1 if tp_group is None else tp_group.size()
@@ -196,6 +196,15 @@ class MegatronWeightSource:
 
     # What a transfer by slices asks for ---------------------------------------------------------------------------
 
+    def max_over_tp(self, tensors: Sequence[Tensor]) -> None:
+        """Elementwise maximum over the TP ranks, in place; float32, the same shapes on each of them, one all-reduce."""
+        if self._tp_group is None or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._tp_group)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
     @property
     def rank(self) -> int:
         """Number of this rank in the order of :meth:`all_gather`."""
@@ -212,7 +221,7 @@ class MegatronWeightSource:
         """How this rank's parameters are cut."""
         local, whole = self._named_shards(), Shard(0, 1)
         cut = Shard(self._tp_rank, self._tp_size)
-        names = {spec: resolve_name(spec, local) for spec in self._specs}
+        names = {spec: resolve_name(spec, local) for spec in self.specs}
         return {name: cut if spec.expert is None else whole for spec, name in names.items() if name is not None}
 
     def local_shards(self) -> dict[str, Tensor]:
@@ -222,7 +231,7 @@ class MegatronWeightSource:
     def replica_digests(self, shards: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, int]]]:
         """Of parameters that other ranks hold too and training must keep equal: norms, routers, tied embeddings."""
         digests = []
-        for spec in self._specs:
+        for spec in self.specs:
             is_replica = spec.shard_dim is None and spec.expert is None
             key = spec.megatron_name if is_replica else f"{spec.megatron_name}/{self._tp_rank}"
             if is_replica or spec.tied_copies:

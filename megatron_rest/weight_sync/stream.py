@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_rest.weight_sync.digest import digest
+from megatron_rest.weight_sync.engine_side import worker_tensors
+from megatron_rest.weight_sync.fp8 import NonFiniteWeightError, quantised_metadata, quantised_stream
+from megatron_rest.weight_sync.layouts import Fp8Form
 from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
 from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
 
@@ -44,14 +47,24 @@ class StreamTransport:
 
     def __init__(self, source: MegatronWeightSource, sender: Sender) -> None:
         self._source, self._sender = source, sender
+        self._form: Fp8Form | None = None  # what the engines hold in FP8; all of them alike
 
     def connect(self, engine: SyncTarget | None) -> None:
+        """Raises ValueError when an engine's quantisation is unknown, or engines differ in it."""
+        mine = None if engine is None else worker_tensors(self._source.shape, engine.weight_layout())[1]
+        forms = {form for has_engine, form in self._source.all_gather((engine is not None, mine)) if has_engine}
+        if len(forms) > 1:
+            raise ValueError("some engines hold matrices in FP8 and others do not: give all the same rollout config")
+        self._form = next(iter(forms), None)
         if engine is not None:
             self._sender.connect(engine)
 
     def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
         """Digests are taken of every tensor anyway: ``detailed`` changes nothing."""
-        sent = _Pass(self._source, tamper)
+        sent = _Pass(self._source, self._form, tamper)
+        metadata = self._source.metadata()
+        if self._form is not None:
+            metadata = quantised_metadata(metadata, self._form)
         stream = iter(sent)
         outcome = Outcome()
         received: list[dict[str, Any]] = []
@@ -60,7 +73,7 @@ class StreamTransport:
             if engine is not None:
                 engine.start_weight_update()
                 started = time.perf_counter()
-                self._sender.send(engine, stream, self._source.metadata())
+                self._sender.send(engine, stream, metadata)
                 outcome.transfer_seconds = time.perf_counter() - started
                 engine.finish_weight_update()
                 received = engine.received_weights()
@@ -68,6 +81,8 @@ class StreamTransport:
             outcome.error = e
         for _ in stream:  # what the engine did not take: the gathers are collectives
             pass
+        if sent.non_finite:
+            outcome.error = outcome.error or NonFiniteWeightError(sent.non_finite)
         wrong = list(self._source.faults)
         for worker in received:
             got = {name: tuple(value) for name, value in worker["digests"].items()}  # an RPC makes lists of tuples
@@ -83,14 +98,17 @@ class StreamTransport:
 class _Pass:
     """One pass over the source, with the digest of every tensor that leaves."""
 
-    def __init__(self, source: MegatronWeightSource, tamper: Tamper | None) -> None:
-        self._source, self._tamper = source, tamper
+    def __init__(self, source: MegatronWeightSource, form: Fp8Form | None, tamper: Tamper | None) -> None:
+        self._source, self._form, self._tamper = source, form, tamper
+        self.non_finite: list[str] = []
         self.digests: dict[str, tuple[int, int]] = {}
         self.num_bytes = 0
         self.gather_seconds = 0.0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         tensors = iter(self._source)
+        if self._form is not None:
+            tensors = quantised_stream(tensors, self._form, self.non_finite)
         while True:
             waited = time.perf_counter()
             item = next(tensors, None)

@@ -270,9 +270,17 @@ class WorkerExtension:
         return self.weight_transfer_engine.report()
 
     def weight_layout(self) -> dict[str, Any]:
-        """How this worker cuts the model, and name, shape and data type of the parameters that its loaders fill."""
+        """How this worker cuts the model, and name, shape and data type of the parameters that its loaders fill.
+
+        ``weight_block`` is how many rows and columns of a matrix in FP8 share a scale, None where a row does.
+        """
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
-        return {"layout": _layout(model), "parameters": list(_loadable(model))}
+        blocks = (getattr(module, "weight_block_size", None) for module in model.modules())
+        return {
+            "layout": _layout(model),
+            "parameters": list(_loadable(model)),
+            "weight_block": next((list(block) for block in blocks if block is not None), None),
+        }
 
 
 def register() -> None:

@@ -82,7 +82,13 @@ def build_tiny_model(
         **overrides,
     }
     if arch == "qwen3_moe":
-        settings |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        settings |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            **overrides,
+        }
     config = transformers.AutoConfig.for_model(arch, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

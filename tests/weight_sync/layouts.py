@@ -10,7 +10,8 @@ layout each rank loads the same weights into Megatron, all ranks push slices int
 * bytes moved equal bytes needed, counted at the links;
 * what the source exports equals the folder's tensors, bit for bit.
 
-Once for every engine its assembled slices are compared with what vLLM's own loader makes of the whole tensors.
+Once for every engine its assembled slices are compared with what vLLM's own loader makes of the whole tensors: for
+engines in FP8 of a checkpoint in FP8.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_rest.config import RolloutQuantization
 from megatron_rest.weight_sync.vllm_plugin import WorkerExtension
 from tests.helpers.distributed import run_distributed
+from tests.helpers.fp8 import form_of, fp8_reference, write_fp8_checkpoint
 from tests.helpers.tiny_model import build_tiny_model, perturb
 
 PROMPT = np.arange(60, 130)
 NEW_TOKENS = 8
 FP32_BAND = 1e-4
+FP8_BAND = 0.5  # a TP 2 engine rounds halves of what transformers rounds whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +98,20 @@ class RecordingExtension(WorkerExtension):
         context.clear()
         context.update(before)
         fresh.load_weights(iter(load_file(weights).items()))
-        wanted = {n: p for n, p in fresh.named_parameters() if n != "lm_head.weight" or n in self.slices}
+        held = {n: p for n, p in fresh.named_parameters() if ".attn." not in n}  # scales of a KV cache in FP8
+        wanted = {n: p for n, p in held.items() if n != "lm_head.weight" or n in self.slices}
         names = sorted(wanted.keys() ^ self.slices.keys())
-        return names + [n for n, t in self.slices.items() if n in wanted and not torch.equal(t, wanted[n].data)]
+        same = {n for n, t in self.slices.items() if n in wanted and _is_same(t, wanted[n].data)}
+        return names + sorted(self.slices.keys() - same)
 
 
-def run_rank(rank: int, world: int, folder: str, layouts: list[Training]) -> list[Checked]:
+def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype is b.dtype and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def run_rank(
+    rank: int, world: int, folder: str, layouts: list[Training], quantization: RolloutQuantization
+) -> list[Checked]:
     """All layouts of one model; rank 0 owns a TP 2 engine and the last rank a TP 1 engine."""
     from megatron_rest.rollout.process import prepare_process
 
@@ -107,7 +119,7 @@ def run_rank(rank: int, world: int, folder: str, layouts: list[Training]) -> lis
     import logging
 
     logging.getLogger("megatron_rest.weight_sync.sync").setLevel(logging.ERROR)  # resends are wanted here
-    engine = _engine(folder, {0: 2, world - 1: 1}.get(rank))
+    engine = _engine(folder, {0: 2, world - 1: 1}.get(rank), quantization)
     try:
         return [_check(rank, layout, engine, folder, i, layouts) for i, layout in enumerate(layouts)]
     finally:
@@ -115,14 +127,14 @@ def run_rank(rank: int, world: int, folder: str, layouts: list[Training]) -> lis
             engine.close()
 
 
-def _engine(folder: str, tp: int | None) -> Any:
+def _engine(folder: str, tp: int | None, quantization: RolloutQuantization) -> Any:
     if tp is None:
         return None
     from megatron_rest.config import RolloutConfig
     from megatron_rest.rollout import vllm_engine
 
     vllm_engine._WORKER_EXTENSION = "tests.weight_sync.layouts.RecordingExtension"
-    config = RolloutConfig(kv_cache_bytes=16 << 20, tensor_parallel=tp)
+    config = RolloutConfig(kv_cache_bytes=16 << 20, tensor_parallel=tp, quantization=quantization)
     base = f"{folder}/0"
     return vllm_engine.VllmEngine(base, config, seed=0, max_model_len=128, transport="gloo", random_weights=True)
 
@@ -148,7 +160,7 @@ def _check(rank: int, layout: Training, engine: Any, folder: str, index: int, la
     plans = sync.transport.plans  # type: ignore[attr-defined]
     differences: list[str] = []
     if engine is not None and index == 0:
-        for worker in engine._open().collective_rpc("differences_from_loader", args=(f"{path}/model.safetensors",)):
+        for worker in engine._open().collective_rpc("differences_from_loader", args=(_loaded_file(path),)):
             differences += worker
     tokens, log_probs = (None, None) if engine is None else engine.greedy(PROMPT, NEW_TOKENS)
     name = "model.layers.1.self_attn.o_proj.weight"
@@ -179,6 +191,11 @@ def _check(rank: int, layout: Training, engine: Any, folder: str, index: int, la
     )
 
 
+def _loaded_file(path: str) -> str:
+    fp8 = Path(path) / "fp8" / "model.safetensors"
+    return str(fp8 if fp8.exists() else Path(path) / "model.safetensors")
+
+
 def _flip(name: str, times: int) -> Any:
     """One bit of the named tensor changes on its way, in the first ``times`` copies of it that this rank sends."""
     left = [times]
@@ -194,25 +211,35 @@ def _flip(name: str, times: int) -> Any:
     return tamper
 
 
-def check_model(folder: Path, layouts: list[Training], world: int, **model: Any) -> list[str]:
+def check_model(
+    folder: Path,
+    layouts: list[Training],
+    world: int,
+    *,
+    quantization: RolloutQuantization = RolloutQuantization.NONE,
+    **model: Any,
+) -> list[str]:
     """Run all layouts of one model and compare; returns a line for every layout, raises on the first difference."""
+    is_exact = quantization is RolloutQuantization.NONE
     for index in range(len(layouts)):
         path = build_tiny_model(folder / str(index), with_tokenizer=False, **model)
         if index:
             state = perturb(load_file(path / "model.safetensors"), seed=index)
             save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    results = run_distributed(run_rank, world, str(folder), layouts, timeout=500)
+        if not is_exact:
+            write_fp8_checkpoint(path, path / "fp8", load_file(path / "model.safetensors"), quantization)
+    results = run_distributed(run_rank, world, str(folder), layouts, quantization, timeout=500)
     lines = []
     for index, layout in enumerate(layouts):
         checked: list[Checked] = [of_rank[index] for of_rank in results]
-        wanted_tokens, reference = _reference(folder / str(index), checked[0].tokens or [])
         gaps = []
         for owner in (0, world - 1):
             result = checked[owner]
-            assert result.tokens == wanted_tokens, (layout, owner, result.tokens, wanted_tokens)
-            assert result.log_probs is not None
+            assert result.tokens is not None and result.log_probs is not None
+            wanted_tokens, reference = _reference(folder / str(index), result.tokens, quantization)
+            assert result.tokens == wanted_tokens or not is_exact, (layout, owner, result.tokens, wanted_tokens)
             gaps.append(float(np.abs(reference - result.log_probs).max()))
-        assert max(gaps) < FP32_BAND, (layout, gaps)
+        assert max(gaps) < (FP32_BAND if is_exact else FP8_BAND), (layout, gaps)
         for result in checked:
             assert result.bytes_moved == result.bytes_needed
             assert result.attempts == (1, 2)
@@ -222,15 +249,18 @@ def check_model(folder: Path, layouts: list[Training], world: int, **model: Any)
             assert result.is_exported_exactly
             assert result.loader_differences == []
         moved = checked[0].bytes_moved
-        lines.append(f"{model} {layout} world {world}: |log-prob gap| {max(gaps):.1e}, {moved} bytes moved = needed")
+        what = f"{model} {quantization} {layout} world {world}"
+        lines.append(f"{what}: |log-prob gap| {max(gaps):.1e}, {moved} bytes moved = needed")
     return lines
 
 
-def _reference(path: Path, tokens: list[int]) -> tuple[list[int], np.ndarray]:
+def _reference(path: Path, tokens: list[int], quantization: RolloutQuantization) -> tuple[list[int], np.ndarray]:
     """transformers' greedy continuation given the engine's tokens, and its log-probs of them."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if quantization is not RolloutQuantization.NONE:
+        fp8_reference(model, form_of(quantization, model.state_dict()), quantise_inputs=True)
     full = torch.tensor([*PROMPT.tolist(), *tokens])
     with torch.no_grad():
         table = model(full[None]).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
@@ -252,6 +282,7 @@ MATRIX.append(
         [Training(), Training(ep=2), Training(tp=2, ep=2), Training(tp=2, pp=2, ep=2), Training(pp=2, ep=2)],
     )
 )
+MATRIX.append(({**MATRIX[1][0], "quantization": RolloutQuantization.FP8_CHANNEL}, *MATRIX[1][1:]))
 
 
 def main(selected: list[str]) -> None:

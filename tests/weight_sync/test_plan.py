@@ -12,7 +12,6 @@ from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, to_meg
 from megatron_rest.weight_sync import plan as plan_module
 from megatron_rest.weight_sync.layouts import (
     EngineLayout,
-    EngineTensor,
     Shard,
     TrainingLayout,
     WorkerLayout,
@@ -49,7 +48,10 @@ def execute(plan: SyncPlan, sources: list[State]) -> list[State]:
     """Workers' tensors after the plan, -1 where nothing was written twice; a second write is an error."""
     result = [{t.name: torch.full(t.shape, -1, dtype=torch.int32) for t in tensors} for tensors in plan.tensors]
     for message in plan.messages:
-        assert message.num_elements == sum(torch.Size(c.size).numel() for c in message.copies)
+        tensors = plan.tensors[message.worker]
+        assert message.num_bytes == sum(
+            torch.Size(c.size).numel() * tensors[c.tensor].dtype.itemsize for c in message.copies
+        )
         for copy in message.copies:
             value = region(sources[message.source][copy.parameter], copy.source_start, copy.size)
             target = region(
@@ -166,10 +168,8 @@ def test_plan_gives_every_worker_what_vllm_would_load(seed: int, monkeypatch: py
     state = full_state(shape)
     held = training_shards(shape, training)
     workers = engine_workers(shape, engine)
-    tensors = [engine_tensors(shape, worker) for worker in workers]
-    plan = make_plan(
-        shape, held, tensors, dtype=torch.float32, message_bytes=4 * random.Random(seed).choice([1, 97, 10**6])
-    )
+    tensors = [engine_tensors(shape, worker, torch.float32) for worker in workers]
+    plan = make_plan(shape, held, tensors, message_bytes=4 * random.Random(seed).choice([1, 97, 10**6]))
     got = execute(plan, [shards_of(shape, state, h) for h in held])
     for worker, mine in zip(workers, got, strict=True):
         wanted = loaded_by_vllm(shape, state, worker)
@@ -188,11 +188,9 @@ def test_tensors_that_an_engine_takes_whole_arrive_whole_and_are_counted(seed: i
     held = training_shards(shape, training)
     refused = ("qkv_proj", "w13_weight", "embed_tokens")
 
-    def takes(tensor: EngineTensor) -> bool:
-        return not any(part in tensor.name for part in refused)
-
-    tensors = [whole_tensors(engine_tensors(shape, w), shape, takes) for w in engine_workers(shape, engine)]
-    plan = make_plan(shape, held, tensors, dtype=torch.float32)
+    tables = [engine_tensors(shape, w, torch.float32) for w in engine_workers(shape, engine)]
+    names = [t.name for t in tables[0] if any(part in t.name for part in refused)]
+    plan = make_plan(shape, held, [whole_tensors(table, shape, names) for table in tables])
     got = execute(plan, [shards_of(shape, state, h) for h in held])
     whole = {t.name for t in plan.tensors[0] if t.is_whole}
     parts = (".q_proj", ".k_proj", ".v_proj", "embed_tokens")
@@ -212,8 +210,10 @@ def test_replicas_share_the_work() -> None:
     held = training_shards(shape, TrainingLayout(tensor_parallel=2, data_parallel=4))
     load = [0] * len(held)
     for _ in range(4):  # four engines
-        tensors = [engine_tensors(shape, w) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))]
-        plan = make_plan(shape, held, tensors, dtype=torch.bfloat16, load=load)
+        tensors = [
+            engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))
+        ]
+        plan = make_plan(shape, held, tensors, load=load)
         load = [a + b for a, b in zip(load, plan.sent_by, strict=True)]
     assert max(load) < 1.1 * sum(load) / len(load)
 
@@ -221,25 +221,25 @@ def test_replicas_share_the_work() -> None:
 def test_sources_take_turns() -> None:
     shape = _dense()
     held = training_shards(shape, TrainingLayout(tensor_parallel=2, pipeline_parallel=2))
-    tensors = [engine_tensors(shape, w) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))]
-    plan = make_plan(shape, held, tensors, dtype=torch.bfloat16, message_bytes=2000)
+    tensors = [engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))]
+    plan = make_plan(shape, held, tensors, message_bytes=2000)
     first = [m.source for m in plan.messages[:4]]
     assert sorted(first) == [0, 1, 2, 3]
-    assert all(m.num_elements < 2000 for m in plan.messages)
+    assert all(m.num_bytes < 2 * 2000 for m in plan.messages)
 
 
 def test_what_cannot_be_planned_is_refused_by_name() -> None:
     shape = _dense()
     held = training_shards(shape, TrainingLayout(tensor_parallel=2))
     del held[1]["decoder.layers.1.mlp.linear_fc2.weight"]
-    tensors = [engine_tensors(shape, w) for w in engine_workers(shape, EngineLayout())]
+    tensors = [engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout())]
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj.weight: the training ranks hold 768 of the 1536"):
-        make_plan(shape, held, tensors, dtype=torch.bfloat16)
+        make_plan(shape, held, tensors)
     with pytest.raises(ValueError, match="4 layers cannot be cut into 3 equal pipeline chunks"):
         training_shards(shape, TrainingLayout(pipeline_parallel=3))
     with pytest.raises(ValueError, match="8 attention heads cannot be divided by 3"):
         engine_workers_tensors = [
-            engine_tensors(shape, w) for w in engine_workers(shape, EngineLayout(tensor_parallel=3))
+            engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=3))
         ]
         assert engine_workers_tensors
 

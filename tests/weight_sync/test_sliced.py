@@ -13,8 +13,9 @@ from megatron_rest.config import TRANSPORTS, WeightSyncConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.rollout import vllm_engine
 from megatron_rest.weight_sync.broadcast import BroadcastSender
+from megatron_rest.weight_sync.engine_side import worker_tensors
 from megatron_rest.weight_sync.layouts import EngineLayout, engine_tensors, engine_workers
-from megatron_rest.weight_sync.sliced import SliceTransport, worker_tensors
+from megatron_rest.weight_sync.sliced import SliceTransport
 from megatron_rest.weight_sync.stream import LocalSender, StreamTransport
 from megatron_rest.weight_sync.sync import WeightSync, WeightSyncError, make_transport
 from tests.weight_sync.test_plan import _dense
@@ -42,7 +43,9 @@ def layout_of(shape: ModelShape, engine: EngineLayout, dtype: str = "bfloat16") 
     return [
         {
             "layout": dataclasses.asdict(worker),
-            "parameters": [[t.name, list(t.shape), dtype] for t in engine_tensors(shape, worker)],
+            "parameters": [
+                [t.name, list(t.shape), dtype] for t in engine_tensors(shape, worker, getattr(torch, dtype))
+            ],
         }
         for worker in engine_workers(shape, engine)
     ]
@@ -51,16 +54,20 @@ def layout_of(shape: ModelShape, engine: EngineLayout, dtype: str = "bfloat16") 
 def test_a_tensor_is_sent_whole_only_where_a_worker_holds_it_otherwise() -> None:
     shape = _dense()
     layout = layout_of(shape, EngineLayout(tensor_parallel=2))
-    tensors, dtype = worker_tensors(shape, layout)
-    assert dtype is torch.bfloat16 and not any(t.is_whole for worker in tensors for t in worker)
+    tensors, form = worker_tensors(shape, layout)
+    assert form is None and not any(t.is_whole for worker in tensors for t in worker)
+    assert {t.dtype for worker in tensors for t in worker} == {torch.bfloat16}
     padded = next(p for p in layout[1]["parameters"] if p[0] == "model.layers.2.mlp.gate_up_proj.weight")
     padded[1][0] += 16  # one worker's kernel wants other rows
-    layout[0]["parameters"].append(["model.layers.2.mlp.gate.weight_scale", [4], "float32"])
-    tensors, dtype = worker_tensors(shape, layout)
-    assert dtype is torch.float32
-    for worker in tensors:
-        whole = {t.name: t.shape for t in worker if t.is_whole}
-        assert whole == {f"model.layers.2.mlp.{part}_proj.weight": (48, 32) for part in ("gate", "up")}
+    norm = next(p for p in layout[0]["parameters"] if p[0] == "model.norm.weight")
+    norm[2] = "float32"  # one of them keeps it exact
+    tensors, _ = worker_tensors(shape, layout)
+    for i, worker in enumerate(tensors):
+        whole = {t.name: (t.shape, t.dtype) for t in worker if t.is_whole}
+        # What is sent whole goes in the widest type seen: the loader rounds, not the sender.
+        assert whole == {f"model.layers.2.mlp.{p}_proj.weight": ((48, 32), torch.float32) for p in ("gate", "up")}
+        sliced = {t.name for t in worker if not t.is_whole and t.dtype is torch.float32}
+        assert sliced == ({"model.norm.weight"} if i == 0 else set())
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: l
     workers = [engine_workers(shape, engine) for engine in engines]
     plans, load = [], [0] * len(held)
     for layouts in workers:
-        tensors = [engine_tensors(shape, worker) for worker in layouts]
-        plans.append(make_plan(shape, held, tensors, dtype=torch.bfloat16, message_bytes=3000, load=load))
+        tensors = [engine_tensors(shape, worker, torch.bfloat16) for worker in layouts]
+        plans.append(make_plan(shape, held, tensors, message_bytes=3000, load=load))
         load = [a + b for a, b in zip(load, plans[-1].sent_by, strict=True)]
     state = {name: (tensor % 509 + 1).to(torch.bfloat16) for name, tensor in full_state(shape).items()}
     if rank < len(held):
@@ -50,7 +50,7 @@ def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: l
         # fp32 masters: the cast to bfloat16 happens on the way
         shards = {name: t.float() for name, t in shards_of(shape, state, held[rank]).items()}
         flip = _flip(fault) if fault and rank == 0 else None
-        digests = [sender.send(shards, detailed=detailed, tamper=flip) for detailed in (False, True)]
+        digests = [sender.send([shards] * len(plans), detailed=detailed, tamper=flip) for detailed in (False, True)]
         assert sender.num_bytes == sum(plan.sent_by[rank] for plan in plans)
         return digests
     index = rank - len(held)
@@ -154,8 +154,8 @@ class _Dying:
 
 def _check_fault(shape: ModelShape, training: TrainingLayout, engines: Any, results: list[Any], fault: str) -> None:
     held = training_shards(shape, training)
-    tensors = [engine_tensors(shape, worker) for worker in engine_workers(shape, engines[0])]
-    plan = make_plan(shape, held, tensors, dtype=torch.bfloat16, message_bytes=3000)
+    tensors = [engine_tensors(shape, worker, torch.bfloat16) for worker in engine_workers(shape, engines[0])]
+    plan = make_plan(shape, held, tensors, message_bytes=3000)
     for detailed in (0, 1):
         sent = {key: value for source in results[:2] for key, value in source[detailed].items()}
         wrong: set[str] = set()
@@ -178,8 +178,8 @@ def test_four_ranks() -> None:
 def test_engine_failure_does_not_stop_the_senders() -> None:
     shape, training, _ = random_case(random.Random(3))
     held = training_shards(shape, training)
-    tensors: list[EngineTensor] = engine_tensors(shape, engine_workers(shape, EngineLayout())[0])
-    plan = make_plan(shape, held, [tensors], dtype=torch.float32, message_bytes=100)
+    tensors: list[EngineTensor] = engine_tensors(shape, engine_workers(shape, EngineLayout())[0], torch.float32)
+    plan = make_plan(shape, held, [tensors], message_bytes=100)
     taken = []
 
     class Canned:
@@ -202,8 +202,8 @@ def test_engine_failure_does_not_stop_the_senders() -> None:
 def test_a_lost_engine_does_not_keep_the_others_waiting() -> None:
     shape, _, _ = random_case(random.Random(3))
     held = training_shards(shape, TrainingLayout())
-    tensors = engine_tensors(shape, engine_workers(shape, EngineLayout())[0])
-    plan = make_plan(shape, held, [tensors], dtype=torch.float32, message_bytes=100)
+    tensors = engine_tensors(shape, engine_workers(shape, EngineLayout())[0], torch.float32)
+    plan = make_plan(shape, held, [tensors], message_bytes=100)
     assert len(plan.messages) > 4
     sent: list[int] = []
 
@@ -229,6 +229,6 @@ def test_a_lost_engine_does_not_keep_the_others_waiting() -> None:
         links: list[Any] = [Engine(breaks), Engine("")]
         sender = SliceSender(0, [plan, plan], links, 1, torch.device("cpu"))
         state = shards_of(shape, full_state(shape), held[0])
-        sender.send({name: t.float() for name, t in state.items()})
+        sender.send([{name: t.float() for name, t in state.items()}] * 2)
         assert list(sender.broken) == [0] and "connection closed by peer" in str(sender.broken[0])
         assert sum(sent) == plan.moved_bytes

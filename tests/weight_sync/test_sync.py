@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_rest.config import RolloutConfig, WeightSyncConfig
+from megatron_rest.config import RolloutConfig, RolloutQuantization, WeightSyncConfig
 from megatron_rest.model_map import ModelShape, parameter_map, to_megatron
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError
 from megatron_rest.rollout.vllm_engine import VllmEngine
@@ -64,6 +64,7 @@ def make_bench(
     random_weights: bool,
     transport: str = "local",
     tensor_parallel: int = 1,
+    quantization: RolloutQuantization = RolloutQuantization.NONE,
     **model: Any,
 ) -> Bench:
     build_tiny_model(folder, with_tokenizer=False, **model)
@@ -72,7 +73,7 @@ def make_bench(
         (folder / "model.safetensors").unlink()
     engine = VllmEngine(
         folder,
-        RolloutConfig(kv_cache_bytes=16 << 20, dtype=dtype, tensor_parallel=tensor_parallel),
+        RolloutConfig(kv_cache_bytes=16 << 20, dtype=dtype, tensor_parallel=tensor_parallel, quantization=quantization),
         seed=0,
         max_model_len=256,
         transport=transport,

@@ -1,0 +1,89 @@
+"""What a running engine takes, from what its workers say of themselves (``WorkerExtension.weight_layout``)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megatron_rest.model_map import ModelShape
+from megatron_rest.weight_sync.layouts import EngineTensor, Fp8Form, WorkerLayout, engine_tensors, whole_tensors
+
+__all__ = ["worker_tensors"]
+
+_FP8 = torch.float8_e4m3fn
+_BLOCK_SUFFIX, _CHANNEL_SUFFIX = "_scale_inv", "_scale"  # what checkpoints and vLLM call scales of blocks, of channels
+
+
+def worker_tensors(
+    shape: ModelShape, layout: Sequence[Mapping[str, Any]]
+) -> tuple[list[list[EngineTensor]], Fp8Form | None]:
+    """What each worker of an engine takes, in layer order and in its own data types, and what of it is in FP8.
+
+    A parameter that a worker holds in the table's shape is taken in slices.  One with another shape or name (another
+    version of vLLM, a padded kernel) is taken whole, through vLLM's own loader, by all workers alike.  Raises
+    ValueError naming a parameter whose quantisation the sender does not know.
+    """
+    workers = [WorkerLayout(**{**entry["layout"], "experts": tuple(entry["layout"]["experts"])}) for entry in layout]
+    held = [
+        {name: (tuple(size), getattr(torch, dtype)) for name, size, dtype in entry["parameters"]} for entry in layout
+    ]
+    form = _fp8_form(shape, workers, held, layout[0].get("weight_block"))
+    floats = {dtype for of_worker in held for _, dtype in of_worker.values() if dtype.itemsize > 1}
+    # Of tensors that only vLLM's loader can place nobody says the type: nothing may be rounded on the way.
+    widest = functools.reduce(torch.promote_types, floats)
+    tables = [engine_tensors(shape, worker, widest, form) for worker in workers]
+    refused = {
+        tensor.name
+        for table, known in zip(tables, held, strict=True)
+        for tensor in table
+        if known.get(tensor.name, ((), None))[0] != tensor.shape
+    }
+    return [
+        whole_tensors(
+            [tensor if tensor.name in refused else tensor.as_type(known[tensor.name][1]) for tensor in table],
+            shape,
+            refused,
+            form=form,
+        )
+        for table, known in zip(tables, held, strict=True)
+    ], form
+
+
+def _fp8_form(
+    shape: ModelShape,
+    workers: Sequence[WorkerLayout],
+    held: Sequence[Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
+    weight_block: Sequence[int] | None,
+) -> Fp8Form | None:
+    odd = sorted({f"{n} ({d})" for known in held for n, (_, d) in known.items() if not _is_known(d)})
+    if odd:
+        raise ValueError(f"the engine holds {odd[0]}, a quantisation that the sender does not know: FP8 (e4m3) only")
+    fp8 = {name for known in held for name, (_, dtype) in known.items() if dtype is _FP8}
+    if not fp8:
+        return None
+    tables = [engine_tensors(shape, worker, _FP8) for worker in workers]
+    if unknown := sorted(fp8 - {tensor.name for table in tables for tensor in table}):
+        raise ValueError(f"the engine holds {unknown[0]} in FP8, which is no matrix of this model's table")
+    suffix = _CHANNEL_SUFFIX if weight_block is None else _BLOCK_SUFFIX
+    form = Fp8Form(
+        names=frozenset(p.hf_name for table in tables for t in table if t.name in fp8 for p in t.placements),
+        scale_suffix=suffix,
+        block=(1, None) if weight_block is None else (int(weight_block[0]), int(weight_block[1])),
+    )
+    for known in held:
+        for name in fp8 & known.keys():
+            scale = known.get(name + suffix)
+            lead = known[name][0][:-2]
+            if weight_block is None and (scale is None or scale[0] != (*lead, known[name][0][-2], 1)):
+                raise ValueError(
+                    f"the engine holds {name} in FP8 with scales {'nowhere' if scale is None else scale[0]}, and the "
+                    "sender makes one for each output channel or one for each block (rollout.quantization)"
+                )
+    return form
+
+
+def _is_known(dtype: torch.dtype) -> bool:
+    return dtype is _FP8 or (dtype.is_floating_point and dtype.itemsize > 1)
