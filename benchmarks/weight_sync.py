@@ -49,6 +49,7 @@ from megatron_rest.config import RolloutConfig, WeightSyncConfig  # noqa: E402
 from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, shard_shape, to_hf  # noqa: E402
 from megatron_rest.weight_sync.broadcast import bucket_ranges  # noqa: E402
 from megatron_rest.weight_sync.links import free_port, join_group  # noqa: E402
+from megatron_rest.weight_sync.plan import Message, SyncPlan  # noqa: E402
 from megatron_rest.weight_sync.slices import pack  # noqa: E402
 from megatron_rest.weight_sync.source import MegatronWeightSource  # noqa: E402
 from megatron_rest.weight_sync.sync import WeightSync  # noqa: E402
@@ -157,7 +158,7 @@ def __getattr__(name: str) -> Any:
 class Rank:
     """One training rank's shards and the three ways to bring them into the engine, which rank 0 owns."""
 
-    def __init__(self, rank: int, folder: Path, bucket_bytes: int) -> None:
+    def __init__(self, rank: int, folder: Path, bucket_bytes: int, *, has_engine: bool = True) -> None:
         self.folder, self.bucket_bytes = folder, bucket_bytes
         self.shape = ModelShape.from_hf_config(json.loads((folder / "config.json").read_text()))
         self.specs = parameter_map(self.shape)
@@ -179,7 +180,7 @@ class Rank:
         self.source = MegatronWeightSource(
             lambda: self.shards, self.specs, self.shape, tp_group=self.tp_group, pp_group=self.pp_group
         )
-        self.engine = self._make_engine() if rank == 0 else None
+        self.engine = self._make_engine() if rank == 0 and has_engine else None
         self.sync: WeightSync | None = None
         self.group: Any = None
         self.plain: list[tuple[torch.Tensor, int]] | None = None  # messages and their receivers
@@ -210,7 +211,7 @@ class Rank:
         assert self.sync is not None
         transport: Any = self.sync.transport
         with _in_thread(self.engine and (lambda: self.engine.update_weights({"detailed": False}))):
-            transport._sender.send(self.shards)
+            transport._sender.send([self.shards])
 
     def plain_transfer(self) -> None:
         """What the transport carries when nothing is done with the bytes."""
@@ -219,8 +220,8 @@ class Rank:
         sender = transport._sender
         if self.plain is None:
             self.plain = [
-                (pack(message.copies, self.shards, dtype, sender._staging), WORLD + message.worker)
-                for _, _, dtype, message, _ in sender._messages
+                (pack(message.copies, self.shards, _dtypes(plan, message), sender._staging), WORLD + message.worker)
+                for _, _, message, plan in sender._messages
             ]
             dist.barrier()
         with _in_thread(self.engine and (lambda: self.rpc("take_plain"))):
@@ -290,6 +291,10 @@ class Rank:
         if self.engine is not None:
             save_file(tensors, self.folder / "model.safetensors", metadata={"format": "pt"})
         dist.barrier()
+
+
+def _dtypes(plan: SyncPlan, message: Message) -> list[torch.dtype]:
+    return [plan.tensors[message.worker][copy.tensor].dtype for copy in message.copies]
 
 
 class _in_thread:

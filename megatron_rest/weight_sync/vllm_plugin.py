@@ -78,7 +78,8 @@ class _ReloadEngine(WeightTransferEngine):
 
     def missing(self) -> list[str]:
         """Parameters that the last pass left at their old values."""
-        names = {name for name, _ in self.model.named_parameters()}
+        # What vLLM makes itself of a weight that came, such as scales of its own quantisation, nobody sends.
+        names = {name for name, _ in self.model.named_parameters()} & {name for name, _, _ in _loadable(self.model)}
         if getattr(self.model.config, "tie_word_embeddings", False):
             names.discard("lm_head.weight")
         return sorted(names - self.loaded)

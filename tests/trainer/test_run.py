@@ -240,6 +240,28 @@ def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
     assert 1e-5 < row["metrics"]["mismatch/abs_log_prob_mean"] < 0.05
 
 
+def test_engines_in_fp8_sample_a_rounded_policy_that_training_corrects_for(base, warm):
+    moved = {}
+    for quantization in ("none", "fp8_channel"):
+        run_dir = base / f"engines-{quantization}"
+        engines = ("rollout.replicas=1", "rollout.tensor_parallel=2", "weight_sync.transport=gloo", "loss.tis_cap=2.0")
+        options = (f"rollout.quantization={quantization}", "checkpoint.export_hf=false", "trainer.steps=1")
+        rl(base, run_dir, warm[0], *engines, *options)
+        [row] = metrics(run_dir)
+        moved[quantization] = row["metrics"]["sync/bytes"]
+    assert 1e-3 < row["metrics"]["sync/canary_max_abs"] < 1
+    assert 1e-3 < row["metrics"]["mismatch/abs_log_prob_mean"] < 0.3
+    assert 0 <= row["metrics"]["tis_clipped/all"] < 0.2
+    model = read_config(warm[0])
+    heads, rows = model["num_attention_heads"] + 2 * model["num_key_value_heads"], model["intermediate_size"]
+    hidden, head = model["hidden_size"], model["head_dim"]
+    matrices = heads * head * hidden + model["num_attention_heads"] * head * hidden + 3 * rows * hidden
+    # A row's scale goes where the row goes; where columns are cut (the last two), both workers need it.
+    scales = heads * head + 2 * rows + 2 * (hidden + hidden)
+    saved = model["num_hidden_layers"] * (3 * matrices - 4 * scales)  # 4 bytes an element become 1
+    assert moved["none"] - moved["fp8_channel"] == saved
+
+
 def test_saved_rollouts_are_what_was_trained_on(unbroken):
     assert [step for step, _ in rollout_files(unbroken)] == [1, 3], "the first and the last"
     for step, path in rollout_files(unbroken):

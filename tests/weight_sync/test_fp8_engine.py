@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,22 @@ def test_an_engine_holds_what_it_would_read_from_a_checkpoint(case: str, transpo
         assert np.array_equal(peer.prompt_log_probs(PROMPT), got)  # bit for bit
     finally:
         peer.close()
+
+
+@pytest.mark.parametrize("transport", ["gloo", "local"])
+def test_an_engine_that_quantises_itself_takes_plain_weights(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    monkeypatch.setattr(vllm, "LLM", functools.partial(vllm.LLM, quantization="fp8_per_channel"))
+    bench = make_bench(tmp_path, dtype="bfloat16", random_weights=True, transport=transport, **MODEL)
+    try:
+        bench.train(seed=6)
+        assert bench.push().attempts == 1
+        assert_near_reference(bench, "channel-bfloat16")  # it makes the same numbers as the sender
+    finally:
+        bench.engine.close()
 
 
 @pytest.mark.parametrize("transport", ["gloo", "local"])
