@@ -83,6 +83,7 @@ bench: $(STAMP) ## side-by-side measurements on this CPU; JSON in runs/bench
 	@$(BIN)/python -m benchmarks.step_overhead --json runs/bench/step_overhead.json
 	@$(BIN)/python -m benchmarks.regions --json runs/bench/regions.json
 	@$(BIN)/python -m benchmarks.weight_sync --json runs/bench/weight_sync.json
+	@$(BIN)/python -m benchmarks.fp8_sync --json runs/bench/fp8_sync.json
 	@$(BIN)/python -m benchmarks.data --json runs/bench/data.json
 	@$(BIN)/python -m benchmarks.rollout --json runs/bench/rollout.json
 	@$(BIN)/python -m benchmarks.evaluation --json runs/bench/evaluation.json

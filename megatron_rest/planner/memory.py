@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_rest.config import Fp8Recipe, RestConfig
+from megatron_rest.config import Fp8Recipe, RestConfig, RolloutQuantization
 from megatron_rest.data.alignment import packing_alignment
 from megatron_rest.model_map import ModelShape, hf_shapes, padded_vocab_size, parameter_map
 from megatron_rest.planner.activations import layer_bytes
@@ -16,6 +16,7 @@ __all__ = [
     "Item",
     "StageMemory",
     "engine_memory",
+    "engine_weight_bytes",
     "itemsize",
     "kv_bytes_per_token",
     "num_microbatches",
@@ -75,7 +76,7 @@ def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *,
             always=(*_state(config, held, world_size), *(() if is_asleep else engine), _not_ours(hardware, update)),
             sampling=engine if is_asleep else (),
             training=update,
-            syncing=(*_syncing(config, shape), *(engine[:1] if is_asleep else ())),
+            syncing=(*_syncing(config, shape, held), *(engine[:1] if is_asleep else ())),
         )
         for stage, (held, update) in enumerate(zip(stages, updates, strict=True))
     ]
@@ -216,16 +217,17 @@ def _chunks_in_flight(config: RestConfig, stage: int, world_size: int) -> int:
 def engine_memory(config: RestConfig, shape: ModelShape, hardware: Hardware) -> tuple[Item, ...]:
     """What vLLM takes of a GPU's memory: the policy's too if engines are colocated, else one of its own."""
     r = config.rollout
-    weights = total_parameters(shape) * itemsize(r.dtype) // r.tensor_parallel
+    weights = engine_weight_bytes(config, shape) // r.tensor_parallel
+    held = r.dtype if r.quantization is RolloutQuantization.NONE else f"{r.dtype}, {r.quantization}"
     if hardware.is_cpu:
         return (
-            Item(name="engine: weights", num_bytes=weights, why=f"{r.dtype}"),
+            Item(name="engine: weights", num_bytes=weights, why=held),
             Item(name="engine: KV cache", num_bytes=r.kv_cache_bytes, why="rollout.kv_cache_bytes"),
         )
     share = int(r.gpu_memory_utilization * hardware.memory)
     kv = max(share - weights - _engine_work(config, shape), 0)
     return (
-        Item(name="engine: weights", num_bytes=weights, why=f"{r.dtype} / rollout.tensor_parallel {r.tensor_parallel}"),
+        Item(name="engine: weights", num_bytes=weights, why=f"{held} / rollout.tensor_parallel {r.tensor_parallel}"),
         Item(
             name="engine: KV cache",
             num_bytes=kv,
@@ -236,6 +238,24 @@ def engine_memory(config: RestConfig, shape: ModelShape, hardware: Hardware) -> 
     )
 
 
+def engine_weight_bytes(config: RestConfig, shape: ModelShape, *, active_only: bool = False) -> int:
+    """One engine's copy of the weights; ``active_only`` counts the experts that one token visits.
+
+    With ``rollout.quantization`` a matrix of a layer takes a byte an element and 4 bytes a scale (a row's length is
+    taken for the hidden size); embedding, output layer, norms and routers keep ``rollout.dtype``.
+    """
+    r = config.rollout
+    size = itemsize(r.dtype)
+    total = total_parameters(shape, active_only=active_only) * size
+    if r.quantization is RolloutQuantization.NONE:
+        return total
+    kept = shape.vocab_size * (1 if shape.tied_embeddings else 2)
+    kept += shape.num_experts * (shape.num_layers - len(shape.dense_layers))
+    matrices = total_parameters(shape, active_only=active_only, matrices_only=True) - kept * shape.hidden_size
+    shared = 128 * 128 if r.quantization is RolloutQuantization.FP8_BLOCK else shape.hidden_size
+    return total - matrices * (size - 1) + 4 * matrices // shared
+
+
 def _engine_work(config: RestConfig, shape: ModelShape) -> int:
     """vLLM profiles one pass over its token budget (8,192) and float32 logits of every running sequence."""
     t = config.rollout.tensor_parallel
@@ -244,11 +264,14 @@ def _engine_work(config: RestConfig, shape: ModelShape) -> int:
     return 8192 * (2 * shape.hidden_size + 3 * width // t) * size + config.rollout.max_concurrent * shape.vocab_size * 8
 
 
-def _syncing(config: RestConfig, shape: ModelShape) -> tuple[Item, ...]:
+def _syncing(config: RestConfig, shape: ModelShape, held: StageParameters) -> tuple[Item, ...]:
     """A bucket as gathered, what was made of it, and this rank's part of it; or two messages of slices."""
     if config.weight_sync.transport in ("gloo", "nccl_p2p"):
         num_bytes = 2 * config.weight_sync.bucket_bytes
-        return (Item(name="sync buffers", num_bytes=num_bytes, why="2 x weight_sync.bucket_bytes: slices, pipelined"),)
+        why = "2 x weight_sync.bucket_bytes: slices, pipelined"
+        if config.rollout.quantization is not RolloutQuantization.NONE:
+            num_bytes, why = num_bytes + held.layer_matrices, f"{why}; this rank's matrices in FP8"
+        return (Item(name="sync buffers", num_bytes=num_bytes, why=why),)
     size = itemsize(config.model.dtype)
     largest = max(sum(math.prod(d) for d in hf_shapes(spec, shape)) for spec in parameter_map(shape)) * size
     bucket = max(config.weight_sync.bucket_bytes, largest)

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from megatron_rest.config import Fp8Recipe, RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
-from megatron_rest.planner.memory import engine_memory, itemsize, kv_bytes_per_token, num_microbatches
+from megatron_rest.planner.memory import (
+    engine_memory,
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    num_microbatches,
+)
 from megatron_rest.planner.parameters import total_parameters
 
 __all__ = ["Lengths", "StepTime", "forward_flops", "step_time"]
@@ -115,8 +120,9 @@ def _rollout_time(
     cache = next(item.num_bytes for item in engine_memory(config, shape, hardware) if item.name == "engine: KV cache")
     running = max(min(sequences, r.max_concurrent, cache / (context * kv_bytes_per_token(config, shape))), 1.0)
     steps = max(r.max_response_tokens, sequences * lengths.response / running)
-    weights = total_parameters(shape, active_only=shape.num_experts > running * shape.num_experts_per_token)
-    read = weights * itemsize(r.dtype) / group + running * context * kv_bytes_per_token(config, shape)
+    few = shape.num_experts > running * shape.num_experts_per_token
+    weights = engine_weight_bytes(config, shape, active_only=few)
+    read = weights / group + running * context * kv_bytes_per_token(config, shape)
     compute = forward_flops(shape, tokens=running, mean_context=context) / (group * hardware.bf16_flops)
     one = max(read / (hardware.memory_bandwidth * efficiency.decode_bandwidth), compute / efficiency.prefill)
     return prefill / (group * hardware.bf16_flops * efficiency.prefill) + math.ceil(steps) * one

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from megatron_rest.config import RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
-from megatron_rest.planner.memory import itemsize
-from megatron_rest.planner.parameters import total_parameters
+from megatron_rest.planner.memory import engine_weight_bytes, itemsize
 from megatron_rest.weight_sync.limits import Links, SyncSetting, sync_limits
 
 __all__ = ["SyncTime", "sync_time"]
@@ -36,10 +35,10 @@ def sync_time(
     if hardware.is_cpu:
         return None
     p = config.parallel
-    size = total_parameters(shape) * itemsize(config.rollout.dtype)
+    size = engine_weight_bytes(config, shape)
     if config.rollout.replicas:
         setting = SyncSetting(
-            num_parameters=total_parameters(shape),
+            num_parameters=size / itemsize(config.rollout.dtype),  # as many bytes
             train_gpus=world_size,
             engine_gpus=config.rollout.tensor_parallel,
             replicas=config.rollout.replicas,

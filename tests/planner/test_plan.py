@@ -120,6 +120,25 @@ def test_an_option_changes_its_own_line(override, item):
     assert {name: before[name] for name in untouched} == {name: after[name] for name in untouched}
 
 
+def test_engines_in_fp8_take_half_and_senders_keep_a_copy_while_they_send():
+    def plan(*overrides: str):
+        engines = ("rollout.replicas=4", "weight_sync.transport=nccl_p2p", "loss.tis_cap=2.0", *overrides)
+        return make_plan(configuration(*engines), HARDWARE["h200"], world_size=128)
+
+    plain, shape = plan(), plan().shape
+    matrices = total_parameters(shape, matrices_only=True) - 2 * shape.vocab_size * shape.hidden_size
+    whole = total_parameters(shape) * 2
+    assert plain.sync.copy_bytes == whole
+    for quantization, scales in (("fp8_channel", matrices // shape.hidden_size), ("fp8_block", matrices // 128**2)):
+        fp8 = plan(f"rollout.quantization={quantization}")
+        assert fp8.sync.copy_bytes == pytest.approx(whole - matrices + 4 * scales, rel=1e-9)
+        assert fp8.sync.limit < 0.55 * plain.sync.limit
+        buffers = [sum(i.num_bytes for i in p.stages[0].syncing if i.name == "sync buffers") for p in (plain, fp8)]
+        p = fp8.config.parallel
+        of_a_rank = matrices / p.tensor_parallel / p.pipeline_parallel
+        assert buffers[1] - buffers[0] == pytest.approx(of_a_rank, rel=1e-3)
+
+
 def test_what_an_update_leaves_free_in_the_heap_is_counted_on_a_cpu_alone():
     def items(name: str, tokens: int) -> tuple[int, int]:
         config = configuration(f"trainer.max_tokens_per_microbatch={tokens}", "rollout.tensor_parallel=1")

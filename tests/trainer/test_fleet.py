@@ -16,7 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rest.config import ConfigError, LossConfig, RestConfig, RolloutConfig, WeightSyncConfig, validate
+from megatron_rest.config import (
+    ConfigError,
+    LossConfig,
+    RestConfig,
+    RolloutConfig,
+    RolloutQuantization,
+    WeightSyncConfig,
+    validate,
+)
 from megatron_rest.rollout.engine import EngineLostError, Exam, OnRollout, RolloutRequest
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
@@ -54,6 +62,7 @@ def test_engines_take_the_gpus_behind_the_ranks(monkeypatch: pytest.MonkeyPatch)
 
 
 GLOO = WeightSyncConfig(transport="gloo")
+FP8 = RolloutQuantization.FP8_CHANNEL
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,7 @@ GLOO = WeightSyncConfig(transport="gloo")
         ({"rollout": RolloutConfig(tensor_parallel=2, environment="bfcl")}, "their ranks must take the same steps"),
         ({"rollout": RolloutConfig(max_staleness=1)}, "needs engines in processes of their own"),
         ({"rollout": RolloutConfig(max_staleness=1, replicas=1), "weight_sync": GLOO}, "loss.tis_cap corrects: set it"),
+        ({"rollout": RolloutConfig(quantization=FP8)}, "samples from a rounded policy, which loss.tis_cap corrects"),
         ({"rollout": RolloutConfig(replicas=1)}, "transport is 'local' with rollout.replicas 1.*set it to gloo"),
         ({"weight_sync": GLOO}, "transport is 'gloo' with rollout.replicas 0.*set it to local"),
     ],
