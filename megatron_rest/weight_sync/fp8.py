@@ -117,8 +117,8 @@ class QuantisedShards(Mapping[str, Tensor]):
                 target.copy_(torch.maximum(target, _largest(part, box.hf_start, form)))
         source.max_over_tp([largest[matrix] for matrix in cut])
         self._scales = {form.scale_name(matrix): _scale_of(value) for matrix, value in largest.items()}
-        is_wrong = [not bool(scale.isfinite().all()) for scale in self._scales.values()]
-        self.non_finite = [name for name, wrong in zip(largest, is_wrong, strict=True) if wrong]
+        is_finite = torch.stack([scale.isfinite().all() for scale in self._scales.values()]).tolist() if largest else []
+        self.non_finite = [name for name, fine in zip(largest, is_finite, strict=True) if not fine]
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._scales:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_rest.config import RolloutConfig, RolloutQuantization
+from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.weight_sync.broadcast import bucket_ranges, num_bytes
 from megatron_rest.weight_sync.sync import WeightSyncError
-from tests.weight_sync.test_sync import FP32_BAND, flip, gap_to, make_bench
+from tests.helpers.fp8 import write_fp8_checkpoint
+from tests.weight_sync.test_sync import FP32_BAND, PROMPT, flip, gap_to, make_bench
 
 
 def test_buckets_cover_everything_in_order() -> None:
@@ -43,3 +47,24 @@ def test_engine_process_follows(tmp_path: Path) -> None:
             bench.push()
     finally:
         bench.engine.close()
+
+
+@pytest.mark.slow
+def test_engine_process_in_fp8_follows(tmp_path: Path) -> None:
+    fp8 = RolloutQuantization.FP8_CHANNEL
+    setting: dict[str, Any] = {"arch": "qwen3", "tied": True, "dtype": "float32", "random_weights": True}
+    bench = make_bench(tmp_path / "model", transport="broadcast", tensor_parallel=2, quantization=fp8, **setting)
+    try:
+        bench.train(seed=2)
+        bench.sync._tamper = flip("model.layers.1.self_attn.o_proj.weight_scale", times=1)
+        assert bench.push().attempts == 2
+        got = bench.engine.prompt_log_probs(PROMPT)
+    finally:
+        bench.engine.close()
+    folder = write_fp8_checkpoint(tmp_path / "model", tmp_path / "fp8", bench.state, fp8)
+    config = RolloutConfig(kv_cache_bytes=16 << 20, tensor_parallel=2)
+    peer = VllmEngine(folder, config, seed=0, max_model_len=256, transport="broadcast")
+    try:
+        assert np.array_equal(peer.prompt_log_probs(PROMPT), got)  # bit for bit
+    finally:
+        peer.close()
