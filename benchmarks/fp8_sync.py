@@ -16,12 +16,10 @@ all, and of the matrices of the layers.  Random weights; no GPU path is measured
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ prepare_process()
 
 import torch  # noqa: E402  the settings above must come first
 import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
 
 from benchmarks.weight_sync import (  # noqa: E402
     MIB,
@@ -40,8 +37,8 @@ from benchmarks.weight_sync import (  # noqa: E402
     Rank,
     Times,
     _in_thread,
+    command,
     line_rate,
-    model_config,
 )
 from megatron_rest.config import RolloutConfig, RolloutQuantization, WeightSyncConfig  # noqa: E402
 from megatron_rest.weight_sync.fp8 import QuantisedShards  # noqa: E402
@@ -157,24 +154,5 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:18}" + "".join(f"{v:>13}" for v in values))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=32768)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bucket-mib", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = model_config(arguments.hidden, arguments.layers, arguments.vocab)
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        mp.spawn(measure, args=(folder, arguments.repeats, arguments.bucket_mib << 20), nprocs=WORLD)
-        result = json.loads((Path(folder) / "result.json").read_text())
-    show(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**vars(arguments), "json": None, **result}, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, measure, show)

@@ -466,8 +466,9 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None, measure: Callable[..., None], show: Callable[[dict[str, Any]], None]) -> None:
+    """Parse arguments, let four ranks ``measure(rank, folder, repeats, bucket_bytes)``, show what they found."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=32768)
@@ -486,4 +487,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, measure, show)

@@ -14,7 +14,7 @@ from megatron_rest.weight_sync.layouts import EngineTensor, Fp8Form, WorkerLayou
 __all__ = ["worker_tensors"]
 
 _FP8 = torch.float8_e4m3fn
-_BLOCK_SUFFIX, _CHANNEL_SUFFIX = "_scale_inv", "_scale"  # what checkpoints and vLLM call scales of blocks, of channels
+_SUFFIXES = ("_scale_inv", "_scale")  # what checkpoints and vLLM call scales: of DeepSeek's form, of compressed-tensors
 
 
 def worker_tensors(
@@ -67,7 +67,7 @@ def _fp8_form(
     tables = [engine_tensors(shape, worker, _FP8) for worker in workers]
     if unknown := sorted(fp8 - {tensor.name for table in tables for tensor in table}):
         raise ValueError(f"the engine holds {unknown[0]} in FP8, which is no matrix of this model's table")
-    suffix = _CHANNEL_SUFFIX if weight_block is None else _BLOCK_SUFFIX
+    suffix = next((s for s in _SUFFIXES if all(name + s in known for known in held for name in fp8 & known.keys())), "")
     form = Fp8Form(
         names=frozenset(p.hf_name for table in tables for t in table if t.name in fp8 for p in t.placements),
         scale_suffix=suffix,
@@ -75,12 +75,11 @@ def _fp8_form(
     )
     for known in held:
         for name in fp8 & known.keys():
-            scale = known.get(name + suffix)
-            lead = known[name][0][:-2]
-            if weight_block is None and (scale is None or scale[0] != (*lead, known[name][0][-2], 1)):
+            scale = known[name + suffix][0] if suffix else "nowhere"
+            if not suffix or (weight_block is None and scale != (*known[name][0][:-1], 1)):
                 raise ValueError(
-                    f"the engine holds {name} in FP8 with scales {'nowhere' if scale is None else scale[0]}, and the "
-                    "sender makes one for each output channel or one for each block (rollout.quantization)"
+                    f"the engine holds {name} in FP8 with scales {scale}, and the sender makes one for each output "
+                    "channel or one for each block (rollout.quantization)"
                 )
     return form
 

@@ -219,7 +219,7 @@ def _reported(shape: ModelShape, fp8: Fp8Form, block: list[int] | None) -> list[
 def test_an_engine_says_itself_what_is_in_fp8() -> None:
     shape = _dense()
     names = [n for n in full_state(shape) if n.endswith("_proj.weight")]
-    for block, suffix in (((1, None), "_scale"), ((4, 4), "_scale_inv")):
+    for block, suffix in (((1, None), "_scale"), ((4, 4), "_scale_inv"), ((4, 4), "_scale")):
         if block == (4, 4):
             shape = _dense(num_attention_heads=4, num_query_groups=2, head_dim=8)
         wanted = Fp8Form(names=frozenset(names), scale_suffix=suffix, block=block)
@@ -246,6 +246,9 @@ def test_quantisations_that_the_sender_does_not_know_are_refused_by_name() -> No
         worker_tensors(shape, changed(**{name: ([1, 1], "int8")}))
     with pytest.raises(ValueError, match=r"qkv_proj.weight in FP8 with scales \(3,\), and the sender makes one for"):
         worker_tensors(shape, changed(**{f"{name}_scale": ([3], "float32")}))
+    without = [p for p in changed()[1]["parameters"] if p[0] != f"{name}_scale"]
+    with pytest.raises(ValueError, match=r"in FP8 with scales nowhere, and the sender makes one for"):
+        worker_tensors(shape, [changed()[0], {**changed()[1], "parameters": without}])
     with pytest.raises(ValueError, match=r"holds model.vision.weight in FP8, which is no matrix of this model's table"):
         worker_tensors(shape, changed(**{"model.vision.weight": ([4, 4], "float8_e4m3fn")}))
     with pytest.raises(ValueError, match=r"cuts through FP8 blocks of \(128, 128\): choose another engine parallelism"):
