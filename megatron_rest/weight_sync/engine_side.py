@@ -30,7 +30,7 @@ def worker_tensors(
     held = [
         {name: (tuple(size), getattr(torch, dtype)) for name, size, dtype in entry["parameters"]} for entry in layout
     ]
-    form = _fp8_form(shape, workers, held, layout[0].get("weight_block"))
+    form = _fp8_form(shape, workers, held, layout[0])
     floats = {dtype for of_worker in held for _, dtype in of_worker.values() if dtype.itemsize > 1}
     # Of tensors that only vLLM's loader can place nobody says the type: nothing may be rounded on the way.
     widest = functools.reduce(torch.promote_types, floats)
@@ -56,8 +56,9 @@ def _fp8_form(
     shape: ModelShape,
     workers: Sequence[WorkerLayout],
     held: Sequence[Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
-    weight_block: Sequence[int] | None,
+    said: Mapping[str, Any],
 ) -> Fp8Form | None:
+    weight_block: Sequence[int] | None = said.get("weight_block")
     odd = sorted({f"{n} ({d})" for known in held for n, (_, d) in known.items() if not _is_known(d)})
     if odd:
         raise ValueError(f"the engine holds {odd[0]}, a quantisation that the sender does not know: FP8 (e4m3) only")
@@ -72,6 +73,7 @@ def _fp8_form(
         names=frozenset(p.hf_name for table in tables for t in table if t.name in fp8 for p in t.placements),
         scale_suffix=suffix,
         block=(1, None) if weight_block is None else (int(weight_block[0]), int(weight_block[1])),
+        power_of_two=weight_block is not None and bool(said.get("power_of_two_scales")),
     )
     for known in held:
         for name in fp8 & known.keys():

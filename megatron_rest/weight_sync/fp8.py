@@ -3,6 +3,9 @@
     scale = max |w| over the block / 448        448 is the largest e4m3 number
     q     = w / scale, rounded to e4m3          so w is at most half a step of e4m3 away: 1/16 of |w|, or 2**-10 scale
 
+Where an engine's kernels multiply by powers of two (DeepGEMM's E8M0, vLLM's default on Hopper and Blackwell), a scale
+is rounded up to one before the division: vLLM quantises anew what has another scale, and would round a second time.
+
 The form is that of a checkpoint in FP8 (:class:`~megatron_rest.weight_sync.layouts.Fp8Form`), so an engine loads it as
 such a checkpoint, and half of the bytes travel.  Blocks belong to the whole HF matrix.  Where TP cuts through one, the
 ranks agree on its largest element first, one all-reduce for all matrices of a rank: every cut gives the same bytes.
@@ -44,7 +47,7 @@ def quantise(matrix: Tensor, form: Fp8Form) -> tuple[Tensor, Tensor]:
     Not differentiable; no collectives.  A block with NaN or infinity gets an infinite scale.
     """
     largest = _largest(matrix, (0, 0), form)
-    scale = _scale_of(largest)
+    scale = _scale_of(largest, form)
     return _divided(matrix, (0, 0), scale, form), scale
 
 
@@ -116,7 +119,7 @@ class QuantisedShards(Mapping[str, Tensor]):
                 target = region(largest[box.hf_name], at, count)
                 target.copy_(torch.maximum(target, _largest(part, box.hf_start, form)))
         source.max_over_tp([largest[matrix] for matrix in cut])
-        self._scales = {form.scale_name(matrix): _scale_of(value) for matrix, value in largest.items()}
+        self._scales = {form.scale_name(matrix): _scale_of(value, form) for matrix, value in largest.items()}
         is_finite = torch.stack([scale.isfinite().all() for scale in self._scales.values()]).tolist() if largest else []
         self.non_finite = [name for name, fine in zip(largest, is_finite, strict=True) if not fine]
 
@@ -175,8 +178,13 @@ def _largest(part: Tensor, start: Sequence[int], form: Fp8Form) -> Tensor:
     return torch.cat(largest).float().nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-def _scale_of(largest: Tensor) -> Tensor:
-    return (largest / E4M3_MAX).clamp_min(_SMALLEST_SCALE)
+def _scale_of(largest: Tensor, form: Fp8Form) -> Tensor:
+    scale = (largest / E4M3_MAX).clamp_min(_SMALLEST_SCALE)
+    if not form.power_of_two:
+        return scale
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
+    rounded = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    return torch.where(scale.isfinite(), rounded, scale)
 
 
 def _divided(part: Tensor, start: Sequence[int], scale: Tensor, form: Fp8Form) -> Tensor:

@@ -145,6 +145,7 @@ class Fp8Form:
     names: frozenset[str]  # HF names of the matrices
     scale_suffix: str  # a scale's name is its matrix's and this
     block: tuple[int, int | None]  # rows and columns of a block; None = all columns
+    power_of_two: bool = False  # scales are rounded up to one, for kernels that would round them after the matrix
 
     def scale_name(self, hf_name: str) -> str:
         return hf_name + self.scale_suffix

@@ -273,14 +273,18 @@ class WorkerExtension:
     def weight_layout(self) -> dict[str, Any]:
         """How this worker cuts the model, and name, shape and data type of the parameters that its loaders fill.
 
-        ``weight_block`` is how many rows and columns of a matrix in FP8 share a scale, None where a row does.
+        ``weight_block`` is how many rows and columns of a matrix in FP8 share a scale, None where a row does;
+        ``power_of_two_scales`` whether the kernels for blocks round scales up to powers of two.
         """
+        from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
         model: torch.nn.Module = self.get_model()  # type: ignore[attr-defined]
         blocks = (getattr(module, "weight_block_size", None) for module in model.modules())
         return {
             "layout": _layout(model),
             "parameters": list(_loadable(model)),
             "weight_block": next((list(block) for block in blocks if block is not None), None),
+            "power_of_two_scales": is_deep_gemm_e8m0_used(),
         }
 
 

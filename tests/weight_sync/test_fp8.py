@@ -83,11 +83,36 @@ def test_vllm_quantises_to_the_same_numbers() -> None:
     assert int((ours - others).abs().max()) <= 1 and float((ours != others).float().mean()) < 1e-3
 
 
-def test_zeros_and_tiny_numbers() -> None:
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_vllm_rounds_a_second_time_only_scales_that_are_no_powers_of_two(power_of_two: bool) -> None:
+    """What its DeepGEMM kernels do to a loaded matrix, by vLLM's own function."""
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import requant_weight_ue8m0_inplace
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+    matrix = torch.randn(512, 384, generator=torch.Generator().manual_seed(2)).bfloat16()
+    matrix[0, 0], matrix[130, 0] = 448, 447.9  # a scale of 1, and of just below
+    fp8 = dataclasses.replace(form((128, 128)), power_of_two=power_of_two)
+    quantised, scale = quantise(matrix, fp8)
+    before = dequantised(quantised, scale, (128, 128))
+    kept = quantised.clone(), scale.clone()
+    requant_weight_ue8m0_inplace(*kept, (128, 128))
+    assert torch.equal(dequantised(*kept, (128, 128)), before) == power_of_two
+    if power_of_two:
+        assert torch.equal(scale, torch.exp2(torch.log2(scale).round()))
+        theirs, their_scale = per_block_cast_to_fp8(matrix, [128, 128], use_ue8m0=True)
+        assert torch.equal(scale, their_scale) and torch.equal(quantised.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_zeros_tiny_numbers_and_none(power_of_two: bool) -> None:
+    fp8 = dataclasses.replace(form((128, 128)), power_of_two=power_of_two)
     matrix = torch.zeros(256, 256)
     matrix[200, 200] = 1e-43
-    quantised, scale = quantise(matrix, form((128, 128)))
+    quantised, scale = quantise(matrix, fp8)
     assert bool(scale.isfinite().all()) and bool((quantised.double() == 0).all())
+    for value in (torch.nan, torch.inf, -torch.inf):
+        matrix[3, 200] = value
+        assert quantise(matrix, fp8)[1].isfinite().tolist() == [[True, False], [True, True]]
 
 
 def cut_over_ranks(rank: int, world: int) -> str:
@@ -224,8 +249,10 @@ def test_an_engine_says_itself_what_is_in_fp8() -> None:
             shape = _dense(num_attention_heads=4, num_query_groups=2, head_dim=8)
         wanted = Fp8Form(names=frozenset(names), scale_suffix=suffix, block=block)
         layout = _reported(shape, wanted, None if block[1] is None else list(block))
+        layout[0]["power_of_two_scales"] = power_of_two = suffix == "_scale_inv"
         tensors, got = worker_tensors(shape, layout)
-        assert got == wanted and not any(t.is_whole for worker in tensors for t in worker)
+        assert got == dataclasses.replace(wanted, power_of_two=power_of_two)
+        assert not any(t.is_whole for worker in tensors for t in worker)
         assert {t.dtype for worker in tensors for t in worker} == {torch.bfloat16, torch.float32, FP8}
 
 

@@ -14,11 +14,14 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("block", [(128, 128), (1, None), (16, 48)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(4096, 1024), (130, 77)])
-def test_the_same_bytes(shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int | None]) -> None:
-    form = Fp8Form(names=frozenset(), scale_suffix="_scale", block=block)
+def test_the_same_bytes(
+    shape: tuple[int, int], dtype: torch.dtype, block: tuple[int, int | None], power_of_two: bool
+) -> None:
+    form = Fp8Form(names=frozenset(), scale_suffix="_scale", block=block, power_of_two=power_of_two)
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     wanted, wanted_scale = quantise(matrix, form)
     got, scale = quantise(matrix.cuda(), form)
