@@ -8,10 +8,9 @@ layout each rank loads the same weights into Megatron, all ranks push slices int
 * both engines' greedy tokens and log-probs are compared with transformers on those weights (in the parent);
 * a byte flipped once is sent again, one flipped every time stops the transfer on every rank and names the tensor;
 * bytes moved equal bytes needed, counted at the links;
-* what the source exports equals the folder's tensors, bit for bit.
-
-Once for every engine its assembled slices are compared with what vLLM's own loader makes of the whole tensors: for
-engines in FP8 of a checkpoint in FP8.
+* what the source exports equals the folder's tensors, bit for bit;
+* the slices that an engine put together equal what vLLM's own loader makes of the whole tensors, bit for bit; those of
+  an engine in FP8 what it makes of a checkpoint in FP8.
 """
 
 from __future__ import annotations
@@ -154,12 +153,12 @@ def _check(rank: int, layout: Training, engine: Any, folder: str, index: int, la
     )
     source = weight_source(parts, bucket_bytes=1 << 16)
     sync = WeightSync(engine, source, WeightSyncConfig(transport="gloo", bucket_bytes=1 << 15))
-    if engine is not None and index == 0:
+    if engine is not None:
         engine._open().collective_rpc("record_slices")
     first = sync.push(1)
     plans = sync.transport.plans  # type: ignore[attr-defined]
     differences: list[str] = []
-    if engine is not None and index == 0:
+    if engine is not None:
         for worker in engine._open().collective_rpc("differences_from_loader", args=(_loaded_file(path),)):
             differences += worker
     tokens, log_probs = (None, None) if engine is None else engine.greedy(PROMPT, NEW_TOKENS)
