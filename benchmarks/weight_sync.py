@@ -52,6 +52,7 @@ from megatron_rest.weight_sync.links import free_port, join_group  # noqa: E402
 from megatron_rest.weight_sync.plan import Message, SyncPlan  # noqa: E402
 from megatron_rest.weight_sync.slices import pack  # noqa: E402
 from megatron_rest.weight_sync.source import MegatronWeightSource  # noqa: E402
+from megatron_rest.weight_sync.staging import Staging  # noqa: E402
 from megatron_rest.weight_sync.sync import WeightSync  # noqa: E402
 
 TP, PP, WORKERS = 2, 2, 2
@@ -220,7 +221,7 @@ class Rank:
         sender = transport._sender
         if self.plain is None:
             self.plain = [
-                (pack(message.copies, self.shards, _dtypes(plan, message), sender._staging), WORLD + message.worker)
+                (self._packed(plan, message, sender._staging), WORLD + message.worker)
                 for _, _, message, plan in sender._messages
             ]
             dist.barrier()
@@ -232,6 +233,9 @@ class Rank:
                 under_way.append(sender._links[0].send(data, target))
             for work in under_way:
                 work.wait()
+
+    def _packed(self, plan: SyncPlan, message: Message, staging: Staging) -> torch.Tensor:
+        return pack(message.copies, self.shards, [tensor.dtype for tensor in plan.targets(message)], staging)
 
     # (a)
 
@@ -291,10 +295,6 @@ class Rank:
         if self.engine is not None:
             save_file(tensors, self.folder / "model.safetensors", metadata={"format": "pt"})
         dist.barrier()
-
-
-def _dtypes(plan: SyncPlan, message: Message) -> list[torch.dtype]:
-    return [plan.tensors[message.worker][copy.tensor].dtype for copy in message.copies]
 
 
 class _in_thread:

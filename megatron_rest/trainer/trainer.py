@@ -50,7 +50,7 @@ __all__ = ["RestTrainer"]
 
 _CANARY_FLOAT32 = 1e-3  # 1e-6 is seen: rounding in another order; a stale or misplaced tensor makes 0.1 and more
 _CERTIFICATE_PROMPTS = 16  # with answers of a hundred tokens: a mean of each region that holds
-_CANARY_FP8 = 1.0  # up to 0.5 is seen from FP8 weights and activations in small models; old weights make 2 and more
+_CANARY_FP8 = 1.0  # up to 0.5 is seen from FP8 weights and activations in small models; a stale head or experts make 2
 _CANARY_16_BIT = 0.1  # up to 0.06 is seen between two bfloat16 implementations of the same small model
 
 

@@ -1,20 +1,55 @@
-"""What a running engine takes, from what its workers say of themselves (``WorkerExtension.weight_layout``)."""
+"""What running engines take, from what their workers say of themselves (``WorkerExtension.weight_layout``)."""
 
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_rest.model_map import ModelShape
 from megatron_rest.weight_sync.layouts import EngineTensor, Fp8Form, WorkerLayout, engine_tensors, whole_tensors
+from megatron_rest.weight_sync.source import MegatronWeightSource
+from megatron_rest.weight_sync.transport import SyncTarget
 
-__all__ = ["worker_tensors"]
+__all__ = ["Hello", "fp8_form", "introductions", "worker_tensors"]
 
 _FP8 = torch.float8_e4m3fn
 _SUFFIXES = ("_scale_inv", "_scale")  # what checkpoints and vLLM call scales: of DeepSeek's form, of compressed-tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a rank says of its engine before anything is planned or sent."""
+
+    layout: list[dict[str, Any]] | None  # of the engine's workers; None = no engine
+    error: str
+    host: str
+
+
+def introductions(source: MegatronWeightSource, engine: SyncTarget | None) -> list[Hello]:
+    """What every rank of the source says, in rank order, on every rank; one gather of objects.
+
+    Raises ConnectionError on every rank when an engine did not say how it is laid out.
+    """
+    hellos: list[Hello] = source.all_gather(_hello(engine))
+    if problems := [hello.error for hello in hellos if hello.error]:
+        raise ConnectionError(f"an engine did not say how it is laid out: {'; '.join(problems)}")
+    return hellos
+
+
+def _hello(engine: SyncTarget | None) -> Hello:
+    # An engine that another node started (RemoteEngine.machine) has to be reached over the network.
+    host = getattr(engine, "machine", socket.gethostname())
+    if engine is None:
+        return Hello(None, "", host)
+    try:
+        return Hello(engine.weight_layout(), "", host)
+    except Exception as e:  # noqa: BLE001  every rank raises it
+        return Hello(None, f"{type(e).__name__}: {e}", host)
 
 
 def worker_tensors(
@@ -26,11 +61,8 @@ def worker_tensors(
     version of vLLM, a padded kernel) is taken whole, through vLLM's own loader, by all workers alike.  Raises
     ValueError naming a parameter whose quantisation the sender does not know.
     """
-    workers = [WorkerLayout(**{**entry["layout"], "experts": tuple(entry["layout"]["experts"])}) for entry in layout]
-    held = [
-        {name: (tuple(size), getattr(torch, dtype)) for name, size, dtype in entry["parameters"]} for entry in layout
-    ]
-    form = _fp8_form(shape, workers, held, layout[0])
+    workers, held = _workers(layout), _held(layout)
+    form = fp8_form(shape, layout)
     floats = {dtype for of_worker in held for _, dtype in of_worker.values() if dtype.itemsize > 1}
     # Of tensors that only vLLM's loader can place nobody says the type: nothing may be rounded on the way.
     widest = functools.reduce(torch.promote_types, floats)
@@ -52,20 +84,17 @@ def worker_tensors(
     ], form
 
 
-def _fp8_form(
-    shape: ModelShape,
-    workers: Sequence[WorkerLayout],
-    held: Sequence[Mapping[str, tuple[tuple[int, ...], torch.dtype]]],
-    said: Mapping[str, Any],
-) -> Fp8Form | None:
-    weight_block: Sequence[int] | None = said.get("weight_block")
+def fp8_form(shape: ModelShape, layout: Sequence[Mapping[str, Any]]) -> Fp8Form | None:
+    """What an engine holds in FP8 and how, None for nothing; raises as :func:`worker_tensors` does."""
+    held = _held(layout)
+    weight_block: Sequence[int] | None = layout[0].get("weight_block")
     odd = sorted({f"{n} ({d})" for known in held for n, (_, d) in known.items() if not _is_known(d)})
     if odd:
         raise ValueError(f"the engine holds {odd[0]}, a quantisation that the sender does not know: FP8 (e4m3) only")
     fp8 = {name for known in held for name, (_, dtype) in known.items() if dtype is _FP8}
     if not fp8:
         return None
-    tables = [engine_tensors(shape, worker, _FP8) for worker in workers]
+    tables = [engine_tensors(shape, worker, _FP8) for worker in _workers(layout)]
     if unknown := sorted(fp8 - {tensor.name for table in tables for tensor in table}):
         raise ValueError(f"the engine holds {unknown[0]} in FP8, which is no matrix of this model's table")
     suffix = next((s for s in _SUFFIXES if all(name + s in known for known in held for name in fp8 & known.keys())), "")
@@ -73,7 +102,7 @@ def _fp8_form(
         names=frozenset(p.hf_name for table in tables for t in table if t.name in fp8 for p in t.placements),
         scale_suffix=suffix,
         block=(1, None) if weight_block is None else (int(weight_block[0]), int(weight_block[1])),
-        power_of_two=weight_block is not None and bool(said.get("power_of_two_scales")),
+        power_of_two=weight_block is not None and bool(layout[0].get("power_of_two_scales")),
     )
     for known in held:
         for name in fp8 & known.keys():
@@ -84,6 +113,15 @@ def _fp8_form(
                     "channel or one for each block (rollout.quantization)"
                 )
     return form
+
+
+def _workers(layout: Sequence[Mapping[str, Any]]) -> list[WorkerLayout]:
+    return [WorkerLayout(**{**entry["layout"], "experts": tuple(entry["layout"]["experts"])}) for entry in layout]
+
+
+def _held(layout: Sequence[Mapping[str, Any]]) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Shape and data type of each worker's parameters, by name."""
+    return [{name: (tuple(size), getattr(torch, dtype)) for name, size, dtype in said["parameters"]} for said in layout]
 
 
 def _is_known(dtype: torch.dtype) -> bool:

@@ -19,26 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rest.model_map import ParameterSpec, hf_shapes, resolve_name
-from megatron_rest.weight_sync.layouts import Fp8Form, Placement, Shard, training_placements
+from megatron_rest.model_map import hf_shapes, resolve_name
+from megatron_rest.weight_sync.layouts import Fp8Form, Placement, training_placements
 from megatron_rest.weight_sync.plan import region
 from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
 
-__all__ = ["E4M3_MAX", "NonFiniteWeightError", "QuantisedShards", "quantise", "quantised_metadata", "quantised_stream"]
+__all__ = ["E4M3_MAX", "QuantisedShards", "quantise", "quantised_metadata", "quantised_stream"]
 
 E4M3_MAX = 448.0
 _CHUNK_CPU, _CHUNK_GPU = 1 << 17, 1 << 26  # elements
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a block of zeros; dividing by a subnormal would overflow
-
-
-class NonFiniteWeightError(ValueError):
-    """Matrices of the policy hold NaN or infinity, which no scale can represent."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        super().__init__(
-            f"{', '.join(names[:5])}{more} of the policy cannot be quantised: NaN or infinity, training has diverged"
-        )
 
 
 def quantise(matrix: Tensor, form: Fp8Form) -> tuple[Tensor, Tensor]:
@@ -100,12 +90,14 @@ class QuantisedShards(Mapping[str, Tensor]):
 
     def __init__(self, source: MegatronWeightSource, shards: Mapping[str, Tensor], form: Fp8Form) -> None:
         self._shards, self._form = shards, form
-        held = source.holdings()
         self._boxes: dict[str, list[Placement]] = {}  # of the parameters that are quantised
         self._done: dict[str, Tensor] = {}
         largest: dict[str, Tensor] = {}
         cut: list[str] = []  # matrices of which other TP ranks hold other parts
-        for spec, name, shard in _quantised_specs(source, held, shards, form):
+        for spec in source.specs:
+            name, shard = resolve_name(spec, shards), source.shard(spec)
+            if name is None or form.names.isdisjoint(spec.hf_names):
+                continue
             boxes = list(training_placements(spec, source.shape, shard.tp_rank, shard.tp_size))
             self._boxes[name] = boxes
             for matrix, size in zip(spec.hf_names, hf_shapes(spec, source.shape), strict=True):
@@ -145,15 +137,6 @@ class QuantisedShards(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shards) + len(self._scales)
-
-
-def _quantised_specs(
-    source: MegatronWeightSource, held: Mapping[str, Shard], shards: Mapping[str, Tensor], form: Fp8Form
-) -> Iterator[tuple[ParameterSpec, str, Shard]]:
-    for spec in source.specs:
-        name = resolve_name(spec, shards)
-        if name is not None and any(matrix in form.names for matrix in spec.hf_names):
-            yield spec, name, held[name]
 
 
 def _blocks(part: Tensor, start: Sequence[int], form: Fp8Form) -> Tensor:

@@ -130,6 +130,7 @@ class EngineTensor:
         return self.covered * self.dtype.itemsize
 
     def as_type(self, dtype: torch.dtype) -> EngineTensor:
+        """The same places in another data type."""
         return dataclasses.replace(self, dtype=dtype)
 
 
@@ -148,6 +149,7 @@ class Fp8Form:
     power_of_two: bool = False  # scales are rounded up to one, for kernels that would round them after the matrix
 
     def scale_name(self, hf_name: str) -> str:
+        """Of the tensor with a matrix's scales."""
         return hf_name + self.scale_suffix
 
     def grid(self, start: Sequence[int], size: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:

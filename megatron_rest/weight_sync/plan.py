@@ -83,6 +83,10 @@ class SyncPlan:
         """Of ``needed_bytes``: full tensors that go to every worker, because the engine takes no slices of them."""
         return sum(t.covered_bytes for tensors in self.tensors for t in tensors if t.is_whole)
 
+    def targets(self, message: Message) -> list[EngineTensor]:
+        """The tensor that each copy of a message writes to."""
+        return [self.tensors[message.worker][copy.tensor] for copy in message.copies]
+
     def received_by(self) -> tuple[int, ...]:
         """Bytes reaching each worker."""
         totals = [0] * len(self.tensors)
@@ -170,8 +174,11 @@ def _index_holders(
         holders.ranks.append((rank, parameter, box.start))
 
     for spec in parameter_map(shape):
-        scales = [] if form is None else [pair for pair in zip(spec.hf_names, hf_shapes(spec, shape), strict=True)
-                                          if pair[0] in form.names]  # fmt: skip
+        scales: list[Placement] = []
+        for matrix, size in zip(spec.hf_names, hf_shapes(spec, shape), strict=True):
+            if form is not None and matrix in form.names:
+                origin, grid = form.grid((0, 0), size)
+                scales.append(Placement(form.scale_name(matrix), origin, origin, grid))
         for rank, parameters in enumerate(sources):
             name = resolve_name(spec, parameters)
             if name is None:
@@ -179,10 +186,8 @@ def _index_holders(
             shard = parameters[name]
             for placement in training_placements(spec, shape, shard.tp_rank, shard.tp_size):
                 note(placement, rank, name)
-            for matrix, size in scales:
-                assert form is not None
-                scale, (origin, grid) = form.scale_name(matrix), form.grid((0, 0), size)
-                note(Placement(scale, origin, origin, grid), rank, scale)
+            for whole in scales:
+                note(whole, rank, whole.hf_name)
     return {name: list(parts.values()) for name, parts in boxes.items()}
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from megatron_rest.weight_sync.engine_side import worker_tensors
-from megatron_rest.weight_sync.fp8 import NonFiniteWeightError, QuantisedShards
+from megatron_rest.weight_sync.engine_side import Hello, introductions, worker_tensors
+from megatron_rest.weight_sync.fp8 import QuantisedShards
 from megatron_rest.weight_sync.links import GivenUp, Link, free_port, meet, new_token, open_link
 from megatron_rest.weight_sync.plan import SyncPlan, make_plan
 from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
@@ -33,15 +33,6 @@ __all__ = ["SliceTransport"]
 
 _TIMEOUT_SECONDS = 600
 _FIRST = 0  # the rank whose address and ports count
-
-
-@dataclass(frozen=True, slots=True)
-class _Hello:
-    """What a rank says before anything is planned."""
-
-    layout: list[dict[str, Any]] | None  # of its engine's workers
-    error: str
-    host: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +74,7 @@ class SliceTransport:
 
     def connect(self, engine: SyncTarget | None) -> None:
         """Raises ValueError when the layouts do not fit, ConnectionError when an engine cannot be reached."""
-        hellos: list[_Hello] = self._source.all_gather(_hello(engine))
-        if problems := [hello.error for hello in hellos if hello.error]:
-            raise ConnectionError(f"an engine did not say how it is laid out: {'; '.join(problems)}")
+        hellos = introductions(self._source, engine)
         owners = [rank for rank, hello in enumerate(hellos) if hello.layout is not None]
         held = self._source.all_gather(self._source.holdings())
         self.plans, load = [], [0] * len(held)
@@ -106,16 +95,17 @@ class SliceTransport:
         outcome = Outcome()
         shards = self._source.local_shards()
         replicas = self._source.replica_digests(shards)
-        quantised = {plan.form: QuantisedShards(self._source, shards, plan.form) for plan in self.plans if plan.form}
+        # Replicas hold the same in FP8: a matrix is quantised once for all of them.
+        forms = dict.fromkeys(plan.form for plan in self.plans if plan.form is not None)
+        quantised = {form: QuantisedShards(self._source, shards, form) for form in forms}
         of_engines = [shards if plan.form is None else quantised[plan.form] for plan in self.plans]
+        outcome.non_finite = [name for view in quantised.values() for name in view.non_finite]
         try:
-            if names := [name for view in quantised.values() for name in view.non_finite]:
-                raise NonFiniteWeightError(names)
-            if engine is not None:
+            if engine is not None and not outcome.non_finite:
                 engine.start_weight_update()
         except Exception as e:  # noqa: BLE001  raised by WeightSync after all ranks have agreed
             outcome.error = e
-        if self._source.worst_of_ranks(int(outcome.error is not None)):
+        if self._source.worst_of_ranks(int(outcome.is_broken)):
             return outcome  # nobody may send to a worker that does not listen
         sent, received = {}, None
         started = time.perf_counter()
@@ -168,7 +158,7 @@ class SliceTransport:
         ).hexdigest()
 
     def _meet(
-        self, engine: SyncTarget | None, owners: Sequence[int], hellos: Sequence[_Hello], num_sources: int
+        self, engine: SyncTarget | None, owners: Sequence[int], hellos: Sequence[Hello], num_sources: int
     ) -> list[Link]:
         """One transfer group an engine: sources first, then its workers; the workers get their schedules."""
         # On one machine the loopback is enough, and no name has to resolve.
@@ -212,22 +202,11 @@ def _wrong_names(
     message = plan.messages[position]
     if tuple(expected[0]) == tuple(got[0]):
         return
-    copies = zip(message.copies, expected[1:], got[1:], strict=False)
-    names = [plan.tensors[message.worker][copy.tensor].name for copy, a, b in copies if a != b]
+    targets = zip(plan.targets(message), expected[1:], got[1:], strict=False)
+    names = [tensor.name for tensor, a, b in targets if a != b]
     yield from names or message_names(plan, message)  # without details any of its tensors may be the one
 
 
 def _join(engine: SyncTarget, info: dict[str, Any], given_up: GivenUp) -> None:
     """Its workers look for themselves whether somebody has given up."""
     engine.init_weight_transfer(info)
-
-
-def _hello(engine: SyncTarget | None) -> _Hello:
-    # An engine that another node started (RemoteEngine.machine) has to be reached over the network.
-    host = getattr(engine, "machine", socket.gethostname())
-    if engine is None:
-        return _Hello(None, "", host)
-    try:
-        return _Hello(engine.weight_layout(), "", host)
-    except Exception as e:  # noqa: BLE001  every rank raises it
-        return _Hello(None, f"{type(e).__name__}: {e}", host)

@@ -104,7 +104,7 @@ class Schedule:
 
 def message_names(plan: SyncPlan, message: Message) -> list[str]:
     """Tensors of the engine that a message writes to."""
-    return list(dict.fromkeys(plan.tensors[message.worker][copy.tensor].name for copy in message.copies))
+    return list(dict.fromkeys(tensor.name for tensor in plan.targets(message)))
 
 
 class SliceSender:
@@ -167,7 +167,7 @@ class SliceSender:
         for position, engine, message, plan in self._messages:
             if engine in self.broken:
                 continue
-            tensors = [plan.tensors[message.worker][copy.tensor] for copy in message.copies]
+            tensors = plan.targets(message)
             dtypes = [tensor.dtype for tensor in tensors]
             packed = pack(message.copies, shards[engine], dtypes, self._staging)
             digests[engine, position] = _digests(packed, message.copies, dtypes, detailed)

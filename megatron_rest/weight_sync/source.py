@@ -219,10 +219,13 @@ class MegatronWeightSource:
 
     def holdings(self) -> dict[str, Shard]:
         """How this rank's parameters are cut."""
-        local, whole = self._named_shards(), Shard(0, 1)
-        cut = Shard(self._tp_rank, self._tp_size)
+        local = self._named_shards()
         names = {spec: resolve_name(spec, local) for spec in self.specs}
-        return {name: cut if spec.expert is None else whole for spec, name in names.items() if name is not None}
+        return {name: self.shard(spec) for spec, name in names.items() if name is not None}
+
+    def shard(self, spec: ParameterSpec) -> Shard:
+        """How a parameter is cut where this rank holds it: experts never are."""
+        return Shard(self._tp_rank, self._tp_size) if spec.expert is None else Shard(0, 1)
 
     def local_shards(self) -> dict[str, Tensor]:
         """This rank's live parameters: what is read must be read before training goes on."""

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_rest.weight_sync.digest import digest
-from megatron_rest.weight_sync.engine_side import worker_tensors
-from megatron_rest.weight_sync.fp8 import NonFiniteWeightError, quantised_metadata, quantised_stream
+from megatron_rest.weight_sync.engine_side import fp8_form, introductions
+from megatron_rest.weight_sync.fp8 import quantised_metadata, quantised_stream
 from megatron_rest.weight_sync.layouts import Fp8Form
 from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
 from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
@@ -50,9 +50,10 @@ class StreamTransport:
         self._form: Fp8Form | None = None  # what the engines hold in FP8; all of them alike
 
     def connect(self, engine: SyncTarget | None) -> None:
-        """Raises ValueError when an engine's quantisation is unknown, or engines differ in it."""
-        mine = None if engine is None else worker_tensors(self._source.shape, engine.weight_layout())[1]
-        forms = {form for has_engine, form in self._source.all_gather((engine is not None, mine)) if has_engine}
+        """Raises ConnectionError when an engine cannot be asked, ValueError when its quantisation is unknown or engines
+        differ in it."""
+        layouts = [hello.layout for hello in introductions(self._source, engine)]
+        forms = {fp8_form(self._source.shape, layout) for layout in layouts if layout is not None}
         if len(forms) > 1:
             raise ValueError("some engines hold matrices in FP8 and others do not: give all the same rollout config")
         self._form = next(iter(forms), None)
@@ -81,8 +82,7 @@ class StreamTransport:
             outcome.error = e
         for _ in stream:  # what the engine did not take: the gathers are collectives
             pass
-        if sent.non_finite:
-            outcome.error = outcome.error or NonFiniteWeightError(sent.non_finite)
+        outcome.non_finite = sent.non_finite
         wrong = list(self._source.faults)
         for worker in received:
             got = {name: tuple(value) for name, value in worker["digests"].items()}  # an RPC makes lists of tuples

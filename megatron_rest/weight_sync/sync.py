@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rest.config import WeightSyncConfig
@@ -69,7 +70,8 @@ class WeightSync:
     ``nccl_p2p`` send each worker its slices from all ranks, ``broadcast`` sends everything from the rank that owns it.
 
     Collectives: those of connecting and of one or two attempts of the transport, and two all-reduces of one integer on
-    each group of the source.  Raises ValueError for an unknown transport.
+    each group of the source.  Raises ConnectionError when an engine cannot be asked or reached,
+    ValueError when its layout or quantisation does not fit.
     """
 
     def __init__(self, engine: SyncTarget | None, source: MegatronWeightSource, config: WeightSyncConfig) -> None:
@@ -89,7 +91,8 @@ class WeightSync:
 
         Returns when they hold them and have forgotten keys and values of older ones.  Raises WeightSyncError on every
         rank when a tensor differs after a resend (named where it was seen; by slices on every rank), when an engine
-        fails, or when a prefix cache cannot be reset; the engine then refuses to sample.
+        fails, or when a prefix cache cannot be reset; the engine then refuses to sample.  Also when a matrix that is to
+        be quantised is not finite; by slices nothing has left then, and the engines keep what they had.
         """
         started = time.perf_counter()
         for attempt in range(1, _MAX_ATTEMPTS + 1):
@@ -129,9 +132,15 @@ class WeightSync:
 
 def _explain(version: int, attempt: int, outcome: Outcome) -> str:
     head = f"transfer of weights version {version} failed in attempt {attempt} of {_MAX_ATTEMPTS}"
+    if names := outcome.non_finite:
+        return f"{head}: {_listed(names)} of the policy cannot be quantised: NaN or infinity, training has diverged"
     if (error := outcome.error) is not None:
         return f"{head}: the engine raised {type(error).__name__}: {error}; its model is half loaded, make a new engine"
-    if wrong := outcome.wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        return f"{head}: bytes received differ from bytes sent in {', '.join(wrong[:5])}{more}"
+    if outcome.wrong:
+        return f"{head}: bytes received differ from bytes sent in {_listed(outcome.wrong)}"
     return f"{head}: {outcome.lost_peer or 'another rank reported a fault'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

@@ -43,6 +43,7 @@ class Outcome:
 
     wrong: list[str] = field(default_factory=list)  # tensors that did not arrive as sent
     error: Exception | None = None  # what broke on this rank: its engine is half loaded, or gone
+    non_finite: list[str] = field(default_factory=list)  # matrices with NaN or infinity, which FP8 cannot hold
     lost_peer: str = ""  # an engine that another rank owns could not be reached; this rank's own is not to blame
     num_bytes: int = 0
     num_tensors: int = 0
@@ -53,7 +54,7 @@ class Outcome:
     @property
     def is_broken(self) -> bool:
         """Whether sending again cannot help."""
-        return self.error is not None or bool(self.lost_peer)
+        return self.error is not None or bool(self.lost_peer or self.non_finite)
 
 
 class Transport(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_rest.config import ConfigError, RolloutConfig, RolloutQuantization
 from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.weight_sync import sliced
 from megatron_rest.weight_sync.engine_side import worker_tensors
 from megatron_rest.weight_sync.fp8 import QuantisedShards, quantise
 from megatron_rest.weight_sync.layouts import (
@@ -25,6 +26,7 @@ from megatron_rest.weight_sync.layouts import (
     whole_tensors,
 )
 from megatron_rest.weight_sync.plan import make_plan
+from megatron_rest.weight_sync.sliced import SliceTransport
 from megatron_rest.weight_sync.slices import pack
 from megatron_rest.weight_sync.source import MegatronWeightSource
 from megatron_rest.weight_sync.staging import Staging
@@ -280,6 +282,31 @@ def test_quantisations_that_the_sender_does_not_know_are_refused_by_name() -> No
         worker_tensors(shape, changed(**{"model.vision.weight": ([4, 4], "float8_e4m3fn")}))
     with pytest.raises(ValueError, match=r"cuts through FP8 blocks of \(128, 128\): choose another engine parallelism"):
         engine_tensors(shape, engine_workers(shape, EngineLayout(tensor_parallel=2))[1], FP8, form((128, 128), names))
+
+
+def test_matrices_are_quantised_once_for_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[QuantisedShards] = []
+    monkeypatch.setattr(sliced, "QuantisedShards", lambda *a: made.append(QuantisedShards(*a)) or made[-1])
+    shape = _dense()
+    held = training_shards(shape, TrainingLayout())
+    fp8 = form((1, None), [n for n in full_state(shape) if n.endswith("_proj.weight")])
+    shards = {n: t.float() for n, t in shards_of(shape, full_state(shape), held[0]).items()}
+    tensors = [engine_tensors(shape, engine_workers(shape, EngineLayout())[0], torch.bfloat16, fp8)]
+    transport = SliceTransport(MegatronWeightSource(lambda: shards, parameter_map(shape), shape), message_bytes=1000)
+    transport.plans = [make_plan(shape, held, tensors, form=dataclasses.replace(fp8)) for _ in range(3)]
+    sent: list[Any] = []
+
+    class Sender:
+        broken: ClassVar[dict[int, Exception]] = {0: ConnectionError("gone")}  # nothing is compared then
+        num_bytes = 0
+
+        def send(self, views: list[Any], **_: Any) -> dict[Any, Any]:
+            sent.extend(views)
+            return {}
+
+    transport._sender = Sender()  # type: ignore[assignment]
+    assert "engine 0 broke: gone" in transport.attempt(None, detailed=False, tamper=None).lost_peer
+    assert len(made) == 1 and len(sent) == 3 and all(view is made[0] for view in sent)
 
 
 def test_nothing_is_cast_to_fp8_without_a_scale() -> None:

@@ -231,6 +231,15 @@ def test_prefix_cache_of_old_weights_is_not_used(bench: Bench, monkeypatch: pyte
     bench.push()
 
 
+def test_an_engine_that_cannot_be_asked_is_refused_by_all_ranks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(bench.engine, "weight_layout", fails)
+    with pytest.raises(ConnectionError, match="an engine did not say how it is laid out: MemoryError: no room"):
+        WeightSync(bench.engine, bench.sync._source, WeightSyncConfig())
+
+
 def test_source_is_drained_when_the_engine_fails(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gathers are collectives: a rank whose engine fails must not leave its peers waiting."""
     taken = []
