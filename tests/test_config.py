@@ -210,4 +210,4 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
 
 def test_importing_the_configuration_imports_no_torch() -> None:
     code = "import sys, megatron_rest.config; assert not {'torch', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -155,7 +155,7 @@ def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
     (folder / "cases.json").write_text(json.dumps(cases))
     answer = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("forked.py")), str(folder / "cases.json")],
-        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=folder, env=environment, check=True, timeout=300,
+        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=folder, env=environment, check=True, timeout=580,
     )  # fmt: skip
     return {name: Done(**result) for name, result in json.loads(answer.stdout).items()}
 
