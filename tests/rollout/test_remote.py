@@ -146,7 +146,7 @@ def test_process_goes_with_its_owner(tmp_path: Path) -> None:
     assert gone(pid)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_killed_engine_of_two_workers_leaves_nothing(tmp_path: Path) -> None:
     """Its workers share memory by files that only vLLM's own orderly end would remove."""
     build_tiny_model(tmp_path, with_tokenizer=False)
