@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from megatron_rest.rollout.process import prepare_process
 
-import pytest
+# Before any test imports torch: its threads would spin for one another, and an engine in this process would decode
+# twenty times slower beside any other load.
+prepare_process()
+
+from collections.abc import Iterable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
