@@ -473,9 +473,9 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     """Adam beta2."""
     warmup_steps: int = 0
-    """Linear warm-up, optimiser steps."""
+    """Linear warm-up, optimiser steps: the first has the learning rate lr / warmup_steps."""
     decay: str = "constant"
-    """constant or linear (to a tenth of lr at the last step)."""
+    """constant or linear (to a tenth of lr at the last step).  A continued run is on the schedule that is configured now."""
     updates_per_step: int = 1
     """Optimiser steps per RL step (the rollouts are split into so many mini-batches)."""
     max_skipped: int = 5
