@@ -1,4 +1,4 @@
-"""Learning rates: what is configured is what an update gets, at its first, its last and after a checkpoint of any run."""
+"""Learning rates: an update gets what is configured, the first, the last and after a checkpoint of any run."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def continued(rank: int, world_size: int, model: str, folder: str, distributed: 
 
 
 @pytest.mark.parametrize("distributed", [False, True])
-def test_a_checkpoint_brings_the_count_of_updates_and_no_settings(model: str, tmp_path: Path, distributed: bool) -> None:
+def test_a_checkpoint_brings_the_count_of_updates_and_no_settings(
+    model: str, tmp_path: Path, distributed: bool
+) -> None:
     found, _ = run_distributed(continued, 2, model, str(tmp_path), distributed)
     lr, betas, said = found["as it was"]
     assert (lr, betas, said) == (pytest.approx([0.1] * 4), {0.999}, [])  # past its end: the floor, never 0
