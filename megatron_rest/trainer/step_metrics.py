@@ -72,8 +72,8 @@ def token_metrics(
     importance ratio was truncated, and KL to the reference policy (``loss.kl_estimator``, before the update), by
     region; the mismatch of first tokens besides.
 
-    ``microbatches`` carry ``token_weights`` and, under ``loss.kl_coef``, ``ref_log_probs``.  Collectives: one SUM and one
-    MAX all-reduce over the data-parallel group.
+    ``microbatches`` carry ``token_weights`` and, under ``loss.kl_coef``, ``ref_log_probs``.  Collectives: one SUM and
+    one MAX all-reduce over the data-parallel group.
     """
     # Rows: regions, all loss tokens (more than the regions', where a dialect leaves some out), first tokens.
     sums = torch.zeros(len(REGION_NAMES) + 2, 6, dtype=torch.float64)
