@@ -181,3 +181,20 @@ def test_a_package_that_does_not_import_is_broken_and_its_error_shown(tmp_path: 
     assert finding.state == doctor.BROKEN
     assert "cudnn shared object not found" in finding.detail
     assert "pip uninstall transformer-engine" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "gpus", "said"),
+    [
+        ("2.13.0+cpu", None, [], "torch 2.13.0+cpu | CPU build | no GPU"),
+        ("2.13.0", "13.0", [], "torch 2.13.0 | built for CUDA 13.0 | no GPU, so it computes on the CPU"),
+        ("2.13.0", "13.0", ["H100"], "torch 2.13.0 | built for CUDA 13.0 | H100"),
+    ],
+)
+def test_the_build_of_torch_is_said(
+    version: str, cuda: str | None, gpus: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda dist: version)
+    finding = doctor._torch({"torch": (True, json.dumps({"cuda": cuda, "gpus": gpus}))})
+    assert finding.state == doctor.OK
+    assert said in finding.detail
