@@ -7,8 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.megatron_rest_setup
-# Any Python can start the set-up; it looks for 3.11, then 3.12 (PYTHON=/path overrides).
-STARTER := $(shell command -v python3 || command -v python3.11 || command -v python3.12)
+# Any Python can start the set-up; it looks for 3.11, then 3.12, then 3.13 (PYTHON=/path overrides).
+STARTER := $(shell command -v python3 || command -v python3.11 || command -v python3.12 || command -v python3.13)
 
 BASELINE ?=
 DEMO_ARGS ?=
@@ -20,14 +20,14 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit clean chaos
+.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  tests         make test is the second command of a newcomer; CI adds a part of the rest, another one each day,"
 	@echo "                so that a week has run make test-all (CONTRIBUTING.md: how to run a folder, add a test)"
-	@echo "  variables     PYTHON=/path/to/python3.12   interpreter for .venv (default: 3.11, then 3.12)"
+	@echo "  variables     PYTHON=/path/to/python3.12   interpreter for .venv (default: 3.11, then 3.12, then 3.13)"
 	@echo "                BASELINE=grpo                make demo: plain GRPO (uniform weights), same seeds"
 	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
 	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
@@ -36,10 +36,13 @@ help: ## this list
 	@echo "                INPUT OUTPUT TOKENIZER       make preprocess: files or folders, where to, HF tokenizer folder"
 	@echo "                                             (default: the shipped sample, runs/prompts, trained on INPUT)"
 
-setup: $(STAMP) ## virtual environment in .venv from the frozen list
+# What .venv runs is for the CPU, also where set-up had to take torch's build for CUDA and there is a GPU.
+demo experiment test test-host bench chaos: export CUDA_VISIBLE_DEVICES :=
 
-$(STAMP): requirements/cpu.txt requirements/cpu-3.12.txt requirements/bootstrap.py setup.cfg pyproject.toml
-	@test -n "$(STARTER)" || { echo "setup: no python3 on PATH: install Python 3.11 or 3.12" >&2; exit 1; }
+setup: $(STAMP) ## virtual environment in .venv from the frozen lists
+
+$(STAMP): requirements/cpu.txt requirements/torch-cpu.txt requirements/torch-cuda.txt requirements/bootstrap.py setup.cfg pyproject.toml
+	@test -n "$(STARTER)" || { echo "setup: no python3 on PATH: install Python 3.11, 3.12 or 3.13" >&2; exit 1; }
 	@$(STARTER) requirements/bootstrap.py --venv $(VENV) --python "$(PYTHON)"
 
 demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
@@ -58,18 +61,14 @@ test-all: $(STAMP) ## all tests: the same paths over more layouts, seeds, kills 
 faults: $(STAMP) ## break the code in twenty places, one at a time: which of them does make test notice?
 	@$(BIN)/python -m benchmarks.seeded_faults
 
-# The second line declares Python 3.12, for which there is no CPU build of torch everywhere: its released code runs on 3.11.
-# Importing it needs Triton, which compiles nothing here.
 HOST_VERSION := 0.19.2
 HOST := .cache/megatron-core-$(HOST_VERSION)
 HOST_TESTS := tests/mcore/test_host_contract.py tests/mcore/test_head.py tests/mcore/test_policy.py tests/examples
 
-$(HOST): | $(STAMP)
-	@rm -rf $@.part && mkdir -p $@.part
-	@$(BIN)/python -m pip install -q --no-deps --no-compile --target $@.part triton==3.9.0
-	@$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d $@.part megatron-core==$(HOST_VERSION)
-	@$(BIN)/python -m zipfile -e $@.part/megatron_core-$(HOST_VERSION)-*.whl $@.part
-	@mv $@.part $@
+$(HOST): requirements/host.txt | $(STAMP)
+	@rm -rf $@ $@.part && mkdir -p $@.part
+	@$(BIN)/python -m pip install -q --no-deps --no-compile --ignore-requires-python --target $@.part -r requirements/host.txt
+	@mv $@.part $@ && touch $@
 
 test-host: $(HOST) ## the Megatron layer on the second supported line, megatron-core 0.19.2 (docs/embedding.md)
 	@PYTHONPATH=$(CURDIR)/$(HOST) MEGATRON_REST_HOST=$(HOST_VERSION) $(BIN)/python -m pytest -m "not extended" $(HOST_TESTS) $(TEST_ARGS)
@@ -120,6 +119,9 @@ arch: $(STAMP) ## import contracts (setup.cfg, [importlinter])
 
 audit: ## known vulnerabilities of the frozen list (pip-audit in .cache/audit); says so if the service does not answer
 	@$(STARTER) requirements/audit.py
+
+resolve: $(STAMP) ## whether the public package index alone has every pin, for each Python (requirements/resolve.py)
+	@$(BIN)/python requirements/resolve.py
 
 clean: ## remove caches and build leftovers (keeps .venv and runs)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -24,6 +24,7 @@ __all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_executor", "local",
 GPUS_PER_NODE = 8
 
 CPU_ENV = {
+    "CUDA_VISIBLE_DEVICES": "",  # torch's build for CUDA, which set-up may have had to take, would compute on a GPU
     "OMP_NUM_THREADS": "1",  # one rank a core; torchrun warns if it has to choose
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin cost vLLM a factor 20 beside other ranks
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" pins every engine of a machine to the same cores

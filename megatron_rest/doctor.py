@@ -113,9 +113,9 @@ def _imported(
 
 def _python() -> Finding:
     version = platform.python_version()
-    if sys.version_info[:2] in ((3, 11), (3, 12)):
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
         return Finding(name="Python", state=OK, detail=f"{version} at {sys.executable}")
-    return Finding(name="Python", state=BROKEN, detail=version, mend="use 3.11 or 3.12: make setup PYTHON=...")
+    return Finding(name="Python", state=BROKEN, detail=version, mend="use 3.11, 3.12 or 3.13: make setup PYTHON=...")
 
 
 def _machine() -> Finding:
@@ -132,7 +132,8 @@ def _machine() -> Finding:
 def _torch(results: Results) -> Finding:
     found = _json(results, "torch")
     if found is not None:
-        text = f"CUDA {found['cuda']} | {', '.join(found['gpus']) or 'no GPU'}"
+        built = f"built for CUDA {found['cuda']}" if found["cuda"] else "CPU build"
+        text = f"{built} | {', '.join(found['gpus']) or 'no GPU, so it computes on the CPU'}"
         results = {**results, "torch": (True, text)}
     return _imported(
         "torch", "torch", ["torch"], results,

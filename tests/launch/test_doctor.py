@@ -120,7 +120,9 @@ def test_what_the_trainer_finds_is_what_is_printed() -> None:
     assert all(finding.mend for finding in found if finding.state != doctor.OK)
     assert by_name["weight transfer gloo"].state == by_name["weight transfer local"].state == doctor.OK
     assert "megatron-core 0.16.1" in doctor._megatron(results).detail
-    if "+cpu" in doctor._version("torch"):
+    torch = doctor._json(results, "torch")
+    assert torch is not None
+    if not torch["gpus"]:  # whichever build it is
         assert by_name["fused Adam"].detail == "torch AdamW"
         gpu_only = [n for n in by_name if n.startswith(("fused", "FP8", "NCCL"))] + ["weight transfer nccl_p2p"]
         assert {by_name[name].state for name in gpu_only} == {doctor.OFF}
@@ -181,3 +183,20 @@ def test_a_package_that_does_not_import_is_broken_and_its_error_shown(tmp_path: 
     assert finding.state == doctor.BROKEN
     assert "cudnn shared object not found" in finding.detail
     assert "pip uninstall transformer-engine" in finding.mend
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "gpus", "said"),
+    [
+        ("2.13.0+cpu", None, [], "torch 2.13.0+cpu | CPU build | no GPU"),
+        ("2.13.0", "13.0", [], "torch 2.13.0 | built for CUDA 13.0 | no GPU, so it computes on the CPU"),
+        ("2.13.0", "13.0", ["H100"], "torch 2.13.0 | built for CUDA 13.0 | H100"),
+    ],
+)
+def test_the_build_of_torch_is_said(
+    version: str, cuda: str | None, gpus: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda dist: version)
+    finding = doctor._torch({"torch": (True, json.dumps({"cuda": cuda, "gpus": gpus}))})
+    assert finding.state == doctor.OK
+    assert said in finding.detail
