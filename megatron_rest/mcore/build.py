@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
-from megatron_rest.mcore import accelerations, cpu, precision, rng
+from megatron_rest.mcore import accelerations, cpu, precision, rng, settings
 from megatron_rest.model_map import ModelShape, padded_vocab_size
 
 __all__ = ["ParallelContext", "build_chunks", "build_optimizer", "initialize", "transformer_config", "wrap"]
@@ -147,7 +147,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
     precision.check_sizes(shape, config)
-    return TransformerConfig(
+    ours = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -192,6 +192,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         **_expert_settings(shape, config),
         **precision.transformer_settings(config.precision),
     )
+    return settings.make(TransformerConfig, "transformer", ours, config.megatron.transformer)
 
 
 def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
@@ -310,14 +311,20 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
     """Megatron's DistributedDataParallel around every chunk; replicas start from the weights of DP rank 0."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(
+    ours = dict(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,  # it would end the run; MegatronPolicy.update skips the update and says why
         **precision.ddp_settings(config.precision),
     )
+    ddp = settings.make(DistributedDataParallelConfig, "ddp", ours, config.megatron.ddp)
+    if ddp.overlap_param_gather and not (ddp.use_distributed_optimizer and ddp.overlap_grad_reduce):
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+            "megatron.ddp.overlap_grad_reduce=true"
+        )
     wrapped = [
-        DistributedDataParallel(megatron_config, settings, chunk, disable_bucketing=i > 0)
+        DistributedDataParallel(megatron_config, ddp, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
     if not config.precision.parameters:  # collectives take no FP8 tensors; every replica quantised the same values
@@ -338,21 +345,22 @@ def build_optimizer(
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    ours = dict(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=0.0,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        bf16=megatron_config.bf16,
+        params_dtype=megatron_config.params_dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        **precision.optimizer_settings(config.precision),
+    )
     adam = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            min_lr=0.0,
-            weight_decay=optimizer.weight_decay,
-            clip_grad=optimizer.clip_grad,
-            adam_beta1=optimizer.adam_beta1,
-            adam_beta2=optimizer.adam_beta2,
-            bf16=megatron_config.bf16,
-            params_dtype=megatron_config.params_dtype,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            **precision.optimizer_settings(config.precision),
-        ),
-        chunks,
+        settings.make(MegatronOptimizerConfig, "optimizer", ours, config.megatron.optimizer), chunks
     )
     scheduler = OptimizerParamScheduler(
         adam,
@@ -369,4 +377,7 @@ def build_optimizer(
     )
     megatron_config.finalize_model_grads_func = finalize_model_grads
     megatron_config.grad_scale_func = adam.scale_loss
+    if chunks[0].ddp_config.overlap_grad_reduce:  # gradients travel after the last microbatch, not after each
+        no_sync = [chunk.no_sync for chunk in chunks]
+        megatron_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return adam, scheduler

@@ -215,8 +215,21 @@ class MegatronPolicy:
         """
         return _Shards(dict(self.named_parameters()))
 
+    def gather_parameters(self) -> None:
+        """Let this rank's copy be that of the last update; needed before it is read other than by a forward pass.
+
+        Only with ``megatron.ddp.overlap_param_gather`` is there anything to do, and then only after an update: an
+        all-gather over data-parallel ranks, which all call this together.
+        """
+        for chunk in self.chunks:
+            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+                for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                    if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                        group.start_param_sync(force_sync=True)
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's parameters under the names of ``model_map``."""
+        """This rank's parameters under the names of ``model_map``; as :meth:`gather_parameters`."""
+        self.gather_parameters()
         for module in self.modules:
             layers = _layer_offset(module)
             experts = (module.config.num_moe_experts or 0) // self.context.ep_size * self.context.ep_rank

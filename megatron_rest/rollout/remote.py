@@ -156,6 +156,10 @@ class RemoteEngine:
 
     # What a weight transfer calls (megatron_rest.weight_sync.sync.SyncTarget) -------------------------------------
 
+    def arguments(self) -> dict[str, Any]:
+        """What vLLM's engine was made with."""
+        return dict(self._pass_on("arguments"))
+
     def weight_layout(self) -> list[dict[str, Any]]:
         return list(self._pass_on("weight_layout"))
 
