@@ -24,11 +24,11 @@ class MachineError(ConfigError):
     """Something is wrong with one machine of the job; its own processes say so."""
 
 
-def check_machine(config: RestConfig, environ: Mapping[str, str] | None = None) -> None:
+def check_machine(config: RestConfig, *, trains: bool = True, environ: Mapping[str, str] | None = None) -> None:
     """Raises ConfigError, or MachineError for what may be wrong on this machine alone."""
     environ = os.environ if environ is None else environ
     check_gpus(int(environ.get(GPUS_PER_NODE, "0")), environ)
-    for key, path in (("model.path", config.model.path), ("data.train", config.data.train)):
+    for key, path in (("model.path", config.model.path), ("data.train", config.data.train if trains else "")):
         if path and Path(path).is_absolute() and not Path(path).is_dir():
             raise MachineError(
                 f"{key}={path} is not a folder on {socket.gethostname()}: is the storage that holds it mounted there "

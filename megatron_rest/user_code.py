@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_rest.config import ConfigError, RestConfig
 
-__all__ = ["CodeReference", "DIGESTS", "check_shipped", "digest", "files", "locate", "package_digests", "references"]
+__all__ = ["DIGESTS", "CodeReference", "check_shipped", "digest", "files", "locate", "package_digests", "references"]
 
 DIGESTS = "REST_USER_CODE"
 """Environment variable of a job: ``package=digest`` words, of what was shipped."""

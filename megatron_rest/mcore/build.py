@@ -9,6 +9,7 @@ overlapped messages.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
 from megatron_rest.mcore import accelerations, cpu, precision, rng, settings
 from megatron_rest.model_map import ModelShape, padded_vocab_size
+from megatron_rest.network import use_one_network
 
 __all__ = ["ParallelContext", "build_chunks", "build_optimizer", "initialize", "transformer_config", "wrap"]
 
@@ -90,8 +92,10 @@ def initialize(config: RestConfig) -> ParallelContext:
         precision.require(config.precision.recipe, precision.this_machine())
     is_cpu = cpu.enable()
     if not is_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        use_one_network(several_machines=ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
         # Numbers that live on the host (metrics, flags) are reduced as CPU tensors, over the same groups.
         backend = "gloo" if is_cpu else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=config.trainer.timeout_minutes))
@@ -130,6 +134,16 @@ def initialize(config: RestConfig) -> ParallelContext:
         ep_size=groups.ep.size(),
         device=torch.device("cpu") if is_cpu else torch.device("cuda", torch.cuda.current_device()),
     )
+
+
+def _take_device(local_rank: int) -> None:
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} of {socket.gethostname()} sees {torch.cuda.device_count()} GPUs: start at most "
+            "one rank a GPU, and let every rank see all of its node's (no --gpus-per-task, no CUDA_VISIBLE_DEVICES of "
+            "its own)"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def _refuse(config: RestConfig) -> None:
@@ -324,8 +338,7 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
             "megatron.ddp.overlap_grad_reduce=true"
         )
     wrapped = [
-        DistributedDataParallel(megatron_config, ddp, chunk, disable_bucketing=i > 0)
-        for i, chunk in enumerate(chunks)
+        DistributedDataParallel(megatron_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
     if not config.precision.parameters:  # collectives take no FP8 tensors; every replica quantised the same values
         for chunk in wrapped:

@@ -24,6 +24,7 @@ from megatron_rest.mcore.context_parallel import gather, shard
 from megatron_rest.mcore.forward_step import forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.mcore.precision import dequantised, settle_scales, untouched_scales, without_fp8
+from megatron_rest.mcore.settings import resolved
 from megatron_rest.mcore.step_loss import PolicyLoss
 from megatron_rest.types import MicroBatch, TrainBatch
 
@@ -76,6 +77,16 @@ class MegatronPolicy:
     def modules(self) -> list[Any]:
         """Unwrapped ``GPTModel`` chunks."""
         return [getattr(chunk, "module", chunk) for chunk in self.chunks]
+
+    def settings(self) -> dict[str, Any]:
+        """Megatron's own settings of model, DDP and optimiser, all fields, as plain values."""
+        chunk = self.chunks[0]
+        found = {"transformer": resolved(self.modules[0].config)}
+        if hasattr(chunk, "ddp_config"):
+            found["ddp"] = resolved(chunk.ddp_config)
+        if self.optimizer is not None:
+            found["optimizer"] = resolved(self.optimizer.config)
+        return found
 
     def score(
         self,

@@ -1,4 +1,4 @@
-"""``megatron.{transformer,ddp,optimizer}``: values of the user's laid over ours, checked against Megatron's own classes."""
+"""``megatron.{transformer,ddp,optimizer}``: the user's values over ours, checked against Megatron's own classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def make(cls: type, section: str, ours: Mapping[str, Any], given: Mapping[str, A
 def resolved(settings: Any) -> dict[str, Any]:
     """All fields of one of Megatron's dataclasses as plain values, for the record; code is left out."""
     values = {f.name: getattr(settings, f.name, None) for f in dataclasses.fields(settings)}
-    return {name: _plain(value) for name, value in values.items() if not callable(value) or isinstance(value, enum.Enum)}
+    return {
+        name: _plain(value) for name, value in values.items() if not callable(value) or isinstance(value, enum.Enum)
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -72,18 +72,24 @@ class EngineHost:
     """Its name: processes there need no network to reach each other."""
 
 
-def announced(folder: str | Path) -> list[EngineHost]:
+def announced(folder: str | Path, silent: list[str] | None = None) -> list[EngineHost]:
     """Hosts that have announced themselves in ``folder`` and accept connections, ordered by name.
 
-    What an earlier job left there does not answer, and is left out.
+    What an earlier job left there does not answer, and is left out; ``silent`` gets a line for each.
     """
     hosts = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             host = _read(path)
+        except FileNotFoundError:  # it has just gone
+            continue
+        try:
             with ask_for_engine(host, devices=None, is_probe=True) as sock:
                 Connection(sock).receive(_HELLO_SECONDS)
-        except (OSError, ConnectionLostError):
+        except (OSError, ConnectionLostError) as error:
+            if silent is not None:
+                where = f"{host.machine} at {host.address} port {host.port}"
+                silent.append(f"{where} does not answer: {error or type(error).__name__}")
             continue
         hosts.append(host)
     return hosts

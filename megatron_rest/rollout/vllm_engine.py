@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron_rest.config import RolloutConfig, RolloutQuantization
 from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.rollout.conversations import exam_conversation
+from megatron_rest.rollout.devices import expands_segments
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
     EngineStateError,
@@ -35,7 +36,6 @@ from megatron_rest.rollout.engine import (
     as_groups,
     make_requests,
 )
-from megatron_rest.rollout.devices import expands_segments
 from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.process import prepare_process
 from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts

@@ -117,7 +117,8 @@ def open_link(
 ) -> Link:
     """Join an engine's transfer group, ``gloo`` or ``nccl``; all its ranks call this together.
 
-    Rank 0 brings the socket that listens on ``address`` and ``port``, and gives it away.  Raises ConnectionError when one of them gives up, TimeoutError when they do not come within ``timeout_seconds``.
+    Rank 0 brings the socket that listens on ``address`` and ``port``, and gives it away.  Raises ConnectionError when
+    one of them gives up, TimeoutError when they do not come within ``timeout_seconds``.
     """
     store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up, listener)
     match backend:

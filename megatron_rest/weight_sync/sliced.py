@@ -199,9 +199,7 @@ class SliceTransport:
                 raise ConnectionError(f"training ranks and engine {index} did not meet: {error}") from error
         return links
 
-    def _open(
-        self, plan: SyncPlan, info: dict[str, Any], listener: socket.socket | None, given_up: GivenUp
-    ) -> Link:
+    def _open(self, plan: SyncPlan, info: dict[str, Any], listener: socket.socket | None, given_up: GivenUp) -> Link:
         rank, device, num_sources = self._source.rank, self._source.device, info["rank_offset"]
         if device.type == "cuda":
             torch.cuda.set_device(device)  # this thread's, too

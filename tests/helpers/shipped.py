@@ -6,6 +6,7 @@ whatever is found through them here would not be found there.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sysconfig
 import tarfile
@@ -31,7 +32,8 @@ def bare_python(folder: Path) -> Path:
             (mine / path.name).symlink_to(path)
     seen = "import importlib.metadata as m, importlib.util as u; print(u.find_spec('megatron_rest'), "
     seen += "[d.name for d in m.distributions() if 'megatron_rest' in d.name.replace('-', '_')])"
-    told = subprocess.run([python, "-c", seen], cwd=folder, capture_output=True, text=True, check=True)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    told = subprocess.run([python, "-c", seen], cwd=folder, capture_output=True, text=True, check=True, env=bare)
     assert told.stdout.split() == ["None", "[]"], f"this project is still visible: {told.stdout}"
     return python
 

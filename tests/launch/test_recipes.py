@@ -192,7 +192,7 @@ def test_a_recipe_asks_for_nothing_that_the_trainer_refuses(recipe: str, done: d
     build._expert_settings(shape, config)
     precision.check_sizes(shape, config)
     for i in range(config.rollout.replicas):
-        hosts = [EngineHost(address="n", port=1, key="", num_gpus=8)] * config.rollout.nodes
+        hosts = [EngineHost(address="n", port=1, key="", num_gpus=8, machine="m")] * config.rollout.nodes
         hosted_place(config.rollout, hosts, i)
 
 

@@ -17,9 +17,7 @@ from tests.helpers.tiny_model import build_tiny_model
 
 
 @pytest.mark.slow
-def test_an_engine_in_a_ranks_process_takes_the_launchers_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_in_a_ranks_process_takes_the_launchers_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TP 1: vLLM's own choice of executor is local rank 0 whatever the launcher says."""
     build_tiny_model(tmp_path, with_tokenizer=False)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -89,7 +87,12 @@ def test_engines_get_the_trainers_settings_without_expandable_segments(
 def test_engine_arguments_are_checked_against_vllms_own_class(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_engine_args(arguments)
-    fine = {"enforce_eager": True, "attention_backend": "FLASH_ATTN", "cudagraph_capture_sizes": [1, 2], "block_size": None}
+    fine = {
+        "enforce_eager": True,
+        "attention_backend": "FLASH_ATTN",
+        "cudagraph_capture_sizes": [1, 2],
+        "block_size": None,
+    }
     assert check_engine_args(fine) == fine
 
 
