@@ -12,20 +12,27 @@ from megatron_rest.config import RestConfig
 
 __all__ = ["command_script", "host_script", "node_script", "rank_script"]
 
-_PORT = "$((29400 + SLURM_JOB_ID % 1000))"  # jobs of one machine (a cluster of one, for tests) take different ones
+_PORT = (
+    "$((29400 + ${SLURM_JOB_ID:-0} % 1000))"  # jobs of one machine (a cluster of one, for tests) take different ones
+)
 _END = "END_OF_RUN_YAML"
 _PYTHON = '"${REST_PYTHON:-python}"'
+# For those who look before the trainer has begun; if one is there the trainer compares (megatron_rest/run_folder.py).
+_LEAVE_CONFIGURATION = """  if [ ! -e "$run_dir/run.yaml" ]; then
+    cp "$config" "$run_dir/run.yaml.part"
+    mv "$run_dir/run.yaml.part" "$run_dir/run.yaml"
+  fi"""
 _SAVE_SECONDS = 300  # as long as Slurm gives (launch/executors.py, signal); torchrun's 30 kill a rank while it saves
 
 
 def rank_script(
-    config: RestConfig, module: str, *, ranks_per_node: int, gpus_per_node: int, code: str, user_code: str = ""
+    config: RestConfig, module: str, *, ranks_per_node: int, code: str, gpus_per_node: int = 0, user_code: str = ""
 ) -> str:
     """``python -m module --config FILE`` on every rank; what a rank needs to know, Slurm says.
 
-    The configuration travels inside the script: what was submitted is what runs, and rank 0 leaves it as
-    ``<run_dir>/run.yaml`` when it has the folder.  Rank 0 writes the job's log, the others ``logs/rank-N.log``; what is
-    wrong with one node stands in both.  ``code`` says which code was shipped, ``user_code`` what of the user's.
+    The configuration travels inside the script: what was submitted is what runs.  Rank 0 writes the job's log, the
+    others ``logs/rank-N.log``; what is wrong with one node stands in both.  ``code`` says which code was shipped,
+    ``user_code`` what of the user's.
     """
     text = as_yaml(config)
     refuse_rewritten(text)
@@ -37,7 +44,9 @@ export REST_GPUS_PER_NODE="${{REST_GPUS_PER_NODE:-{gpus_per_node}}}"
 export REST_CODE={shlex.quote(code)} REST_USER_CODE={shlex.quote(user_code)}
 {shell_environment()}run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
-if [ "$RANK" != 0 ]; then
+if [ "$RANK" = 0 ]; then
+{_LEAVE_CONFIGURATION}
+else
   exec 3>&2
   export REST_JOB_LOG=3
   exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
@@ -46,7 +55,9 @@ exec {_PYTHON} -m {module} --config "$config"
 """
 
 
-def node_script(config: RestConfig, *, gpus_per_node: int, code: str, user_code: str, unpack: str) -> str:
+def node_script(
+    config: RestConfig, *, gpus_per_node: int = 0, code: str = "unknown", user_code: str = "", unpack: str = ""
+) -> str:
     """A node of Kubeflow Trainer's torch runtimes: torchrun, which reads the variables PET_* that they set.
 
     Torchrun waits for its ranks as long as a step and its checkpoint may take; how long Kubernetes waits for torchrun
@@ -60,6 +71,9 @@ def node_script(config: RestConfig, *, gpus_per_node: int, code: str, user_code:
 export REST_CODE={shlex.quote(code)} REST_USER_CODE={shlex.quote(user_code)}
 {shell_environment()}run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
+if [ "$PET_NODE_RANK" = 0 ]; then
+{_LEAVE_CONFIGURATION}
+fi
 exec {_PYTHON} -m torch.distributed.run --shutdown-timeout {_SAVE_SECONDS} --tee 3 \\
   --log-dir "$run_dir/logs/node-$PET_NODE_RANK" -m megatron_rest.trainer --config "$config"
 """
@@ -82,7 +96,8 @@ def host_script(config: RestConfig, *, gpus: int) -> str:
 run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
 exec >> "$run_dir/logs/engines-$SLURM_PROCID.log" 2>&1
-{shell_environment()}exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" --gpus {gpus}
+{shell_environment()}exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" \
+  --gpus "${{REST_GPUS_PER_NODE:-{gpus}}}"
 """
 
 

@@ -110,6 +110,8 @@ class ModelConfig:
 
     path: str = ""
     """HF folder (config.json, tokenizer; weights unless they start at random)."""
+    shape: str = ""
+    """Published model whose numbers the plan takes where path is not visible (llama-70b, qwen3-8b); nothing else."""
     max_sequence_length: int = 2048
     """Longest prompt + response in tokens; longer ones are refused, never cut."""
     dtype: str = "float32"
@@ -724,6 +726,11 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         )
     _check_layout(config, dp)
     _check_engines(config, world_size)
+    if config.loss.kl_coef:
+        raise ConfigError(
+            f"loss.kl_coef is {config.loss.kl_coef}, and the trainer holds no reference policy to stay near: set it to "
+            "0 (the paper removes the term)"
+        )
     if config.precision.recipe is not Fp8Recipe.NONE and config.model.dtype != "bfloat16":
         raise ConfigError(
             f"precision.recipe {config.precision.recipe} multiplies bfloat16 tensors in FP8, and model.dtype is "
@@ -763,6 +770,12 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
         raise ConfigError(
             "rollout.max_staleness=1 trains on rollouts of an older policy, which loss.tis_cap corrects: set it (2.0 "
             "is common), or rollout.max_staleness to 0"
+        )
+    cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
+    if cache.startswith(("fp8", "nvfp4", "int8", "turboquant")) and config.loss.tis_cap is None:
+        raise ConfigError(
+            f"rollout.engine_args.kv_cache_dtype={cache} samples from a rounded policy, which loss.tis_cap corrects: "
+            "set it (2.0 is common), or leave the cache's type out"
         )
     if config.rollout.quantization is not RolloutQuantization.NONE and config.loss.tis_cap is None:
         raise ConfigError(

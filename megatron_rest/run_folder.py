@@ -144,6 +144,7 @@ def claim(config: RestConfig) -> Path:
 
 
 _SAME_RUN = {
+    "model.shape",
     "trainer.steps",
     "trainer.timeout_minutes",
     "trainer.save_rollouts_every",

@@ -100,7 +100,7 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
         *common, f"model.path={warm / 'hf'}", f"trainer.run_dir={run}", f"trainer.steps={STEPS}",
         "rollout.replicas=1", "weight_sync.transport=gloo", "rollout.environment=mypackage.env:make",
         "optimizer.lr=1e-4", "loss.entropy_coef=0.01", "checkpoint.export_hf=false",
-        "rollout.engine_args.max_num_batched_tokens=1024", "megatron.ddp.bucket_size=100000",
+        "rollout.engine_args.max_num_batched_tokens=1024", "megatron.ddp.gradient_reduce_div_fusion=false",
     )  # fmt: skip
     call("megatron_rest.cli", "train", *settings)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +108,7 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     [start] = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert start["user_code"] == {"mypackage": digest(users_package)}
     assert start["resolved"]["engine_args"]["max_num_batched_tokens"] == 1024
-    assert start["resolved"]["megatron"]["ddp"]["bucket_size"] == 100000
+    assert start["resolved"]["megatron"]["ddp"]["gradient_reduce_div_fusion"] is False
     assert not (run / "lock.json").exists(), "a run that has ended leaves no lock"
     call("megatron_rest.cli", "export", "--config", run / "config.yaml")
     [exported] = run.glob("hf_step*")

@@ -22,8 +22,10 @@ from tests.helpers.policies import LAYERS, batch_of, layout_config, make_policy,
 from tests.helpers.tiny_model import build_tiny_model
 from tests.mcore.test_policy import smooth_loss, with_weights
 
-OVERLAPS = ("megatron.ddp.overlap_grad_reduce=true", "megatron.ddp.bucket_size=4000")
-GATHERS = (*OVERLAPS, "megatron.ddp.overlap_param_gather=true")
+GATHERS = tuple(
+    f"megatron.ddp.{setting}"
+    for setting in ("overlap_grad_reduce=true", "overlap_param_gather=true", "bucket_size=4000")
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +89,11 @@ def test_values_become_what_megatron_wants(model: Path) -> None:
 
 
 def trained(rank: int, world_size: int, model: Path) -> list[dict[str, torch.Tensor]]:
-    """Parameters after three updates with and without overlap, read as a transfer and a checkpoint would."""
+    """Parameters after two updates with and without overlap, read as a transfer and a checkpoint would."""
     found = []
-    for overrides in ((), OVERLAPS, GATHERS):
+    for overrides in ((), GATHERS):
         parts = make_policy(layout_config(model, distributed_optimizer=True, overrides=overrides))
-        for seed in range(3):
+        for seed in range(2):
             batch = with_weights(batch_of(parts, random_samples(128, seed=seed)))
             assert len(batch.microbatches) > 1, "gradients are added up over microbatches before they travel"
             parts.policy.update(batch, smooth_loss)
@@ -105,9 +107,8 @@ def trained(rank: int, world_size: int, model: Path) -> list[dict[str, torch.Ten
 
 @pytest.mark.slow
 def test_overlapping_changes_no_parameter(model: Path) -> None:
-    for plain, overlapped, gathered in run_distributed(trained, 2, model):
+    for plain, gathered in run_distributed(trained, 2, model):
         for name in plain:
-            torch.testing.assert_close(overlapped[name], plain[name], rtol=0, atol=1e-6)
             torch.testing.assert_close(gathered[name], plain[name], rtol=0, atol=1e-6)
 
 
