@@ -164,6 +164,8 @@ def check_arguments(theirs: Sequence[str], parameters: Mapping[str, inspect.Para
         raise ValueError(f"run.executor={named}: {f'did you mean {near[0]}?' if near else ', '.join(_EXECUTORS)}")
     for word in theirs:
         key, equals, value = word.partition("=")
+        if any(ord(character) < 32 for character in word):
+            raise ValueError(f"Invalid argument: {key} holds a line break or another control character")
         if word.startswith("-"):
             if key not in _FLAGS:
                 near = difflib.get_close_matches(key, _FLAGS, n=1, cutoff=0.5)

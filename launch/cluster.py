@@ -40,8 +40,10 @@ import nemo_run as run  # noqa: E402
 __all__ = ["Stages", "launch_training"]
 
 # Address of the first node as Slurm's own daemons reach it from everywhere.  What the node's name resolves to on itself
-# (NeMo-Run: hostname --ip-address) is a loopback address on Debian and Ubuntu.  "$$" is NeMo-Run's way to write "$".
-_MASTER = """$$(scontrol show node "$$head_node" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p' | head -n 1)"""
+# (NeMo-Run: hostname --ip-address) is a loopback address on Debian and Ubuntu.
+_MASTER = """MASTER_ADDR=$(scontrol show node "$head_node" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p' | head -n 1)
+export MASTER_ADDR="${MASTER_ADDR:-$head_node_ip}"
+"""
 _CPUS, _GIGABYTES = 8, 96  # of a job that takes a part of a node, for each GPU; without one as with one
 _POLL_SECONDS = 5  # how late the job's script notices that a group has ended; NeMo-Run's own 60 wastes a minute a link
 
@@ -200,9 +202,10 @@ def _check(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int, 
     refuse_folder_in_use(config)
     executor.packager.tops += map(str, user_packages(config))
     check_executor(executor)
-    executor.env_vars.setdefault("MASTER_ADDR", _MASTER)
+    if "MASTER_ADDR" not in executor.env_vars:
+        executor.setup_lines = _MASTER + (executor.setup_lines or "")
     if executor.container_image:  # by name, so that the job's values win over those baked into the image
-        executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars})
+        executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars, "MASTER_ADDR"})
 
 
 def _show(experiment: run.Experiment) -> None:

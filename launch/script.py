@@ -12,9 +12,7 @@ from megatron_rest.config import RestConfig
 
 __all__ = ["command_script", "host_script", "node_script", "rank_script"]
 
-_PORT = (
-    "$((29400 + ${SLURM_JOB_ID:-0} % 1000))"  # jobs of one machine (a cluster of one, for tests) take different ones
-)
+_PORT = "$((29400 + ${SLURM_JOB_ID:-0} % 1000))"  # jobs that share a machine, as in tests, take different ones
 _END = "END_OF_RUN_YAML"
 _PYTHON = '"${REST_PYTHON:-python}"'
 # For those who look before the trainer has begun; if one is there the trainer compares (megatron_rest/run_folder.py).

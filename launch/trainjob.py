@@ -11,7 +11,6 @@ import dataclasses
 import os
 import re
 import shutil
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -113,7 +112,6 @@ def launch_on_kubernetes(
     if fault:
         stop(fault)
     require_absolute_paths(config)
-    _check_claims(executor, config)
     refuse_folder_in_use(config)
     if not executor.image and not ctx.dryrun:
         stop("no container image: export REST_IMAGE=... or say run.executor.image=...")
@@ -168,18 +166,6 @@ def _refuse_stages(stages: "Stages") -> None:
             f"{asked[0]}: NeMo-Run makes one job wait for another on Slurm only; on Kubernetes a recipe runs its "
             "training (submitted again, it continues from the newest checkpoint)"
         )
-
-
-def _check_claims(executor: run.KubeflowExecutor, config: RestConfig) -> None:
-    """What is read and written has to be on a claim: in the pod it is lost when the job ends."""
-    mounts = [str(mount.get("mountPath", "")) for mount in executor.volume_mounts]
-    for name, path in (
-        ("trainer.run_dir", config.trainer.run_dir),
-        ("model.path", config.model.path),
-        ("data.train", config.data.train),
-    ):
-        if os.environ.get("REST_MOUNTS") and not any(PurePosixPath(path).is_relative_to(m) for m in mounts if m):
-            stop(f"{name}={path} lies in none of the pod's mounts ({', '.join(mounts)}): REST_MOUNTS=claim:/path,...")
 
 
 def _connect(executor: run.KubeflowExecutor) -> None:

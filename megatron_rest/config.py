@@ -820,7 +820,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(str(key).partition(".")[0], known, n=1)
             hint = f"did you mean {where + '.' if where else ''}{near[0]}?" if near else _elsewhere(path)
             hint = hint or f"known keys: {', '.join(known)}"
             raise ConfigError(f"unknown configuration key {path}: {hint}")

@@ -137,7 +137,7 @@ def claim(config: RestConfig) -> Path:
         if before is None or changed:
             what = f"differs in {', '.join(changed)}" if changed else "cannot be read"
             raise ConfigError(
-                f"{folder} holds a run whose run.yaml {what}: choose another trainer.run_dir, or remove it"
+                f"{folder} holds a run whose run.yaml {what}: choose another trainer.run_dir=, or remove it"
             )
     _write(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
     return path

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(why_not()), reason=f"no real Slurm here: {why_not()}"),
 ]
 
@@ -179,7 +179,7 @@ def test_the_trainer_itself_runs_as_it_is_shipped(cluster: Cluster) -> None:
     )  # fmt: skip
     env = {"REST_PYTHON": str(python), "REST_GPUS_PER_NODE": "0", "PYTHONPATH": ""}
     [job] = cluster.submit("run", *tiny, **env)
-    ended = cluster.slurm.wait(job, "COMPLETED", "FAILED", seconds=240)
+    ended = cluster.slurm.wait(job, "COMPLETED", "FAILED", seconds=600)
     run = cluster.folder / "run"
     assert ended["JobState"] == "COMPLETED", cluster.logs()
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
