@@ -48,7 +48,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from megatron_rest.config import RolloutConfig, WeightSyncConfig  # noqa: E402
 from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, shard_shape, to_hf  # noqa: E402
 from megatron_rest.weight_sync.broadcast import bucket_ranges  # noqa: E402
-from megatron_rest.weight_sync.links import free_port, join_group  # noqa: E402
+from megatron_rest.weight_sync.links import join_group  # noqa: E402
 from megatron_rest.weight_sync.plan import Message, SyncPlan  # noqa: E402
 from megatron_rest.weight_sync.slices import pack  # noqa: E402
 from megatron_rest.weight_sync.source import MegatronWeightSource  # noqa: E402
@@ -260,9 +260,10 @@ class Rank:
 
     def _connect_broadcast(self) -> None:
         if self.engine is not None and self.group is None:
-            port = free_port("127.0.0.1")
+            listener = socket.create_server(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
             with _in_thread(lambda: self.rpc("join_broadcast", port)):
-                self.group = join_group("127.0.0.1", port, 0, 1 + WORKERS, 300)
+                self.group = join_group("127.0.0.1", port, 0, 1 + WORKERS, 300, listener=listener)
 
     def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         for spec in self.specs:

@@ -6,11 +6,14 @@ heterogeneous jobs.  What a rank needs to know, Slurm says.
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from launch.checks import check_request, check_shape_of_job
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
 from launch.recipe import (
@@ -19,22 +22,29 @@ from launch.recipe import (
     as_yaml,
     evaluate_arguments,
     plan_text,
+    refuse_folder_in_use,
     require_absolute_paths,
     resolve,
     stop,
 )
 from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
+from launch.shipping import digests, user_packages
 from launch.trainjob import launch_on_kubernetes
 from launch.version import code_version
 from megatron_rest.config import RestConfig
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
-from nemo_run.core.execution.base import ExecutorMacros  # noqa: E402
 
 __all__ = ["Stages", "launch_training"]
 
+# Address of the first node as Slurm's own daemons reach it from everywhere.  What the node's name resolves to on itself
+# (NeMo-Run: hostname --ip-address) is a loopback address on Debian and Ubuntu.
+_MASTER = """MASTER_ADDR=$(scontrol show node "$head_node" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p' | head -n 1)
+export MASTER_ADDR="${MASTER_ADDR:-$head_node_ip}"
+"""
+_CPUS, _GIGABYTES = 8, 96  # of a job that takes a part of a node, for each GPU; without one as with one
 _POLL_SECONDS = 5  # how late the job's script notices that a group has ended; NeMo-Run's own 60 wastes a minute a link
 
 
@@ -81,9 +91,10 @@ def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, sta
     if executor.nodes:
         stop(f"run.executor.nodes={executor.nodes}: say nodes={executor.nodes}, which the recipe reads")
     executor.nodes = stages.nodes
+    check_shape_of_job(executor)
     world_size = executor.nodes * executor.ntasks_per_node
     config = resolve(base, world_size=world_size, baseline=stages.baseline)
-    _check(executor, config, dryrun=ctx.dryrun)
+    _check(executor, config, world_size=world_size, dryrun=ctx.dryrun)
     plan = plan_text(config, "h100", world_size=world_size)
     jobs = _jobs(executor, config, stages)
     with run.Experiment(title, executor=executor, log_level="WARNING", clean_mode=ctx.dryrun) as experiment:
@@ -112,11 +123,14 @@ def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, sta
 def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> list[_Job]:
     """In order of submission."""
     jobs: list[_Job] = []
-    one = executor.clone()
-    one.nodes, one.ntasks_per_node, one.signal, one.dependency_type = 1, 1, None, "afterok"
     ranks = executor.clone()
     ranks.dependency_type = "afterok"
-    code = code_version(ROOT)
+    settings: dict[str, Any] = {
+        "ranks_per_node": ranks.ntasks_per_node,
+        "gpus_per_node": ranks.gpus_per_node,
+        "code": code_version(ROOT),
+        "user_code": digests(user_packages(config)),
+    }
 
     def add(name: str, *parts: tuple[str, run.SlurmExecutor]) -> None:
         scripts, executors = zip(*parts, strict=True)
@@ -129,14 +143,14 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
         if not Path(GIVEN.preprocess).is_absolute():
             stop(f"preprocess={GIVEN.preprocess} is relative: name an absolute path that the job's node sees")
         arguments = ["convert", "--input", GIVEN.preprocess, "--output", config.data.train, "--tokenizer"]
-        add("preprocess", (command_script("data_tools", [*arguments, config.model.path]), one))
+        add("preprocess", (command_script("data_tools", [*arguments, config.model.path]), _light(executor, gpus=0)))
     if stages.warm_start:
         folder = f"{config.trainer.run_dir}/warm-start"
         warm = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=folder))
         module = "megatron_rest.trainer.warm_start"
-        add("warm-start", (rank_script(warm, module, ranks_per_node=ranks.ntasks_per_node, code=code), ranks))
+        add("warm-start", (rank_script(warm, module, **settings), ranks))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=f"{folder}/hf"))
-    script = rank_script(config, "megatron_rest.trainer", ranks_per_node=ranks.ntasks_per_node, code=code)
+    script = rank_script(config, "megatron_rest.trainer", **settings)
     for link in range(1, stages.links + 1):
         train = ranks.clone()
         if link > 1:  # a link that was stopped by the time limit ends with a failure status; the next one goes on
@@ -150,8 +164,25 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
         else:
             add(name, (script, train))
     if stages.evaluate:  # only a run that is finished: a link that was stopped ends with a failure status
-        add("evaluate", (command_script("megatron_rest.cli", evaluate_arguments(config)), one))
+        light = _light(executor, gpus=config.rollout.tensor_parallel)
+        add("evaluate", (command_script("megatron_rest.cli", evaluate_arguments(config)), light))
     return jobs
+
+
+def _light(executor: run.SlurmExecutor, *, gpus: int) -> run.SlurmExecutor:
+    """One task with so many GPUs of a node that others may use too; a partition for work without GPUs if there is one.
+
+    A job that needs all GPUs of a node takes it whole, as the ranks do.
+    """
+    one = executor.clone()
+    one.nodes, one.ntasks_per_node, one.signal, one.dependency_type = 1, 1, None, "afterok"
+    one.gpus_per_node = gpus or None
+    if gpus < (executor.gpus_per_node or GPUS_PER_NODE):
+        one.exclusive, one.cpus_per_task = None, _CPUS * max(gpus, 1)
+        one.mem = f"{_GIGABYTES * max(gpus, 1)}G"
+    if not gpus:
+        one.partition = os.environ.get("REST_CPU_PARTITION") or one.partition
+    return one
 
 
 def _groups(train: run.SlurmExecutor, script: str, config: RestConfig) -> list[tuple[str, run.SlurmExecutor]]:
@@ -160,18 +191,21 @@ def _groups(train: run.SlurmExecutor, script: str, config: RestConfig) -> list[t
     train.wait_time_for_group_job, train.monitor_group_job_wait_time = 1, _POLL_SECONDS
     hosts = train.clone()
     hosts.nodes, hosts.ntasks_per_node = config.rollout.nodes, 1
-    return [(script, train), (host_script(config, gpus=train.gpus_per_node or GPUS_PER_NODE), hosts)]
+    return [(script, train), (host_script(config, gpus=train.gpus_per_node or 0), hosts)]
 
 
-def _check(executor: run.SlurmExecutor, config: RestConfig, *, dryrun: bool) -> None:
+def _check(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int, dryrun: bool) -> None:
     if executor.account == "YOUR_ACCOUNT" and not dryrun:
         stop("no Slurm account: export SLURM_ACCOUNT=... or say run.executor.account=...")
     require_absolute_paths(config)
+    check_request(executor, config, world_size=world_size)
+    refuse_folder_in_use(config)
+    executor.packager.tops += map(str, user_packages(config))
     check_executor(executor)
-    # "$$" + macro: NeMo-Run fills in the name of the batch script's variable, the batch script its value
-    executor.env_vars["MASTER_ADDR"] = "$$" + ExecutorMacros.HEAD_NODE_IP_VAR
+    if "MASTER_ADDR" not in executor.env_vars:
+        executor.setup_lines = _MASTER + (executor.setup_lines or "")
     if executor.container_image:  # by name, so that the job's values win over those baked into the image
-        executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars})
+        executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars, "MASTER_ADDR"})
 
 
 def _show(experiment: run.Experiment) -> None:

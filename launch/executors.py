@@ -2,7 +2,8 @@
 
 Everything a cluster user must fill in is a parameter or environment variable read here, once:
 ``SLURM_ACCOUNT``, ``SLURM_PARTITION``, ``REST_IMAGE`` (empty = no container), ``REST_MOUNTS`` (comma separated),
-``REST_SSH`` (user@host to submit from a laptop) with ``REST_SSH_DIR``, ``REST_ENV`` (what the network wants).
+``REST_SSH`` (user@host to submit from a laptop) with ``REST_SSH_DIR``, ``REST_ENV`` (what the network wants) and
+``REST_INTERFACE`` (the network between the nodes).
 """
 
 import dataclasses
@@ -13,15 +14,26 @@ import shutil
 from collections.abc import Iterator
 
 from launch.compat import ensure_nemo_run_importable
-from launch.recipe import ROOT, stop
+from launch.recipe import stop
 from launch.secrets import looks_secret, refuse_secrets
+from launch.shipping import CodePackager
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["CLUSTER_ENV", "CPU_ENV", "GPUS_PER_NODE", "check_executor", "local", "network_environment", "slurm"]
+__all__ = [
+    "CLUSTER_ENV",
+    "CPU_ENV",
+    "GPUS_PER_NODE",
+    "check_executor",
+    "local",
+    "network_environment",
+    "shell_environment",
+    "slurm",
+]
 
 GPUS_PER_NODE = 8
+INTERFACE = "REST_INTERFACE"  # read where the job runs: megatron_rest/network.py
 
 CPU_ENV = {
     "CUDA_VISIBLE_DEVICES": "",  # torch's build for CUDA, which set-up may have had to take, would compute on a GPU
@@ -45,8 +57,8 @@ CLUSTER_ENV = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron overlaps TP communication by the order of launches
     "NCCL_NVLS_ENABLE": "0",  # NVLink SHARP buffers cost 1-2 GB a GPU, which colocated rollouts need
     "NCCL_CUMEM_ENABLE": "0",  # vLLM's sleep mode hands memory back only without cuMem allocations by NCCL
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # freed blocks return at once instead of after the next collective
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # packed microbatches differ in size every step
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # packed microbatches differ in size every step; engines
+    # that have processes of their own start without it (megatron_rest/rollout/devices.py)
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -84,13 +96,12 @@ def slurm(nodes: int = 0, time: str = "04:00:00") -> run.Config[run.SlurmExecuto
         time=time,
         signal="TERM@300",  # 5 minutes before the limit, to every rank: save and stop
         job_name_prefix="rest-",
-        additional_parameters={"kill_on_invalid_dep": "yes"},  # else a job waits for ever for one that has failed
         container_image=image,
         srun_args=srun_args,
         container_mounts=[mount for mount in os.environ.get("REST_MOUNTS", "").split(",") if mount],
         env_vars=CLUSTER_ENV | network_environment(),
         tunnel=_tunnel(),
-        packager=_code(),
+        packager=run.Config(CodePackager),
     )
 
 
@@ -104,12 +115,6 @@ def _tunnel() -> "run.Config[run.LocalTunnel] | run.Config[run.SSHTunnel]":
     return run.Config(run.SSHTunnel, host=host, user=user, job_dir=os.environ.get("REST_SSH_DIR", "megatron_rest_runs"))
 
 
-def _code() -> run.Config[run.PatternPackager]:
-    """Ships the three packages as they lie here, committed or not."""
-    patterns = [str(ROOT / name) for name in ("megatron_rest", "launch", "data_tools")]
-    return run.Config(run.PatternPackager, include_pattern=patterns, relative_path=[str(ROOT)] * len(patterns))
-
-
 def check_executor(executor: run.SlurmExecutor) -> None:
     """Make what NeMo-Run writes into the sbatch script safe, or end with one line that says what is not.
 
@@ -118,6 +123,8 @@ def check_executor(executor: run.SlurmExecutor) -> None:
     """
     if executor.launcher is not None:
         stop("run.executor.launcher is not used here: every GPU has a Slurm task of its own (docs/launch.md)")
+    # Else a job waits for ever for one that has failed; what a user adds does not replace it.
+    executor.additional_parameters = {"kill_on_invalid_dep": "yes"} | (executor.additional_parameters or {})
     for name, text in _texts(executor):
         if any(ord(character) < 32 for character in text):
             stop(f"run.executor.{name} holds a line break or another control character")
@@ -162,9 +169,41 @@ def _check_environment(executor: run.SlurmExecutor) -> None:
 
 
 def network_environment() -> dict[str, str]:
-    """``REST_ENV``: what a cluster's network wants, e.g. ``NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME=ens3``."""
-    pairs = [word.partition("=") for word in shlex.split(os.environ.get("REST_ENV", ""))]
-    for name, equals, _ in pairs:
-        if not equals:
-            stop(f"REST_ENV holds {name!r}, expected NAME=value words")
-    return {name: value for name, _, value in pairs}
+    """``REST_ENV``: what a cluster's network wants, e.g. ``NCCL_SOCKET_IFNAME=ens3 GLOO_SOCKET_IFNAME=ens3``.
+
+    And ``REST_INTERFACE``, the network between the nodes, for gloo and NCCL too.  :func:`shell_environment` has the
+    words of ``REST_ENV`` that only a shell can carry out.
+    """
+    interface = os.environ.get(INTERFACE, "")
+    chosen = {name: interface for name in (INTERFACE, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface}
+    return chosen | {name: value for name, kind, value in _words() if kind == "=" and name == name.upper()}
+
+
+def shell_environment() -> str:
+    """Lines of a job's script for the other words of ``REST_ENV``.
+
+    ``LD_LIBRARY_PATH+=/opt/efa/lib`` puts a folder before those that the container or node has; a name in lower case
+    (``http_proxy=...``) cannot be said to NeMo-Run, which writes all names in capitals.
+    """
+    lines = []
+    for name, kind, value in _words():
+        if kind == "+=":
+            lines.append(f'export {name}={shlex.quote(value)}"${{{name}:+:${name}}}"\n')
+        elif name != name.upper():
+            lines.append(f"export {name}={shlex.quote(value)}\n")
+    return "".join(lines)
+
+
+def _words() -> list[tuple[str, str, str]]:
+    """Name, ``=`` or ``+=``, and value."""
+    found = []
+    for word in shlex.split(os.environ.get("REST_ENV", "")):
+        name, equals, value = word.partition("=")
+        kind = "+=" if name.endswith("+") else "="
+        name = name.removesuffix("+")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            stop(f"REST_ENV holds {word!r}, expected NAME=value words (NAME+=value puts value before what is there)")
+        if any(ord(character) < 32 for character in value):
+            stop(f"REST_ENV: {name} holds a line break or another control character")
+        found.append((name, kind, value))
+    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_rest import run_folder
 from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.plan import make_plan
@@ -27,6 +28,7 @@ __all__ = [
     "claim",
     "evaluate_arguments",
     "plan_text",
+    "refuse_folder_in_use",
     "require_absolute_paths",
     "resolve",
     "stop",
@@ -117,45 +119,20 @@ def as_yaml(config: RestConfig) -> str:
 
 
 def claim(config: RestConfig) -> Path:
-    """Write ``run.yaml`` into the run folder; refuse a folder whose checkpoints belong to another configuration.
-
-    The trainer continues from what it finds, so a changed learning rate would silently join two runs into one.  Longer
-    runs and other checkpoint intervals are the same run.
-    """
-    folder = Path(config.trainer.run_dir).absolute()
-    path = folder / "run.yaml"
-    if path.is_file() and any((folder / "checkpoints").glob("*")):
-        try:
-            before = load(path)
-        except ConfigError:
-            before = None
-        changed = [] if before is None else _differences(before, config)
-        if before is None or changed:
-            what = f"differs in {', '.join(changed)}" if changed else "cannot be read"
-            stop(f"{folder} holds a run whose run.yaml {what}: choose another trainer.run_dir=, or remove it")
-    write_atomically(path, as_yaml(config))
-    return path
+    """Write ``run.yaml`` into the run folder; what is in use, or belongs to another configuration, ends the program."""
+    refuse_folder_in_use(config)
+    try:
+        return run_folder.claim(config)
+    except ConfigError as error:
+        stop(str(error))
+        raise
 
 
-def _differences(old: RestConfig, new: RestConfig) -> list[str]:
-    """Fields that make it another run."""
-    same_run = {
-        "trainer.steps",
-        "trainer.timeout_minutes",
-        "trainer.save_rollouts_every",
-        "optimizer.max_skipped",
-        "reward.timeout_seconds",
-        "warm_start",
-        "validation",
-    }
-    before, after = to_dict(old), to_dict(new)
-    return [
-        f"{section}.{key}"
-        for section, values in after.items()
-        for key, value in values.items()
-        if before[section][key] != value and section not in (same_run | {"checkpoint"})
-        if f"{section}.{key}" not in same_run
-    ]
+def refuse_folder_in_use(config: RestConfig) -> None:
+    """A run that is under way keeps its folder; two would overwrite each other's checkpoints."""
+    owner = run_folder.owner_of(config.trainer.run_dir)
+    if owner is not None:
+        stop(f"trainer.run_dir={config.trainer.run_dir} belongs to {owner}: wait for it, stop it, or choose another")
 
 
 def evaluate_arguments(config: RestConfig) -> list[str]:

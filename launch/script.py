@@ -6,52 +6,68 @@ Every value in them is quoted or in a file.
 import shlex
 from collections.abc import Sequence
 
+from launch.executors import shell_environment
 from launch.recipe import as_yaml, stop
 from megatron_rest.config import RestConfig
 
 __all__ = ["command_script", "host_script", "node_script", "rank_script"]
 
-_PORT = 29400  # jobs have their nodes to themselves (exclusive), so a fixed port is free
+_PORT = "$((29400 + ${SLURM_JOB_ID:-0} % 1000))"  # jobs that share a machine, as in tests, take different ones
 _END = "END_OF_RUN_YAML"
 _PYTHON = '"${REST_PYTHON:-python}"'
-_LEAVE_CONFIGURATION = """  cp "$config" "$run_dir/run.yaml.part"
-  mv "$run_dir/run.yaml.part" "$run_dir/run.yaml\""""
+# For those who look before the trainer has begun; if one is there the trainer compares (megatron_rest/run_folder.py).
+_LEAVE_CONFIGURATION = """  if [ ! -e "$run_dir/run.yaml" ]; then
+    cp "$config" "$run_dir/run.yaml.part"
+    mv "$run_dir/run.yaml.part" "$run_dir/run.yaml"
+  fi"""
 _SAVE_SECONDS = 300  # as long as Slurm gives (launch/executors.py, signal); torchrun's 30 kill a rank while it saves
 
 
-def rank_script(config: RestConfig, module: str, *, ranks_per_node: int, code: str) -> str:
+def rank_script(
+    config: RestConfig, module: str, *, ranks_per_node: int, code: str, gpus_per_node: int = 0, user_code: str = ""
+) -> str:
     """``python -m module --config FILE`` on every rank; what a rank needs to know, Slurm says.
 
     The configuration travels inside the script: what was submitted is what runs.  Rank 0 writes the job's log, the
-    others ``<run_dir>/logs/rank-N.log``.  ``code`` says which code was shipped.
+    others ``logs/rank-N.log``; what is wrong with one node stands in both.  ``code`` says which code was shipped,
+    ``user_code`` what of the user's.
     """
     text = as_yaml(config)
     refuse_rewritten(text)
     return f"""set -euo pipefail
 {_configuration(text)}
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
-export LOCAL_WORLD_SIZE={ranks_per_node} MASTER_PORT={_PORT} REST_CODE={shlex.quote(code)}
-run_dir={shlex.quote(config.trainer.run_dir)}
+export LOCAL_WORLD_SIZE={ranks_per_node} MASTER_PORT="${{MASTER_PORT:-{_PORT}}}"
+export REST_GPUS_PER_NODE="${{REST_GPUS_PER_NODE:-{gpus_per_node}}}"
+export REST_CODE={shlex.quote(code)} REST_USER_CODE={shlex.quote(user_code)}
+{shell_environment()}run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
 if [ "$RANK" = 0 ]; then
 {_LEAVE_CONFIGURATION}
 else
+  exec 3>&2
+  export REST_JOB_LOG=3
   exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
 fi
 exec {_PYTHON} -m {module} --config "$config"
 """
 
 
-def node_script(config: RestConfig) -> str:
+def node_script(
+    config: RestConfig, *, gpus_per_node: int = 0, code: str = "unknown", user_code: str = "", unpack: str = ""
+) -> str:
     """A node of Kubeflow Trainer's torch runtimes: torchrun, which reads the variables PET_* that they set.
 
     Torchrun waits for its ranks as long as a step and its checkpoint may take; how long Kubernetes waits for torchrun
     the runtime says.  Rank 0 and the last one are told apart by the prefix that NeMo-Run looks for in the log.
+    ``unpack`` is shell that brings the user's own packages along (launch/shipping.py).
     """
     return f"""set -euo pipefail
 : "${{PET_NODE_RANK:?is not set: run.executor.runtime_ref has to be a torch runtime of Kubeflow Trainer}}"
 {_configuration(as_yaml(config))}
-run_dir={shlex.quote(config.trainer.run_dir)}
+{unpack}export REST_GPUS_PER_NODE="${{REST_GPUS_PER_NODE:-{gpus_per_node}}}"
+export REST_CODE={shlex.quote(code)} REST_USER_CODE={shlex.quote(user_code)}
+{shell_environment()}run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
 if [ "$PET_NODE_RANK" = 0 ]; then
 {_LEAVE_CONFIGURATION}
@@ -78,7 +94,8 @@ def host_script(config: RestConfig, *, gpus: int) -> str:
 run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
 exec >> "$run_dir/logs/engines-$SLURM_PROCID.log" 2>&1
-exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" --gpus {gpus}
+{shell_environment()}exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" \
+  --gpus "${{REST_GPUS_PER_NODE:-{gpus}}}"
 """
 
 
@@ -86,7 +103,7 @@ def command_script(module: str, arguments: Sequence[str]) -> str:
     """``python -m module arguments`` once."""
     words = shlex.join(arguments)
     refuse_rewritten(words)
-    return f"set -euo pipefail\nexec {_PYTHON} -m {module} {words}\n"
+    return f"set -euo pipefail\n{shell_environment()}exec {_PYTHON} -m {module} {words}\n"
 
 
 def refuse_rewritten(text: str) -> None:

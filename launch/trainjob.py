@@ -17,10 +17,22 @@ import yaml
 
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import CLUSTER_ENV, GPUS_PER_NODE, network_environment
-from launch.recipe import GIVEN, as_yaml, plan_text, require_absolute_paths, resolve, stop
+from launch.recipe import (
+    GIVEN,
+    ROOT,
+    as_yaml,
+    plan_text,
+    refuse_folder_in_use,
+    require_absolute_paths,
+    resolve,
+    stop,
+)
 from launch.script import node_script
 from launch.secrets import looks_secret, refuse_secrets
+from launch.shipping import as_script, digests, user_packages
+from launch.version import code_version
 from megatron_rest.config import RestConfig
+from megatron_rest.engine_gpus import why_not
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
@@ -91,12 +103,28 @@ def launch_on_kubernetes(
             f"rollout.nodes={config.rollout.nodes}: engines on nodes of their own are a second group of nodes, which "
             "NeMo-Run knows on Slurm only; on Kubernetes take a recipe with colocated engines (launch/rest_8b.py)"
         )
+    fault = why_not(
+        config,
+        world_size=world_size,
+        ranks_per_node=executor.nproc_per_node(),
+        gpus_per_node=executor.gpus_per_node or executor.nproc_per_node(),
+    )
+    if fault:
+        stop(fault)
     require_absolute_paths(config)
+    refuse_folder_in_use(config)
     if not executor.image and not ctx.dryrun:
         stop("no container image: export REST_IMAGE=... or say run.executor.image=...")
     _check_executor(executor)
     _patch_for_newer_trainers(executor)
-    script = node_script(config)
+    packages = user_packages(config)
+    script = node_script(
+        config,
+        gpus_per_node=executor.gpus_per_node or 0,
+        code=code_version(ROOT),
+        user_code=digests(packages),
+        unpack=as_script(packages),
+    )
     refuse_secrets(script, "the script of train", instead=_IN_A_SECRET)
     plan = plan_text(config, "h100", world_size=world_size)
     if ctx.dryrun:

@@ -16,7 +16,10 @@ __all__ = ["commands", "main"]
 # name: (module with main(argv) -> exit status, one line of help)
 _COMMANDS = {
     "doctor": ("megatron_rest.doctor", "what is installed, what is accelerated, what is missing and how to get it"),
-    "train": ("megatron_rest.trainer.__main__", "train with ResT; on several ranks: torchrun -m megatron_rest.trainer"),
+    "train": (
+        "megatron_rest.trainer.__main__",
+        "train with ResT (train CONFIG.yaml); several ranks: torchrun -m megatron_rest.trainer",
+    ),
     "warm-start": ("megatron_rest.trainer.warm_start", "supervised training on reference answers, on torchrun's ranks"),
     "init-model": ("megatron_rest.trainer.init_model", "a small Qwen3-architecture model with random weights"),
     "eval": ("megatron_rest.eval.__main__", "ask and score a model on API-Bank and BFCL"),

@@ -7,17 +7,22 @@ Classes check what they can on construction; what needs two sections is checked 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+
+from megatron_rest.pass_through import OURS
 
 __all__ = [
     "TRANSPORTS",
@@ -29,6 +34,7 @@ __all__ = [
     "Fp8Recipe",
     "LossAggregation",
     "LossConfig",
+    "MegatronConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -104,6 +110,8 @@ class ModelConfig:
 
     path: str = ""
     """HF folder (config.json, tokenizer; weights unless they start at random)."""
+    shape: str = ""
+    """Published model whose numbers the plan takes where path is not visible (llama-70b, qwen3-8b); nothing else."""
     max_sequence_length: int = 2048
     """Longest prompt + response in tokens; longer ones are refused, never cut."""
     dtype: str = "float32"
@@ -155,6 +163,23 @@ class ParallelConfig:
                 f"start a multiple of {model} ranks or change the parallel section"
             )
         return world_size // model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronConfig:
+    """Further settings of Megatron-Core, as its own classes name them; what another key or correctness decides is
+    refused."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Fields of TransformerConfig (megatron.transformer.attention_backend=flash)."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Fields of DistributedDataParallelConfig (megatron.ddp.overlap_grad_reduce=true)."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron's OptimizerConfig (megatron.optimizer.use_precision_aware_optimizer=true)."""
+
+    def __post_init__(self) -> None:
+        for name in ("transformer", "ddp", "optimizer"):
+            _not_ours(f"megatron.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,8 +294,12 @@ class RolloutConfig:
     """Answers of one rollout in an environment."""
     tool_timeout_seconds: float = 30.0
     """A call to an environment that takes longer ends its rollout."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's engine, as vLLM names them (rollout.engine_args.enforce_eager=true); what another key
+    or correctness decides is refused."""
 
     def __post_init__(self) -> None:
+        _not_ours("rollout.engine_args", self.engine_args)
         _at_least("rollout.rollouts_per_prompt", self.rollouts_per_prompt, 1)
         _at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -630,6 +659,8 @@ class RestConfig:
     """Model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """Megatron-Core's own settings."""
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     """FP8."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -757,6 +788,12 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
             "rollout.max_staleness=1 trains on rollouts of an older policy, which loss.tis_cap corrects: set it (2.0 "
             "is common), or rollout.max_staleness to 0"
         )
+    cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
+    if cache.startswith(("fp8", "nvfp4", "int8", "turboquant")) and config.loss.tis_cap is None:
+        raise ConfigError(
+            f"rollout.engine_args.kv_cache_dtype={cache} samples from a rounded policy, which loss.tis_cap corrects: "
+            "set it (2.0 is common), or leave the cache's type out"
+        )
     if config.rollout.quantization is not RolloutQuantization.NONE and config.loss.tis_cap is None:
         raise ConfigError(
             f"rollout.quantization={config.rollout.quantization} samples from a rounded policy, which loss.tis_cap "
@@ -800,7 +837,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
     for key, value in values.items():
         path = f"{where}.{key}" if where else str(key)
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(str(key).partition(".")[0], known, n=1)
             hint = f"did you mean {where + '.' if where else ''}{near[0]}?" if near else _elsewhere(path)
             hint = hint or f"known keys: {', '.join(known)}"
             raise ConfigError(f"unknown configuration key {path}: {hint}")
@@ -810,11 +847,15 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values, ready for YAML."""
-    return {
-        f.name: to_dict(v) if dataclasses.is_dataclass(v) else (str(v) if isinstance(v, StrEnum) else v)
-        for f in dataclasses.fields(config)
-        for v in [getattr(config, f.name)]
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, dict | list):
+        return copy.deepcopy(value)
+    return str(value) if isinstance(value, StrEnum) else value
 
 
 def load(
@@ -822,23 +863,45 @@ def load(
 ) -> RestConfig:
     """``base`` (a recipe; default: the defaults), over it a YAML file (optional), over it ``section.key=value``."""
     values: dict[str, Any] = to_dict(base) if base is not None else {}
-    for section, given in (_read(path) if path is not None else {}).items():
-        if isinstance(given, dict) and isinstance(values.get(section), dict):
-            values[section].update(given)
-        elif given is not None or section not in values:  # "section:" with nothing under it changes nothing
-            values[section] = given
+    _lay_over(values, _read(path) if path is not None else {})
     for item in overrides:
         key, sep, text = item.partition("=")
         section, dot, leaf = key.partition(".")
         if not sep or not dot:
             raise ConfigError(f"override {item!r} is not of the form section.key=value{_elsewhere(key, ', ')}")
-        if not isinstance(values.setdefault(section, {}) or {}, dict):
-            raise ConfigError(f"override {item!r}: {section} is not a section")
-        values[section] = {**(values[section] or {}), leaf: _override_value(section, leaf, text)}
+        names = [section, *_names(section, leaf)]
+        holder = values
+        for depth, name in enumerate(names[:-1], 1):
+            if holder.get(name) is None:
+                holder[name] = {}
+            if not isinstance(holder[name], dict):
+                what = "a section" if depth == 1 else "a mapping"
+                raise ConfigError(f"override {item!r}: {'.'.join(names[:depth])} is not {what}")
+            holder = holder[name]
+        holder[names[-1]] = _override_value(key, text)
     return from_dict(RestConfig, values)
 
 
+def _names(section: str, leaf: str) -> list[str]:
+    """Names below ``section``: where a field is a mapping, what follows its name leads into it."""
+    holder = get_type_hints(RestConfig).get(section)
+    field_name, dot, _ = leaf.partition(".")
+    is_mapping = holder is not None and get_origin(get_type_hints(holder).get(field_name)) is dict
+    return leaf.split(".", _DEEPEST + 1) if dot and is_mapping else [leaf]
+
+
+def _lay_over(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Mappings are merged, all else is replaced; a section with nothing under it changes nothing."""
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _lay_over(values[key], value)
+        elif value is not None or key not in values or not isinstance(values[key], dict):
+            values[key] = value
+
+
 _LARGEST_INTEGER = 1 << 63
+_DEEPEST = 8  # mappings and lists in settings of vLLM and Megatron
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # a number that YAML 1.1 reads as text
 
 # What PyYAML raises besides its own: nesting too deep, keys that cannot be hashed, tags of the wrong kind.
 _OF_PYYAML = (RecursionError, TypeError, AttributeError, KeyError, IndexError)
@@ -856,15 +919,16 @@ def _read(path: str | Path) -> dict[str, Any]:
     return values or {}
 
 
-def _override_value(section: str, leaf: str, text: str) -> Any:
+def _override_value(key: str, text: str) -> Any:
     """Text fields take the text as it is: YAML would read 2026-11-23 as a date and 007 as a number."""
+    section, _, leaf = key.partition(".")
     holder = get_type_hints(RestConfig).get(section)
     if holder is not None and get_type_hints(holder).get(leaf) is str:
         return text
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, *_OF_PYYAML) as error:
-        raise ConfigError(f"override {section}.{leaf}={text}: the value is not valid YAML") from error
+        raise ConfigError(f"override {key}={text}: the value is not valid YAML") from error
 
 
 def _elsewhere(key: str, lead: str = "") -> str:
@@ -881,6 +945,8 @@ def _elsewhere(key: str, lead: str = "") -> str:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), {} if value is None else value, where=path)
+    if get_origin(hint) is dict:
+        return _settings(value, path)
     if get_origin(hint) in (types.UnionType, typing.Union):
         if value is None:
             return None
@@ -900,6 +966,42 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"{path} must be {hint.__name__}, got {value!r} ({type(value).__name__})")
     return value
+
+
+def _settings(value: Any, path: str, depth: int = 0) -> dict[str, Any]:
+    """A mapping of somebody else's names to plain values."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must be a mapping of names to values, got {value!r} ({type(value).__name__})")
+    for name in value:
+        if not isinstance(name, str):
+            raise ConfigError(f"{path}: {name!r} is not a name")
+    return {name: _plain_setting(one, f"{path}.{name}", depth) for name, one in value.items()}
+
+
+def _plain_setting(value: Any, path: str, depth: int) -> Any:
+    if depth == _DEEPEST:
+        raise ConfigError(f"{path[:100]} is nested deeper than {_DEEPEST} levels")
+    if isinstance(value, dict):
+        return _settings(value, path, depth + 1)
+    if isinstance(value, list):
+        return [_plain_setting(one, path, depth + 1) for one in value]
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
+    if not (value is None or isinstance(value, str | bool | int | float)):
+        raise ConfigError(f"{path} is {value!r} ({type(value).__name__}): text, numbers, true, false and null only")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path} is {value}: must be finite")
+    if isinstance(value, int) and abs(value) >= _LARGEST_INTEGER:
+        raise ConfigError(f"{path} has too many digits: the largest number is {_LARGEST_INTEGER - 1}")
+    return value
+
+
+def _not_ours(path: str, given: Mapping[str, Any]) -> None:
+    for name in given:
+        if name in OURS[path]:
+            raise ConfigError(f"{path}.{name} is decided elsewhere: {OURS[path][name]}")
 
 
 def _one_of(path: str, value: str, allowed: typing.Sequence[str]) -> None:

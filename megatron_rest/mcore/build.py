@@ -9,6 +9,7 @@ overlapped messages.
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,8 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
-from megatron_rest.mcore import accelerations, cpu, precision, rng
+from megatron_rest.mcore import accelerations, cpu, precision, rng, settings
 from megatron_rest.model_map import ModelShape, padded_vocab_size
+from megatron_rest.network import use_one_network
 
 __all__ = ["ParallelContext", "build_chunks", "build_optimizer", "initialize", "transformer_config", "wrap"]
 
@@ -90,8 +92,10 @@ def initialize(config: RestConfig) -> ParallelContext:
         precision.require(config.precision.recipe, precision.this_machine())
     is_cpu = cpu.enable()
     if not is_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        use_one_network(several_machines=ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
         # Numbers that live on the host (metrics, flags) are reduced as CPU tensors, over the same groups.
         backend = "gloo" if is_cpu else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=config.trainer.timeout_minutes))
@@ -132,6 +136,16 @@ def initialize(config: RestConfig) -> ParallelContext:
     )
 
 
+def _take_device(local_rank: int) -> None:
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} of {socket.gethostname()} sees {torch.cuda.device_count()} GPUs: start at most "
+            "one rank a GPU, and let every rank see all of its node's (no --gpus-per-task, no CUDA_VISIBLE_DEVICES of "
+            "its own)"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def _refuse(config: RestConfig) -> None:
     p = config.parallel
     if p.sequence_parallel and p.tensor_parallel == 1:
@@ -147,7 +161,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
     precision.check_sizes(shape, config)
-    return TransformerConfig(
+    ours = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -192,6 +206,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         **_expert_settings(shape, config),
         **precision.transformer_settings(config.precision),
     )
+    return settings.make(TransformerConfig, "transformer", ours, config.megatron.transformer)
 
 
 def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
@@ -310,15 +325,20 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
     """Megatron's DistributedDataParallel around every chunk; replicas start from the weights of DP rank 0."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(
+    ours = dict(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         check_for_nan_in_grad=False,  # it would end the run; MegatronPolicy.update skips the update and says why
         **precision.ddp_settings(config.precision),
     )
+    ddp = settings.make(DistributedDataParallelConfig, "ddp", ours, config.megatron.ddp)
+    if ddp.overlap_param_gather and not (ddp.use_distributed_optimizer and ddp.overlap_grad_reduce):
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+            "megatron.ddp.overlap_grad_reduce=true"
+        )
     wrapped = [
-        DistributedDataParallel(megatron_config, settings, chunk, disable_bucketing=i > 0)
-        for i, chunk in enumerate(chunks)
+        DistributedDataParallel(megatron_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
     if not config.precision.parameters:  # collectives take no FP8 tensors; every replica quantised the same values
         for chunk in wrapped:
@@ -343,21 +363,22 @@ def build_optimizer(
     min_lr = optimizer.lr if optimizer.decay == "constant" else 0.1 * optimizer.lr
     # Megatron's ramp begins with the value before the first update; ours has reached a first step then.
     warmup_steps = max(optimizer.warmup_steps - 1, 0)
+    ours = dict(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=min_lr,  # the scheduler prefers what the parameter groups say to its own
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        bf16=megatron_config.bf16,
+        params_dtype=megatron_config.params_dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
+        **precision.optimizer_settings(config.precision),
+    )
     adam = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            min_lr=min_lr,  # the scheduler prefers what the parameter groups say to its own
-            weight_decay=optimizer.weight_decay,
-            clip_grad=optimizer.clip_grad,
-            adam_beta1=optimizer.adam_beta1,
-            adam_beta2=optimizer.adam_beta2,
-            bf16=megatron_config.bf16,
-            params_dtype=megatron_config.params_dtype,
-            use_distributed_optimizer=config.parallel.distributed_optimizer,
-            **precision.optimizer_settings(config.precision),
-        ),
-        chunks,
+        settings.make(MegatronOptimizerConfig, "optimizer", ours, config.megatron.optimizer), chunks
     )
     scheduler = OptimizerParamScheduler(
         adam,
@@ -376,4 +397,7 @@ def build_optimizer(
     )
     megatron_config.finalize_model_grads_func = finalize_model_grads
     megatron_config.grad_scale_func = adam.scale_loss
+    if chunks[0].ddp_config.overlap_grad_reduce:  # gradients travel after the last microbatch, not after each
+        no_sync = [chunk.no_sync for chunk in chunks]
+        megatron_config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
     return adam, scheduler

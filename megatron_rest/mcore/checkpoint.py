@@ -385,6 +385,7 @@ def _metadata(policy: MegatronPolicy) -> dict[str, Any]:
 
 def _sharded_model(policy: MegatronPolicy) -> dict[str, Any]:
     metadata = _metadata(policy)
+    policy.gather_parameters()
     return {
         _chunk_key(policy, i): module.sharded_state_dict(metadata=metadata) for i, module in enumerate(policy.modules)
     }

@@ -24,6 +24,7 @@ from megatron_rest.mcore.context_parallel import gather, shard
 from megatron_rest.mcore.forward_step import forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.mcore.precision import dequantised, settle_scales, untouched_scales, without_fp8
+from megatron_rest.mcore.settings import resolved
 from megatron_rest.mcore.step_loss import PolicyLoss
 from megatron_rest.types import MicroBatch, TrainBatch
 
@@ -76,6 +77,16 @@ class MegatronPolicy:
     def modules(self) -> list[Any]:
         """Unwrapped ``GPTModel`` chunks."""
         return [getattr(chunk, "module", chunk) for chunk in self.chunks]
+
+    def settings(self) -> dict[str, Any]:
+        """Megatron's own settings of model, DDP and optimiser, all fields, as plain values."""
+        chunk = self.chunks[0]
+        found = {"transformer": resolved(self.modules[0].config)}
+        if hasattr(chunk, "ddp_config"):
+            found["ddp"] = resolved(chunk.ddp_config)
+        if self.optimizer is not None:
+            found["optimizer"] = resolved(self.optimizer.config)
+        return found
 
     def score(
         self,
@@ -215,8 +226,21 @@ class MegatronPolicy:
         """
         return _Shards(dict(self.named_parameters()))
 
+    def gather_parameters(self) -> None:
+        """Let this rank's copy be that of the last update; needed before it is read other than by a forward pass.
+
+        Only with ``megatron.ddp.overlap_param_gather`` is there anything to do, and then only after an update: an
+        all-gather over data-parallel ranks, which all call this together.
+        """
+        for chunk in self.chunks:
+            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+                for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                    if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                        group.start_param_sync(force_sync=True)
+
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """This rank's parameters under the names of ``model_map``."""
+        """This rank's parameters under the names of ``model_map``; as :meth:`gather_parameters`."""
+        self.gather_parameters()
         for module in self.modules:
             layers = _layer_offset(module)
             experts = (module.config.num_moe_experts or 0) // self.context.ep_size * self.context.ep_rank

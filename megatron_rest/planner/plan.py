@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_rest.config import RestConfig, validate
+from megatron_rest.engine_gpus import why_not
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import Hardware
 from megatron_rest.planner.memory import Item, StageMemory, engine_memory, kv_bytes_per_token, stage_memories
@@ -63,7 +64,7 @@ def make_plan(
     config: RestConfig, hardware: Hardware, *, world_size: int, mean_prompt: float = 0, mean_response: float = 0
 ) -> Plan:
     """Raises :class:`ConfigError` for a configuration that cannot run, or a model whose numbers are not known."""
-    shape, source = find_shape(config.model.path)
+    shape, source = find_shape(config.model.path, config.model.shape)
     lengths = Lengths.of(config, prompt=mean_prompt, response=mean_response)
     draft = Plan(
         config=config, shape=shape, shape_source=source, hardware=hardware, world_size=world_size, lengths=lengths,
@@ -102,9 +103,10 @@ def _problems(plan: Plan) -> list[str]:
             f"{'rollout.kv_cache_bytes' if plan.hardware.is_cpu else 'rollout.gpu_memory_utilization'} or "
             "rollout.tensor_parallel"
         )
-    if not plan.hardware.is_cpu and plan.config.rollout.tensor_parallel > plan.hardware.gpus_per_node:
-        found.append(
-            f"rollout.tensor_parallel {plan.config.rollout.tensor_parallel} spans nodes of "
-            f"{plan.hardware.gpus_per_node} GPUs"
-        )
+    if not plan.hardware.is_cpu:
+        gpus = plan.hardware.gpus_per_node
+        ranks = min(gpus, plan.world_size)
+        fault = why_not(plan.config, world_size=plan.world_size, ranks_per_node=ranks, gpus_per_node=gpus)
+        if fault:
+            found.append(fault)
     return found

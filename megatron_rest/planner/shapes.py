@@ -39,10 +39,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 """The numbers of their published ``config.json`` that decide sizes, by the start of the folder's name."""
 
 
-def find_shape(model_path: str) -> tuple[ModelShape, str]:
+def find_shape(model_path: str, name: str = "") -> tuple[ModelShape, str]:
     """Shape of ``model_path`` and where it was found.
 
-    A folder on this machine wins over the table.  Raises :class:`ConfigError` when neither knows the model.
+    A folder on this machine wins over the table, where ``name`` (``model.shape``) or else the folder's name is looked
+    up.  Raises :class:`ConfigError` when neither knows the model.
     """
     file = Path(model_path) / "config.json"
     if file.is_file():
@@ -50,11 +51,25 @@ def find_shape(model_path: str) -> tuple[ModelShape, str]:
             return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8"))), str(file)
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             raise ConfigError(f"model.path: {file} is not a usable model configuration: {error}") from error
-    name = Path(model_path).name
-    for known, values in PUBLISHED.items():
-        if name.startswith(known):
-            return ModelShape.from_hf_config(values), f"published numbers of {known} ({model_path} is not here)"
+    known = _named(name) if name else next((k for k in PUBLISHED if Path(model_path).name.startswith(k)), "")
+    if known:
+        return ModelShape.from_hf_config(PUBLISHED[known]), f"published numbers of {known} ({model_path} is not here)"
     raise ConfigError(
         f"model.path: {model_path or '(empty)'} is not on this machine, and its name starts with none of "
-        f"{', '.join(PUBLISHED)}: put the model's config.json into a folder and name that as model.path"
+        f"{', '.join(PUBLISHED)}: name one as model.shape, or the folder of a config.json as model.path"
     )
+
+
+def _named(name: str) -> str:
+    """The published model that has the words of ``name`` in this order: llama-70b is Llama-3.3-70B."""
+    words = [word for word in name.lower().replace("_", "-").split("-") if word]
+    found = [known for known in PUBLISHED if words and _in_order(words, known.lower().split("-"))]
+    if len(found) != 1:
+        what = f"may be {' or '.join(found)}" if found else f"is none of {', '.join(PUBLISHED)}"
+        raise ConfigError(f"model.shape={name} {what}")
+    return found[0]
+
+
+def _in_order(words: list[str], among: list[str]) -> bool:
+    rest = iter(among)
+    return all(word in rest for word in words)

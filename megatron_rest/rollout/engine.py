@@ -69,6 +69,10 @@ class RolloutEngine(Protocol):
 
     policy_version: int
 
+    def arguments(self) -> dict[str, Any]:
+        """What vLLM's engine was made with, as plain values."""
+        ...
+
     def run(
         self,
         requests: Sequence[RolloutRequest],

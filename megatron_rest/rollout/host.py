@@ -36,6 +36,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rest.config import ConfigError
+from megatron_rest.network import INTERFACE, is_loopback, listen, own_address
+from megatron_rest.preflight import check_gpus
+from megatron_rest.rollout.devices import visible_devices, without_expandable_segments
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 
 __all__ = [
@@ -65,20 +68,28 @@ class EngineHost:
     port: int
     key: str
     num_gpus: int
+    machine: str
+    """Its name: processes there need no network to reach each other."""
 
 
-def announced(folder: str | Path) -> list[EngineHost]:
+def announced(folder: str | Path, silent: list[str] | None = None) -> list[EngineHost]:
     """Hosts that have announced themselves in ``folder`` and accept connections, ordered by name.
 
-    What an earlier job left there does not answer, and is left out.
+    What an earlier job left there does not answer, and is left out; ``silent`` gets a line for each.
     """
     hosts = []
     for path in sorted(Path(folder).glob("*.json")):
         try:
             host = _read(path)
+        except FileNotFoundError:  # it has just gone
+            continue
+        try:
             with ask_for_engine(host, devices=None, is_probe=True) as sock:
                 Connection(sock).receive(_HELLO_SECONDS)
-        except (OSError, ConnectionLostError):
+        except (OSError, ConnectionLostError) as error:
+            if silent is not None:
+                where = f"{host.machine} at {host.address} port {host.port}"
+                silent.append(f"{where} does not answer: {error or type(error).__name__}")
             continue
         hosts.append(host)
     return hosts
@@ -106,13 +117,14 @@ def ask_for_engine(host: EngineHost, *, devices: str | None, is_probe: bool = Fa
 
 
 def worker_environment(devices: str | None, folder: Path) -> dict[str, str]:
-    """Of a worker that this process starts; ``devices`` as for CUDA_VISIBLE_DEVICES, None leaves this process's.
+    """Of a worker that this process starts; ``devices`` are indices with commas among its GPUs, None: all of them.
 
     ``folder`` becomes the temporary folder of all its processes; caches stay where they are.
     """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_OF_THE_OWNER)}
+    environment = without_expandable_segments(os.environ)
+    environment = {k: v for k, v in environment.items() if not k.startswith(_OF_THE_OWNER)}
     if devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = devices
+        environment["CUDA_VISIBLE_DEVICES"] = visible_devices(devices)
     compiled = str(Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
     return environment | {"TMPDIR": str(folder), _FOLDER: str(folder)}
@@ -142,18 +154,22 @@ def own_engine_folder() -> Path | None:
 def serve(folder: Path, *, num_gpus: int, address: str = "") -> None:
     """Announce, then answer until the process is ended.
 
-    Listens on ``address`` alone; default: what this node's name resolves to.
+    Listens on ``address`` alone; default: :func:`megatron_rest.network.own_address`.
     """
-    address = address or socket.gethostbyname(socket.gethostname())
-    with socket.create_server((address, 0)) as server:
+    is_group = int(os.environ.get("SLURM_HET_SIZE", "1")) > 1  # the ranks are on other nodes
+    address = address or own_address(several_machines=is_group)
+    with listen(address) as server:
         host = EngineHost(
             address=address,
             port=server.getsockname()[1],
             key=secrets.token_hex(16),
             num_gpus=num_gpus,
+            machine=socket.gethostname(),
         )
         with _announcement(folder, host):
-            print(f"engines for {folder} at {host.address}:{host.port}, {num_gpus} GPUs", flush=True)
+            print(f"engines for {folder} at {host.address} port {host.port}, {num_gpus} GPUs", flush=True)
+            if is_loopback(address):
+                print(f"  ranks on other machines cannot reach {address}: --address or {INTERFACE}=NAME", flush=True)
             while True:
                 sock, _ = server.accept()
                 threading.Thread(target=_answer, args=(sock, host.key), daemon=True).start()
@@ -219,10 +235,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where ranks look for hosts: RUN_DIR/engines")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of this node; 0 on CPU")
-    parser.add_argument("--address", default="", help="listen on this one (default: that of the node's name)")
+    parser.add_argument(
+        "--address", default="", help="listen on this one (default: of REST_INTERFACE, or towards MASTER_ADDR)"
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    serve(args.folder, num_gpus=args.gpus, address=args.address)
+    try:
+        check_gpus(args.gpus)
+        serve(args.folder, num_gpus=args.gpus, address=args.address)
+    except (ConfigError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     return 0
 
 

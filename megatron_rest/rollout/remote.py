@@ -54,7 +54,7 @@ class RemoteEngine:
         config: sampling, memory and time limits.
         seed, max_model_len, stop_token_ids: as for :class:`~megatron_rest.rollout.vllm_engine.VllmEngine`.
         transport: weight-transfer backend.
-        devices: GPUs of the process, as for CUDA_VISIBLE_DEVICES; None leaves the owner's.
+        devices: GPUs of the process, indices with commas among those that its starter sees; None: all of them.
         host: another node that starts the process; None starts it here.
 
     The process starts at once, and the first call waits for it, so that several start at the same time.
@@ -94,7 +94,7 @@ class RemoteEngine:
     @property
     def machine(self) -> str:
         """Where its process runs."""
-        return socket.gethostname() if self._host is None else self._host.address
+        return socket.gethostname() if self._host is None else self._host.machine
 
     @property
     def is_alive(self) -> bool:
@@ -155,6 +155,10 @@ class RemoteEngine:
         return self._sample("prompt_log_probs", {"token_ids": np.asarray(token_ids, np.int32)})["log_probs"]
 
     # What a weight transfer calls (megatron_rest.weight_sync.sync.SyncTarget) -------------------------------------
+
+    def arguments(self) -> dict[str, Any]:
+        """What vLLM's engine was made with."""
+        return dict(self._pass_on("arguments"))
 
     def weight_layout(self) -> list[dict[str, Any]]:
         return list(self._pass_on("weight_layout"))

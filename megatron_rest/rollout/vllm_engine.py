@@ -26,6 +26,7 @@ import torch.distributed as dist
 from megatron_rest.config import RolloutConfig, RolloutQuantization
 from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.rollout.conversations import exam_conversation
+from megatron_rest.rollout.devices import expands_segments
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
     EngineStateError,
@@ -35,6 +36,7 @@ from megatron_rest.rollout.engine import (
     as_groups,
     make_requests,
 )
+from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.process import prepare_process
 from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup
@@ -113,10 +115,12 @@ class VllmEngine:
         with _trainer_state_preserved():
             # Read by vLLM when the engine is made, so it can follow the transport.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-            executor = "external_launcher" if in_process and config.tensor_parallel > 1 else None
-            self._llm = _make_llm(
-                model_path, model, config, seed, max_model_len, transport, random_weights, executor=executor
+            place = _take_our_place() if in_process and dist.is_initialized() else None
+            self._llm, self._arguments = _make_llm(
+                model_path, model, config, seed, max_model_len, transport, random_weights, is_ours=place is not None
             )
+        if place is not None:
+            _check_place(self._llm, place)
         _count_engines(+1)
         self.policy_version = NO_WEIGHTS if random_weights else 0
         """Version of the weights held; set by the weight transfer, NO_WEIGHTS while there are none."""
@@ -244,6 +248,10 @@ class VllmEngine:
 
     # What a weight transfer calls (megatron_rest.weight_sync.sync.SyncTarget) -------------------------------------
 
+    def arguments(self) -> dict[str, Any]:
+        """What vLLM's engine was made with, of this project's and ``rollout.engine_args``; plain values."""
+        return self._arguments
+
     def weight_layout(self) -> list[dict[str, Any]]:
         """How each worker cuts the model, and the parameters that it loads."""
         return list(self._open().collective_rpc("weight_layout"))
@@ -346,8 +354,9 @@ def _make_llm(
     transport: str,
     random_weights: bool,
     *,
-    executor: str | None,
-) -> Any:
+    is_ours: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """The engine and its arguments; ``is_ours``: its worker is this rank."""
     # Torch is loaded by now; whether that was too late for OpenMP is for the worker entry to refuse, not for a library.
     prepare_process(cpu=not torch.cuda.is_available(), allow_late=True)
     from vllm import LLM
@@ -361,7 +370,8 @@ def _make_llm(
         "max_model_len": max_model_len,
         "max_num_seqs": config.max_concurrent,
         "tensor_parallel_size": config.tensor_parallel,
-        "distributed_executor_backend": executor,  # None: vLLM's choice
+        # Also with one worker: vLLM's own choice for that takes GPU 0 on every rank, and makes it the trainer's, too.
+        "distributed_executor_backend": "external_launcher" if is_ours else None,
         "load_format": "dummy" if random_weights else "safetensors",
         "skip_tokenizer_init": True,
         "trust_remote_code": False,
@@ -390,7 +400,34 @@ def _make_llm(
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enable_sleep_mode"] = config.sleep_level > 0
-    return LLM(**arguments)
+        if is_ours and expands_segments():  # the trainer's allocator, whose memory other workers cannot open
+            arguments["disable_custom_all_reduce"] = True
+    arguments |= check_engine_args(config.engine_args)
+    return LLM(**arguments), arguments
+
+
+def _take_our_place() -> tuple[int, int | None]:
+    """Let an engine in this process take this rank and its device: local rank and CUDA device (None on CPU).
+
+    Written where vLLM reads it; :func:`_trainer_state_preserved` puts back what was there.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    local_rank = device if device is not None else int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(local_rank)}
+    return local_rank, device
+
+
+def _check_place(llm: Any, place: tuple[int, int | None]) -> None:
+    """The engine is where the trainer is, and has not moved it."""
+    local_rank, device = place
+    [(taken, where)] = llm.collective_rpc("place")
+    expected = "cpu" if device is None else f"cuda:{device}"
+    now = None if device is None else torch.cuda.current_device()
+    if (taken, where, now) != (local_rank, expected, device):
+        raise EngineStateError(
+            f"the engine of local rank {local_rank} took local rank {taken} on {where} instead of {expected}, and the "
+            f"trainer's device is {now} now: this vLLM does not follow distributed_executor_backend=external_launcher"
+        )
 
 
 def _quantization_config(quantization: RolloutQuantization, model: dict[str, Any]) -> dict[str, Any]:

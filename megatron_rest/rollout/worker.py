@@ -30,6 +30,7 @@ from megatron_rest.types import PromptSample, Rollout  # noqa: E402
 
 _BEAT_SECONDS = 1.0
 _PASSED_ON = (
+    "arguments",
     "weight_layout",
     "init_weight_transfer",
     "start_weight_update",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -15,6 +17,7 @@ __all__ = ["find_hosts", "hosted_place"]
 
 ENGINES_DIR = "engines"
 _POLL_SECONDS = 1.0
+_SAY_SECONDS = 30.0
 
 
 def find_hosts(config: RestConfig, rank: int) -> list[EngineHost]:
@@ -27,24 +30,38 @@ def find_hosts(config: RestConfig, rank: int) -> list[EngineHost]:
     if not wanted:
         return []
     folder = Path(config.trainer.run_dir) / ENGINES_DIR
-    found: list[list[EngineHost]] = [[]]
+    found: list[Any] = [[], []]
     if rank == 0:
-        deadline = time.monotonic() + config.rollout.engine_timeout_seconds
-        while len(found[0]) < wanted and time.monotonic() < deadline:
-            found[0] = announced(folder)
-            time.sleep(_POLL_SECONDS if len(found[0]) < wanted else 0)
+        found = list(_wait_for(folder, wanted, config.rollout.engine_timeout_seconds))
     dist.broadcast_object_list(found, src=0)
-    if len(found[0]) < wanted:
+    hosts, silent = found
+    if len(hosts) < wanted:
+        unreachable = f" ({'; '.join(silent)})" if silent else ""
         raise ConfigError(
-            f"rollout.nodes is {wanted}, and {len(found[0])} announced themselves in {folder} within "
-            f"{config.rollout.engine_timeout_seconds:g} s: start python -m megatron_rest.rollout.host {folder} on "
-            "each, or set rollout.nodes=0"
+            f"rollout.nodes is {wanted}, and {len(hosts)} can be reached as {folder} says after "
+            f"{config.rollout.engine_timeout_seconds:g} s{unreachable}: start python -m megatron_rest.rollout.host "
+            f"{folder} on each (logs/engines-N.log says what became of it), or set rollout.nodes=0"
         )
-    return found[0][:wanted]
+    return list(hosts[:wanted])
+
+
+def _wait_for(folder: Path, wanted: int, seconds: float) -> tuple[list[EngineHost], list[str]]:
+    """Hosts that answer, and why others that have left their address do not; a line a minute says who is missing."""
+    started = said = time.monotonic()
+    while True:
+        silent: list[str] = []
+        hosts = announced(folder, silent)
+        now = time.monotonic()
+        if len(hosts) >= wanted or now - started > seconds:
+            return hosts, silent
+        if now - said > _SAY_SECONDS:
+            said = now
+            print(f"waiting for nodes of engines: {len(hosts)} of {wanted} are there", file=sys.stderr, flush=True)
+        time.sleep(_POLL_SECONDS)
 
 
 def hosted_place(config: RolloutConfig, hosts: Sequence[EngineHost], index: int) -> tuple[EngineHost, str | None]:
-    """Host of engine ``index`` and its GPUs there, as for CUDA_VISIBLE_DEVICES (None: a host without GPUs)."""
+    """Host of engine ``index`` and its GPUs, by their numbers among those the host sees (None: it has none)."""
     per_host = config.replicas // len(hosts)
     host, slot = hosts[index // per_host], index % per_host
     if not host.num_gpus:

@@ -7,17 +7,25 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import psutil
 
-from megatron_rest.config import ConfigError, RestConfig, load
+from megatron_rest.config import ConfigError, RestConfig, load, validate
 from megatron_rest.errors import RunError
+from megatron_rest.preflight import MachineError, check_machine
+from megatron_rest.run_folder import STALE_SECONDS, claim, hold, job_name, wait_for_owner
 
-__all__ = ["STOPPED_STATUS", "StoppedEarly", "worker_main"]
+__all__ = ["JOB_LOG", "STOPPED_STATUS", "StoppedEarly", "worker_main"]
+
+JOB_LOG = "REST_JOB_LOG"
+"""Environment variable: file descriptor of the job's log, for a rank whose output goes elsewhere."""
+
+_VISIBLE_SECONDS = 15.0  # until others see a file that is new on the storage
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
 _TERMINATED = 143  # and for SIGTERM, which torchrun sends when a peer has failed
@@ -31,16 +39,43 @@ class StoppedEarly(Exception):
     """The run stopped at a saved step before its last one; the message says which and how to go on."""
 
 
-def worker_main(run: Callable[[RestConfig], None], description: str | None, argv: list[str] | None) -> int:
-    """Load the configuration and call ``run``; errors of the user are one line from rank 0, others a traceback."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def worker_main(
+    run: Callable[[RestConfig], None],
+    description: str | None,
+    argv: list[str] | None,
+    *,
+    prog: str | None = None,
+    keeps_folder: bool = True,
+) -> int:
+    """Load the configuration and call ``run``; errors of the user are one line from rank 0, others a traceback.
+
+    Before it the machine is looked at (megatron_rest/preflight.py), and with ``keeps_folder`` rank 0 takes
+    ``trainer.run_dir`` for this run alone and leaves the configuration there (megatron_rest/run_folder.py).  Started
+    without a launcher this process is the only rank.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="YAML file with the sections of megatron_rest.config.RestConfig")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="CONFIG or section.key=value",
+        help="the file again, without --config; changes of single values",
+    )  # fmt: skip
+    args = parser.parse_intermixed_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: _leave(_TERMINATED))
     try:
-        run(load(args.config, args.overrides))
+        config = _configuration(args.config, args.overrides)
+        _be_a_rank()
+        if keeps_folder:
+            validate(config, world_size=int(os.environ["WORLD_SIZE"]))
+        check_machine(config, trains=keeps_folder)
+        with _run_folder(config) if keeps_folder else contextlib.nullcontext():
+            run(config)
         return 0
+    except MachineError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _say_from_here(f"error: {error}")
+        status = 2
     except ConfigError as error:
         _say(f"error: {error}")
         status = 2
@@ -66,6 +101,38 @@ def worker_main(run: Callable[[RestConfig], None], description: str | None, argv
     _leave(status)
 
 
+def _configuration(file: str | None, words: list[str]) -> RestConfig:
+    if file is None and words and "=" not in words[0]:
+        file, *words = words
+    return load(file, words)
+
+
+def _be_a_rank() -> None:
+    """Without torchrun or Slurm's scripts: the only one."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@contextlib.contextmanager
+def _run_folder(config: RestConfig) -> Iterator[None]:
+    """Rank 0 takes the folder.  On every other machine one rank looks whether it is the same folder there."""
+    folder, job = config.trainer.run_dir, job_name()
+    if _rank() == "0":
+        with hold(folder, say=_say):
+            claim(config)
+            yield
+        return
+    is_elsewhere = int(_rank()) >= int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    looks = bool(job) and is_elsewhere and os.environ.get("LOCAL_RANK") == "0"
+    if looks and not wait_for_owner(folder, job, seconds=STALE_SECONDS + _VISIBLE_SECONDS):
+        raise MachineError(
+            f"trainer.run_dir={folder} on {socket.gethostname()} is not the folder that rank 0 writes to: it has to be "
+            "on storage that all nodes see (in a container: REST_MOUNTS)"
+        )
+    yield
+
+
 def _leave(status: int) -> NoReturn:
     """End this process and what it started.  Peers may wait in a collective: no destructor may join them."""
     for child in psutil.Process().children(recursive=True):
@@ -77,8 +144,12 @@ def _leave(status: int) -> NoReturn:
 
 
 def _say_from_here(text: str) -> None:
-    """What this rank alone may know."""
-    print(text if _rank() == "0" else f"rank {_rank()} {text}", file=sys.stderr, flush=True)
+    """What this rank alone may know; also in the job's own log, where a launcher has given it to this rank."""
+    text = text if _rank() == "0" else f"rank {_rank()} {text}"
+    print(text, file=sys.stderr, flush=True)
+    if log := os.environ.get(JOB_LOG):
+        with contextlib.suppress(OSError, ValueError):
+            os.write(int(log), f"{text}\n".encode())
 
 
 def _say(text: str) -> None:

@@ -18,6 +18,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ class Placement:
 
 
 def engine_devices(context: ParallelContext, config: RolloutConfig, placement: Placement, index: int) -> str | None:
-    """GPUs of engine ``index``, as for CUDA_VISIBLE_DEVICES: behind those of the ranks on its owner's node.
+    """GPUs of engine ``index``, by their numbers among those that its owner sees: behind those of the ranks there.
 
     None on CPU.  Raises ConfigError when the node has too few.
     """
@@ -222,6 +223,13 @@ class EngineFleet:
             self._check_attempts(attempt, f"taking weights of version {version}", lost)
             self._restart(lost, num_lost)
         raise AssertionError("the last attempt returns or raises")
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What this rank's engine was made with; empty without one, or if it is lost just now."""
+        try:
+            return {} if self.engine is None else self.engine.arguments()
+        except EngineLostError:
+            return {}
 
     def sleep(self) -> None:
         """Engines give their GPU memory back until the next :meth:`deliver`."""

@@ -18,6 +18,7 @@ from megatron_rest.mcore.reference import ReferencePolicy
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, token_bytes_table
 from megatron_rest.rollout.certify import CertificationError, certify
 from megatron_rest.rollout.conversations import make_conversation
+from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.host import EngineHost
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.rollout.vllm_engine import VllmEngine
@@ -41,6 +42,7 @@ from megatron_rest.trainer.stopping import StopRequest
 from megatron_rest.trainer.trainer import RestTrainer
 from megatron_rest.trainer.validation import Validator, validation_line
 from megatron_rest.trainer.watch import Watch
+from megatron_rest.user_code import package_digests
 from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import RestWeighting
 
@@ -82,7 +84,16 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
     _certify(trainer, console)
     if writer is not None:
         writer.resume(start)
-        record_start(run_dir, after_step=start, world_size=context.world_size)
+        record_start(
+            run_dir,
+            after_step=start,
+            world_size=context.world_size,
+            user_code=package_digests(config),
+            resolved={
+                "engine_args": trainer.fleet.engine_arguments(),
+                "megatron": trainer.parts.policy.settings(),
+            },
+        )
     if start == 0 and not trainer.is_one_step_off:  # one step off, the first step validates it
         _validate(trainer, 0, console)
     total = config.trainer.steps - start
@@ -118,6 +129,7 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
 
 def build_trainer(config: RestConfig) -> RestTrainer:
     """Every part of a run, connected.  Collective over all ranks; prints nothing."""
+    check_engine_args(config.rollout.engine_args)
     updates = config.trainer.steps * config.optimizer.updates_per_step
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
     prompts = open_prompts(config)

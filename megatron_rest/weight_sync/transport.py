@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Outcome", "SyncTarget", "Tamper", "Transport"]
+__all__ = ["Outcome", "SyncTarget", "Tamper", "Transport", "machine_of"]
 
 Tamper = Callable[[str, Tensor], Tensor]
 """Fault injection of the tests: changes a tensor between its digest and its hand-over."""
@@ -35,6 +36,11 @@ class SyncTarget(Protocol):
     def received_weights(self) -> list[dict[str, Any]]: ...
 
     def reset_prefix_cache(self) -> bool: ...
+
+
+def machine_of(engine: SyncTarget | None) -> str:
+    """Name of the machine where an engine runs (``RemoteEngine.machine``); this one's for none."""
+    return str(getattr(engine, "machine", socket.gethostname()))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """The receiving side of a transfer, inside vLLM's worker: its transfer engines, one for each transport of ours.
 
-vLLM finds :func:`register` through the ``vllm.general_plugins`` entry point, in every process it starts.  All load
+Importing this module registers them, and every process of vLLM imports it before it looks for one: it names the class
+that extends vLLM's workers.  So the package need not be installed where it runs.  All load
 through vLLM's layerwise reload, which quantises and packs, and keeps addresses:
 
 * whole tensors under HF names go through the model's own ``load_weights``, which cuts them for TP;
@@ -270,6 +271,10 @@ class WorkerExtension:
         """Digests of what the last pass brought, and parameters that it left as they were."""
         return self.weight_transfer_engine.report()
 
+    def place(self) -> tuple[int, str]:
+        """Rank on its machine that this worker was given, and the device that it took."""
+        return self.local_rank, str(self.device)  # type: ignore[attr-defined]
+
     def weight_layout(self) -> dict[str, Any]:
         """How this worker cuts the model, and name, shape and data type of the parameters that its loaders fill.
 
@@ -289,7 +294,7 @@ class WorkerExtension:
 
 
 def register() -> None:
-    """Entry point of vLLM's plugin loader; may be called several times in a process."""
+    """Let vLLM know our backends by name.  Called when this module is imported; again, it does nothing."""
     known = WeightTransferEngineFactory._registry
     engines = {
         "local": LocalWeightTransferEngine,
@@ -373,3 +378,6 @@ def _drop_packed_experts(model: torch.nn.Module) -> None:
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
+
+
+register()

@@ -27,7 +27,7 @@ from .conftest import ROOT
 
 CLUSTER = {"rest_8b": 8, "rest_70b": 64, "rest_30b_a3b": 16}  # recipe: ranks
 ENGINE_NODES = {"rest_8b": 0, "rest_70b": 4, "rest_30b_a3b": 1}
-CONTAINER = {"SLURM_ACCOUNT": "a1", "REST_IMAGE": "img:1", "REST_MOUNTS": "/lustre:/lustre,/models:/models"}
+CONTAINER = {"SLURM_ACCOUNT": "a1", "REST_IMAGE": "img:1", "REST_MOUNTS": "/lustre:/runs,/lustre:/data,/models"}
 
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "rest_8b": (["rest_8b", "--dryrun"], {}),
@@ -66,7 +66,11 @@ WRONG = {
     "baselin=grpo": "did you mean baseline=...?",
     "baseline=gpro": "known are rest, grpo",
     "parallel.tensor_parallel=3": "world size 8 does not fit",
-    "nodes=two": "nodes",
+    "nodes=two": "nodes=two: a whole number",
+    "requeue=yes": "requeue=yes: a whole number",
+    "evaluate=maybe": "true or false",
+    "--dry-run": "did you mean --dryrun?",
+    "--partition": "settings are written key=value",
     "links=0": "at least 1",
     "run.executor.nodes=3": "say nodes=3",
     "rollout.replicas=1": "set it to gloo",
@@ -76,8 +80,24 @@ WRONG = {
     "trainer.run_dir=runs/x": "is relative",
     "model.path=/m\nEND_OF_RUN_YAML\ntouch pwned": "",
     "run.executor=local": "run.executor=slurm or kubeflow",
-    "run.executor=slum": "slum",
-    "run.executor.nods=3": "nods",
+    "run.executor=slum": "did you mean slurm?",
+    "run.executor.nods=3": "did you mean run.executor.nodes?",
+    "run.executor.partitions=gpu": "did you mean run.executor.partition?",
+    "run.executor.cpus_per_task=two": "a whole number",
+    "run.executor.container_mounts=[a": "not a list or dictionary",
+    "run.executor.time=99:99": "hours:minutes:seconds",
+    "run.executor.time=00:05:00": "is not longer than the 300 s before its end",
+    "run.executor.gpus_per_node=4": "8 ranks a node and 4 GPUs",
+    "run.executor.gpus_per_task=1": "ranks choose theirs by number",
+    "run.executor.array=0-1": "would share one run folder",
+    "run.executor.heterogeneous=True": "rollout.nodes=N",
+    "run.executor.container_image=img": "lies in none of the container's mounts (there are none)",
+    "rollout.tensor_parallel=3": "does not divide the 8 ranks",
+    "loss.kl_coef=0.1": "no reference policy",
+    "rollout.environment=nowhere.env:make": "there is no package nowhere",
+    "rollout.engine_args.logprobs_mode=raw_logprobs": "of the distribution that was sampled from",
+    "megatron.ddp.average_in_collective=true": "divides by the tokens of the global batch",
+    "megatron.ddb.bucket_size=1": "did you mean megatron.ddp?",
     "run.executor.env_vars={'HF_TOKEN':'s3cr3t'}": "looks like a secret",
     "run.executor.env_vars={'MINE':'planted-s3cr3t'}": "holds the value of PLANTED_API_KEY",
     "trainer.run_dir=/runs/planted-s3cr3t": "holds the value of PLANTED_API_KEY",
@@ -178,8 +198,11 @@ def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs
     assert nodes == [str(n) for n in (CLUSTER[recipe] // 8, ENGINE_NODES[recipe]) if n]
     if hosts:
         assert "#SBATCH hetjob\n" in scripts["train_sbatch.sh"]
-        assert '-m megatron_rest.rollout.host "$run_dir/engines" --gpus 8\n' in scripts[expected[1]]
-    assert "export MASTER_ADDR=$head_node_ip\n" in scripts["train_sbatch.sh"]
+        assert (
+            '-m megatron_rest.rollout.host "$run_dir/engines" \\\n  --gpus "${REST_GPUS_PER_NODE:-8}"\n'
+            in scripts[expected[1]]
+        )
+    assert 'MASTER_ADDR=$(scontrol show node "$head_node" | sed -n ' in scripts["train_sbatch.sh"]
 
 
 @pytest.mark.parametrize("recipe", [*CLUSTER, "qwen"])
@@ -192,7 +215,7 @@ def test_a_recipe_asks_for_nothing_that_the_trainer_refuses(recipe: str, done: d
     build._expert_settings(shape, config)
     precision.check_sizes(shape, config)
     for i in range(config.rollout.replicas):
-        hosts = [EngineHost(address="n", port=1, key="", num_gpus=8)] * config.rollout.nodes
+        hosts = [EngineHost(address="n", port=1, key="", num_gpus=8, machine="m")] * config.rollout.nodes
         hosted_place(config.rollout, hosts, i)
 
 
@@ -280,7 +303,7 @@ def test_a_wrong_argument_is_an_error_that_says_how_to_mend_it(
     if argument.startswith("model.path="):  # YAML keeps it on one indented line
         assert run.returncode == 2 or "\nEND_OF_RUN_YAML\ntouch" not in run.stdout
         return
-    assert run.returncode != 0, run.stdout
+    assert run.returncode == 2, run.stdout + run.stderr
     assert WRONG[argument] in run.stderr, run.stderr
     assert "Traceback" not in run.stderr
     assert "s3cr3t" not in run.stdout + run.stderr
@@ -340,7 +363,7 @@ def test_account_and_container_come_from_the_environment(done: dict[str, Done]) 
     script = done["container"].parts["train_sbatch.sh"]
     assert "#SBATCH --account=a1\n" in script
     assert "--container-image img:1" in script
-    assert "--container-mounts /lustre:/lustre,/models:/models," in script
+    assert "--container-mounts /lustre:/runs,/lustre:/data,/models," in script
     assert re.search(r"--container-env \S*MASTER_ADDR", script)
     assert "export X='$(touch pwned) $HOME'\n" in script
 
@@ -351,12 +374,12 @@ def test_without_an_account_nothing_is_submitted(done: dict[str, Done]) -> None:
 
 
 def test_without_a_terminal_to_ask_on_nothing_is_started(done: dict[str, Done]) -> None:
-    assert done["question"].returncode == 1
+    assert done["question"].returncode == 2
     assert "--yes" in done["question"].stderr
 
 
 def test_a_missing_launch_file_names_those_there_are(done: dict[str, Done]) -> None:
-    assert done["no file"].returncode == 1
+    assert done["no file"].returncode == 2
     assert "rest_70b.py" in done["no file"].stderr
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ def test_an_engine_of_another_node_lives_dies_and_comes_back(
         engine.policy_version = 1  # random weights will do here
         tokens, _ = engine.greedy([1, 2, 3], 5)
         assert engine.is_alive
-        assert engine.machine == host.address, "the weight transfer asks where to reach it"
+        assert engine.machine == host.machine == socket.gethostname(), "the weight transfer asks whether it is here"
         process[0].send_signal(signal.SIGTERM)  # a scheduler's warning: the ranks still need their engines
         [worker] = workers(process[0])
         os.kill(worker.pid, signal.SIGKILL)
@@ -92,7 +93,7 @@ def test_without_the_key_nothing_is_started(process: tuple[subprocess.Popen[byte
 
 
 def test_engines_spread_over_nodes_and_their_gpus() -> None:
-    hosts = [EngineHost(address=f"node{i}", port=1, key="", num_gpus=8) for i in range(2)]
+    hosts = [EngineHost(address=f"node{i}", port=1, key="", num_gpus=8, machine="m") for i in range(2)]
     config = RolloutConfig(replicas=4, nodes=2, tensor_parallel=4)
     places = [hosted_place(config, hosts, i) for i in range(4)]
     assert [(host.address, gpus) for host, gpus in places] == [

@@ -1,0 +1,128 @@
+"""The code as a job ships it, in an environment where this project is not installed: from rows to a score.
+
+Data conversion, warm start, two RL steps with an engine process and an environment of a user's own package, export of
+a checkpoint, evaluation: every command runs in the shipped folder, as it does on a node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_rest.config import RestConfig, RolloutConfig
+from megatron_rest.user_code import DIGESTS, digest
+from tests.helpers.shipped import bare_python, ship
+
+SAMPLE = "data_tools/samples/rlla_sft.json"
+STEPS = 2
+
+ENVIRONMENT = '''"""A conversation of one answer that pays for its length."""
+from megatron_rest.rollout.environments.base import Observation
+from mypackage.pay import pay
+
+
+class OneAnswer:
+    def __init__(self, prompt):
+        self.answer = ""
+
+    def reset(self):
+        pass
+
+    def step(self, answer):
+        self.answer = answer.text
+        return Observation(done=True)
+
+    def reward(self):
+        return pay(self.answer)
+
+    def close(self):
+        pass
+
+
+make = OneAnswer
+'''
+
+
+@pytest.fixture(scope="module")
+def users_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lies in a folder of its own, with a blank in its name, as somebody's project would."""
+    package = tmp_path_factory.mktemp("a user") / "mypackage"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "env.py").write_text(ENVIRONMENT)
+    (package / "pay.py").write_text("def pay(text):\n    return min(len(text), 50) / 50\n")
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "env.cpython-311.pyc").write_bytes(b"not shipped")
+    return package
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(users_package.parent))
+    config = RestConfig(rollout=RolloutConfig(environment="mypackage.env:make"))
+    python, code = bare_python(tmp_path / "venv"), ship(tmp_path, config)
+    assert sorted(path.name for path in code.iterdir()) == ["data_tools", "launch", "megatron_rest", "mypackage"]
+    assert not list(code.rglob("__pycache__"))
+    digests = f"mypackage={digest(users_package)}"
+    unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    environ = {k: v for k, v in os.environ.items() if k not in unset} | {DIGESTS: digests, "COLUMNS": "120"}
+
+    def call(*arguments: object) -> str:
+        done = subprocess.run(
+            [python, "-m", *map(str, arguments)],
+            cwd=code, env=environ, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{arguments}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+        return done.stdout
+
+    tokenizer, data, model = tmp_path / "tokenizer", tmp_path / "data", tmp_path / "model"
+    call("data_tools", "train-tokenizer", SAMPLE, "--vocab-size", 1001, "--output", tokenizer)
+    style = ("--prompt-style", "slim", "--max-think-words", 6, "--processes", 1)
+    call("data_tools", "convert", "--input", SAMPLE, "--output", data, "--tokenizer", tokenizer, *style)
+    shape = ("--hidden-size", 64, "--layers", 2, "--heads", 2, "--kv-heads", 2, "--ffn-size", 160)
+    call("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, "--output", model, "--max-length", 512, *shape)
+    common = (
+        f"data.train={data}", "model.max_sequence_length=352", "data.max_prompt_tokens=256",
+        "rollout.max_response_tokens=32", "trainer.max_tokens_per_microbatch=1024", "data.prompts_per_step=4",
+        "rollout.rollouts_per_prompt=4", "trainer.timeout_minutes=5", "rollout.kv_cache_bytes=16777216",
+    )  # fmt: skip
+    warm, run = tmp_path / "warm", tmp_path / "run"
+    call(
+        "megatron_rest.trainer.warm_start", *common, f"model.path={model}", f"trainer.run_dir={warm}",
+        "warm_start.epochs=1", "warm_start.lr=5e-3",
+    )  # fmt: skip
+    settings = (
+        *common, f"model.path={warm / 'hf'}", f"trainer.run_dir={run}", f"trainer.steps={STEPS}",
+        "rollout.replicas=1", "weight_sync.transport=gloo", "rollout.environment=mypackage.env:make",
+        "optimizer.lr=1e-4", "loss.entropy_coef=0.01", "checkpoint.export_hf=false",
+        "rollout.engine_args.max_num_batched_tokens=1024", "megatron.ddp.gradient_reduce_div_fusion=false",
+    )  # fmt: skip
+    call("megatron_rest.cli", "train", *settings)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == STEPS
+    [start] = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+    assert start["user_code"] == {"mypackage": digest(users_package)}
+    assert start["resolved"]["engine_args"]["max_num_batched_tokens"] == 1024
+    assert start["resolved"]["megatron"]["ddp"]["gradient_reduce_div_fusion"] is False
+    assert not (run / "lock.json").exists(), "a run that has ended leaves no lock"
+    call("megatron_rest.cli", "export", "--config", run / "config.yaml")
+    [exported] = run.glob("hf_step*")
+    call(
+        "megatron_rest.cli", "eval", "run", exported, "--output", tmp_path / "eval", "--leave-out-long", "--cases", 2,
+        "--categories", "simple_python", "--max-response-tokens", 16, "--kv-cache-gib", 0.05,
+        "--prompt-style", "slim",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "eval/bfcl/summary.json").read_text())
+
+    # A version of the package that is not the one that was shipped is not trained with.
+    (code / "mypackage/pay.py").write_text("def pay(text):\n    return 1.0\n")
+    done = subprocess.run(
+        [python, "-m", "megatron_rest.cli", "train", *settings, f"trainer.run_dir={tmp_path / 'other'}"],
+        cwd=code, env=environ, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2 and "mypackage was shipped with digest" in done.stderr, done.stderr
