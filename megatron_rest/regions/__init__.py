@@ -27,8 +27,8 @@ from megatron_rest.regions.dialects.mistral import MISTRAL, MISTRAL_V11
 from megatron_rest.regions.dialects.pythonic import PYTHONIC
 from megatron_rest.regions.dialects.qwen3_coder import QWEN3_CODER
 from megatron_rest.regions.dialects.toolrl import TOOLRL, TOOLRL_TAGS_ONLY
-from megatron_rest.regions.label import label_regions, label_rollout, region_spans
-from megatron_rest.regions.read import REFERENCE_LIMITS, Turn, answer_prefix, read_turn
+from megatron_rest.regions.label import label_regions, label_rollout, region_spans, turn_starts
+from megatron_rest.regions.read import REFERENCE_LIMITS, Turn, answer_prefix, is_thought_open, read_turn
 from megatron_rest.regions.tokens import token_bytes_table
 from megatron_rest.token_region import TokenRegion
 
@@ -57,9 +57,11 @@ __all__ = [
     "answer_prefix",
     "dialect_of_template",
     "find_dialect",
+    "is_thought_open",
     "label_regions",
     "label_rollout",
     "read_turn",
     "region_spans",
     "token_bytes_table",
+    "turn_starts",
 ]

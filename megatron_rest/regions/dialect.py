@@ -99,7 +99,8 @@ class Dialect:
     bare_calls: re.Pattern[bytes] | None = None
     """A turn (or what follows a section) that starts so is tool calls without tags."""
     grammar: Grammar = tagged_segments
-    one_call_a_section: bool = False
+    one_call_a_turn: bool = False
+    dotted_names: bool = True  # names may hold dots
     # How a turn is written (warm starts, references); the thought and the answer for the user go into "{}".
     thought_form: str = "<think>\n{}\n</think>\n\n"
     response_form: str = "{}"
@@ -107,7 +108,9 @@ class Dialect:
     before_calls: str = "\n"  # between the answer for the user and the calls
     call_end: str = ""  # end of a turn that makes calls, where it is not the template's end of turn
     turn_end: str = ""  # end of any other turn, where no template shows it
+    control_tokens: tuple[str, ...] = ()  # that answers hold beside the sections' tags
     vllm_parser: str = ""  # the name of vLLM's tool parser that reads the same
+    vllm_parser_reads_text: bool = True  # False: it reads token ids only
     types_are_written: bool = True  # False: "3" and 3 look the same, a schema decides
 
     def __post_init__(self) -> None:

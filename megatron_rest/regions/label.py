@@ -19,7 +19,7 @@ from megatron_rest.regions.dialect import Dialect, Section, end_pattern
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["label_regions", "label_rollout", "region_spans"]
+__all__ = ["label_regions", "label_rollout", "region_spans", "turn_starts"]
 
 Span = tuple[int, int, TokenRegion]
 
@@ -86,7 +86,7 @@ def label_rollout(
     tokens: Sequence[bytes],
     loss_mask: np.ndarray,
     *,
-    starts_in_think: bool = False,
+    starts_in_think: bool | Sequence[bool] = False,
     dialect: Dialect = TOOLRL,
 ) -> np.ndarray:
     """Regions of a multi-turn rollout: every run of sampled tokens is a turn of its own, tool outputs are CONTEXT.
@@ -94,7 +94,8 @@ def label_rollout(
     Args:
         tokens: bytes of each token, sampled or appended.
         loss_mask: bool ``[n]``, True where the policy sampled the token.
-        starts_in_think: the template opens the thought of *every* assistant turn.
+        starts_in_think: the template opens the thought of *every* assistant turn; or, turn by turn
+            (:func:`turn_starts`), whether it did.
         dialect: as in :func:`label_regions`.
 
     Returns:
@@ -104,10 +105,20 @@ def label_rollout(
     if mask.shape != (len(tokens),):
         raise ValueError(f"loss_mask has shape {mask.shape}, expected ({len(tokens)},) like tokens")
     region_ids = np.full(len(tokens), TokenRegion.CONTEXT, dtype=np.int8)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
-    for start, end in edges.reshape(-1, 2):
-        region_ids[start:end] = label_regions(tokens[start:end], starts_in_think=starts_in_think, dialect=dialect)
+    turns = _turns(mask)
+    opened = [starts_in_think] * len(turns) if isinstance(starts_in_think, bool) else starts_in_think
+    for (start, end), is_open in zip(turns, opened, strict=True):
+        region_ids[start:end] = label_regions(tokens[start:end], starts_in_think=is_open, dialect=dialect)
     return region_ids
+
+
+def turn_starts(loss_mask: np.ndarray) -> list[int]:
+    """Where each run of sampled tokens begins."""
+    return [int(start) for start, _ in _turns(np.asarray(loss_mask, dtype=bool))]
+
+
+def _turns(mask: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0])))).reshape(-1, 2)
 
 
 def _paint(text: bytes, starts_in_think: bool, dialect: Dialect) -> np.ndarray:

@@ -15,7 +15,7 @@ from megatron_rest.regions.dialect import Dialect, Segment, end_pattern
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["REFERENCE_LIMITS", "Turn", "answer_prefix", "read_turn"]
+__all__ = ["REFERENCE_LIMITS", "Turn", "answer_prefix", "is_thought_open", "read_turn"]
 
 REFERENCE_LIMITS = Limits(characters=1 << 24, depth=256, calls=1 << 12)
 """For text that is data of the user's own: bounded by what a computer bears, not by what an answer may be."""
@@ -33,7 +33,7 @@ class Turn:
     response: str | None  # text for the user; None: there is none
     has_calls: bool  # a call section was opened, whatever is in it
     is_closed: bool  # every call section is
-    calls_start: int = -1  # byte of the first call section's inside; -1: there is none
+    is_response_closed: bool  # and every section of the answer
 
 
 def read_turn(
@@ -89,7 +89,7 @@ def read_turn(
         response=response if said else None,
         has_calls=bool(blocks),
         is_closed=all(block.is_closed for block in blocks),
-        calls_start=blocks[0].start if blocks else -1,
+        is_response_closed=all(segment.is_closed for segment in said),
     )
 
 
@@ -113,7 +113,7 @@ def _read_block(
             return calls, errors
     errors += _junk(raw, (position, block.end), dialect)
     if not calls and not errors:
-        errors = [f"no call in {shown(decoded(raw[block.start : block.end]))}"]
+        errors = ["an empty section" if not raw[block.start : block.end].strip() else "no call in it"]
     return calls, errors[:1]
 
 
@@ -135,7 +135,7 @@ _LINE_ENDS = dict.fromkeys(map(ord, "\x1c\x1d\x1e\x85\u2028\u2029\xa0"), " ")  #
 def answer_prefix(prompt: bytes, dialect: Dialect = TOOLRL) -> str:
     """What the generation prompt has already written of the answer: an opened thought, or an empty one, else nothing.
 
-    ``<think>\\n`` of Qwen3-Thinking and DeepSeek-R1's distills, ``<think>\\n\\n</think>\\n\\n`` of Qwen3 without thinking.
+    The first is what Qwen3-Thinking and DeepSeek-R1's distills do, the second Qwen3 with its thinking switched off.
     """
     for section in dialect.sections:
         if section.region is not TokenRegion.THINK or section.close is None:
@@ -148,3 +148,9 @@ def answer_prefix(prompt: bytes, dialect: Dialect = TOOLRL) -> str:
             if opening.endswith(section.open):
                 return prompt[len(opening) - len(section.open) :].decode("utf-8", "replace")
     return ""
+
+
+def is_thought_open(prefix: str, dialect: Dialect = TOOLRL) -> bool:
+    """Whether what a prompt has written of the answer (:func:`answer_prefix`) leaves a thought open."""
+    opens = [section.open.decode() for section in dialect.sections if section.region is TokenRegion.THINK]
+    return bool(prefix) and prefix.rstrip().endswith(tuple(opens))

@@ -13,7 +13,7 @@ from functools import lru_cache
 from megatron_rest.regions import Dialect, Turn
 from megatron_rest.rewards.findings import Finding
 from megatron_rest.rewards.parsing import Reference
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["format_findings", "turn_findings"]
 

@@ -3,7 +3,8 @@
     S = (Jaccard(names) + sum over reference calls of best(Jaccard(parameter names) + equal values))
         / (1 + sum over reference calls of (1 + number of its parameters))
 
-Texts are compared in NFC.  Jaccard is of multisets.  Each reference call, in order, takes the best unused predicted call of its name (greedy).
+Texts are compared in NFC.  Jaccard is of multisets.
+Each reference call, in order, takes the best unused predicted call of its name (greedy).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from megatron_rest.rewards.findings import Finding
 from megatron_rest.rewards.parsing import ToolCall, canonical
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["match_calls"]
 
@@ -58,9 +59,7 @@ def match_calls(
 
 
 def _canonical(call: ToolCall) -> ToolCall:
-    return ToolCall(
-        name=canonical(call.name), parameters=canonical(call.parameters), raw=canonical(call.raw)
-    )
+    return ToolCall(name=canonical(call.name), parameters=canonical(call.parameters), raw=canonical(call.raw))
 
 
 def _call_score(reference: ToolCall, predicted: ToolCall, strict_sets: bool) -> float:

@@ -58,6 +58,7 @@ class Reference:
     calls: tuple[ToolCall, ...]
     response: str | None
     sections: tuple[str, ...]  # of tool_call and response, those it has, in this order
+    is_closed: bool = True  # every section is
 
     @property
     def wants_calls(self) -> bool:
@@ -87,6 +88,9 @@ _REFERENCE = replace(TOOLRL, name="reference", calls=JsonCalls("parameters", is_
 _REFERENCE_WITHOUT_THOUGHT = replace(_REFERENCE, name="reference without thought", sections=_REFERENCE.sections[1:])
 
 
+_UNCLOSED = "it opens <tool_call> and never closes it"
+
+
 @lru_cache(maxsize=4096)
 def read_reference(ground_truth: str) -> Reference:
     """A reference answer: what people write is read (OpenAI's wrapper, arguments as JSON text, none at all).
@@ -97,13 +101,16 @@ def read_reference(ground_truth: str) -> Reference:
     if turn.thought is not None and not turn.is_thought_closed:
         turn = read_turn(ground_truth, dialect=_REFERENCE_WITHOUT_THOUGHT, limits=REFERENCE_LIMITS)
     if turn.errors or (turn.has_calls and not turn.is_closed):
-        why = turn.errors[0] if turn.errors else "its <tool_call> is never closed"
+        why = (
+            turn.errors[0].replace("an empty section", "an empty <tool_call> section") if turn.is_closed else _UNCLOSED
+        )
         raise ReferenceAnswerError(f"the reference answer cannot be parsed: {why}")
     bad = [call.name for call in turn.calls if not isinstance(call.name, str) or not call.name]
     if bad:
         raise ReferenceAnswerError(f"the reference answer cannot be parsed: the name of a call is {bad[0]!r}")
     sections = (("tool_call", turn.has_calls), ("response", turn.response is not None))
-    return Reference(turn.thought, turn.calls, turn.response, tuple(name for name, is_there in sections if is_there))
+    there = tuple(name for name, is_there in sections if is_there)
+    return Reference(turn.thought, turn.calls, turn.response, there, is_closed=turn.is_response_closed)
 
 
 @lru_cache(maxsize=32)

@@ -10,11 +10,11 @@ whole block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from functools import lru_cache
 
 from megatron_rest.config import RewardConfig
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, ToolCall, read_turn
+from megatron_rest.reward_output import RewardOutput
 from megatron_rest.rewards.answer_format import format_findings, turn_findings
 from megatron_rest.rewards.findings import Finding
 from megatron_rest.rewards.matching import match_calls
@@ -27,7 +27,7 @@ from megatron_rest.rewards.parsing import (
     thought_end,
 )
 from megatron_rest.rewards.schedule import reward_ranges
-from megatron_rest.types import RewardOutput, TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["Judgement", "judge_answer", "tool_call_reward", "why_not_earnable"]
 
@@ -172,9 +172,7 @@ def _judge_tagged(text: str, ground_truth: str, config: RewardConfig) -> Judgeme
     )
 
 
-def _call_accuracy(
-    text: str, reference: tuple[ToolCall, ...], config: RewardConfig
-) -> tuple[float, list[Finding]]:
+def _call_accuracy(text: str, reference: tuple[ToolCall, ...], config: RewardConfig) -> tuple[float, list[Finding]]:
     try:
         predicted = parse_tool_calls(
             text, accept_arguments=config.accept_arguments, opaque_thought=config.opaque_thought

@@ -7,8 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rest.regions.calls import CallSpan, Limits, Schemas, ToolCall, ToolCallError, decoded, json_text
-from megatron_rest.regions.calls import load_json, shown
+from megatron_rest.regions.calls import (
+    CallSpan,
+    Limits,
+    Schemas,
+    ToolCall,
+    ToolCallError,
+    decoded,
+    json_text,
+    load_json,
+    shown,
+)
 
 __all__ = ["BLOCK", "DeepSeekCalls"]
 

@@ -12,8 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rest.regions.calls import CallSpan, Limits, Schemas, ToolCall, ToolCallError, decoded, json_text
-from megatron_rest.regions.calls import load_json, shown
+from megatron_rest.regions.calls import (
+    CallSpan,
+    Limits,
+    Schemas,
+    ToolCall,
+    ToolCallError,
+    decoded,
+    json_text,
+    load_json,
+    shown,
+)
 
 __all__ = ["HEADER", "HarmonyCalls"]
 
@@ -54,7 +63,6 @@ class HarmonyCalls:
         if len(calls) != 1:
             raise ToolCallError(f"harmony ends a turn at its first call, and the answer makes {len(calls)}")
         [(name, arguments)] = calls
-        return (
-            f"<|start|>assistant<|channel|>commentary to={_PREFIX}{name} <|constrain|>json<|message|>"
-            + json_text(arguments)
+        return f"<|start|>assistant<|channel|>commentary to={_PREFIX}{name} <|constrain|>json<|message|>" + json_text(
+            arguments
         )

@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rest.regions.call_formats.json_objects import JsonCalls, matching_bracket
-from megatron_rest.regions.calls import CallSpan, Limits, Schemas, ToolCall, ToolCallError, decoded, json_text
-from megatron_rest.regions.calls import load_json, shown
+from megatron_rest.regions.calls import (
+    CallSpan,
+    Limits,
+    Schemas,
+    ToolCall,
+    ToolCallError,
+    decoded,
+    json_text,
+    load_json,
+    shown,
+)
 
 __all__ = ["MistralCalls"]
 

@@ -19,8 +19,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rest.regions.calls import CallSpan, Limits, Schemas, ToolCall, ToolCallError, decoded, json_text
-from megatron_rest.regions.calls import json_value, shown
+from megatron_rest.regions.calls import (
+    CallSpan,
+    Limits,
+    Schemas,
+    ToolCall,
+    ToolCallError,
+    decoded,
+    json_text,
+    json_value,
+    shown,
+)
 
 __all__ = ["GlmCalls", "QwenXmlCalls"]
 

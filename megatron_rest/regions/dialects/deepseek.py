@@ -15,6 +15,7 @@ DEEPSEEK = Dialect(
     outside=TokenRegion.RESPONSE,
     end_markers=("<｜end▁of▁sentence｜>".encode(),),
     calls=DeepSeekCalls(),
+    control_tokens=("<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
     before_calls="",
     vllm_parser="deepseek_v3",
 )

@@ -1,7 +1,7 @@
 """GLM-4.5 and later: a ``<tool_call>`` block per call, name first, then ``<arg_key>`` and ``<arg_value>`` elements.
 
-The turn of the policy ends where another's begins: a model samples ``<|observation|>`` behind calls, ``<|user|>`` behind
-an answer.
+The turn of the policy ends where another's begins: a model samples ``<|observation|>`` behind calls and
+``<|user|>`` behind an answer.
 """
 
 from megatron_rest.regions.call_formats.xml import GlmCalls
@@ -17,7 +17,7 @@ GLM45 = Dialect(
     outside=TokenRegion.RESPONSE,
     end_markers=(b"<|user|>", b"<|observation|>", b"<|endoftext|>"),
     calls=GlmCalls(),
-    one_call_a_section=True,
+    control_tokens=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     thought_form="\n<think>{}</think>\n",
     call_end="<|observation|>",
     turn_end="<|user|>",

@@ -9,7 +9,7 @@ serving engine recovers it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from megatron_rest.regions.call_formats.harmony import HEADER, HarmonyCalls
 from megatron_rest.regions.dialect import Dialect, Section, Segment
@@ -41,7 +41,7 @@ def _messages(text: bytes, start: int, end: int, opened: Section | None, dialect
         position = yield from _body(text, header.start() if is_call else header.end(), header.end(), end, region)
 
 
-def _body(text: bytes, first: int, body: int, end: int, region: TokenRegion | None) -> Iterator[Segment]:  # type: ignore[misc]
+def _body(text: bytes, first: int, body: int, end: int, region: TokenRegion | None) -> Generator[Segment, None, int]:
     """Segments of a message's body, which begins at ``body``; returns where the next message may begin."""
     terminator = _TERMINATOR.search(text, body, end)
     stop = terminator.start() if terminator else end
@@ -64,11 +64,13 @@ HARMONY = Dialect(
     end_markers=(b"<|return|>", b"<|call|>", b"<|endoftext|>"),
     calls=HarmonyCalls(),
     grammar=_messages,
-    one_call_a_section=True,
+    one_call_a_turn=True,
     thought_form="<|channel|>analysis<|message|>{}<|end|>",
     response_form="<|start|>assistant<|channel|>final<|message|>{}",
     before_calls="<|end|>",
+    control_tokens=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
     call_end="<|call|>",
     turn_end="<|return|>",
     vllm_parser="openai",
+    vllm_parser_reads_text=False,
 )

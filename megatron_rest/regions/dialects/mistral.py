@@ -19,6 +19,7 @@ MISTRAL = Dialect(
     outside=TokenRegion.RESPONSE,
     end_markers=(b"</s>",),
     calls=MistralCalls(),
+    control_tokens=("[ARGS]", "[CALL_ID]"),
     thought_form="[THINK]{}[/THINK]",
     before_calls="",
     vllm_parser="mistral",

@@ -21,5 +21,6 @@ PYTHONIC = Dialect(
     end_markers=(*LLAMA3_END_MARKERS, b"<|eot|>", b"<|eom|>", b"<|im_end|>", b"<|endoftext|>"),
     calls=PythonCalls(),
     bare_calls=re.compile(rb"\[\s*[A-Za-z_][\w.]*\("),
+    dotted_names=False,  # vLLM reads plain names only
     vllm_parser="pythonic",
 )

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rest.data.chat_template import ChatTemplate
 from megatron_rest.rollout.environments.base import Answer, Message, Observation
 from megatron_rest.rollout.environments.calls import Call
 from megatron_rest.rollout.environments.executor import LiteralCall, LiteralExecutor
@@ -161,9 +162,10 @@ def bfcl_prompts(tokenizer: Any, category: str = "multi_turn_base") -> list[Prom
 
     ``tokenizer``: of transformers, with a chat template.
     """
+    template = ChatTemplate.of_tokenizer(tokenizer)
     prompts = []
     for index, row in enumerate(bfcl_rows(category)):
-        text = tokenizer.apply_chat_template(bfcl_messages(row), add_generation_prompt=True, tokenize=False)
+        text = template.render(bfcl_messages(row), add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(
             PromptSample(
