@@ -18,6 +18,7 @@ from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data import prompt_files
 from megatron_rest.data.chat_template import STOCK, ChatTemplate, TemplateError, compiled_template
 from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, dialect_of_template
+from megatron_rest.regions.calls import json_text
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
 
@@ -127,9 +128,18 @@ class ChatTokenizer:
         for message in messages:
             self.check_text(str(message.get("content") or ""))
         try:
-            return self._template.render(messages, tools, add_generation_prompt=True)
+            return self._render(messages, tools)
         except TemplateError as error:
-            raise RowError(str(error)) from error
+            raise RowError(f"the chat template refuses the conversation: {error}") from error
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        try:
+            return self._template.render(messages, tools, add_generation_prompt=True)
+        except TemplateError:
+            told = [_with_text_arguments(message) for message in messages]
+            if told == list(messages):
+                raise
+            return self._template.render(told, tools, add_generation_prompt=True)  # DeepSeek's wants JSON text
 
     def check_text(self, text: str, written_in: Dialect | None = None) -> None:
         """Refuse text that holds control tokens; an answer may hold those of the dialect it is ``written_in``."""
@@ -163,3 +173,15 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments of calls as JSON text, as OpenAI has them."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    told = [
+        {**call, "function": {**call["function"], "arguments": json_text(call["function"]["arguments"])}}
+        for call in calls
+    ]
+    return {**message, "tool_calls": told}

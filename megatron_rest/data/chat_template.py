@@ -91,7 +91,7 @@ class ChatTemplate:
                 )
             )
         except Exception as error:  # a template is a program: whatever it raises
-            raise TemplateError(f"the chat template refuses the conversation: {error}") from error
+            raise TemplateError(str(error)) from error
 
     def behind_answer(self) -> str:
         """What the template writes behind an assistant's answer; where that is nothing, what begins the next turn."""

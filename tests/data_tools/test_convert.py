@@ -89,7 +89,7 @@ def test_columns_hold_what_they_promise(tokenizer: ChatTokenizer, tmp_path: Path
         assert (row["source_file"], row["source_row"]) == ("rlla_sft.json", number)
         assert row["ground_truth"] == row["answer_text"] == reference
         reward = tool_call_reward(row["answer_text"], row["ground_truth"], step=1)
-        assert reward.is_format_valid and reward.total == 4.0
+        assert reward.is_format_valid and reward.accuracy == 1.0
         prompt = tokenizer.decode(row["prompt_token_ids"])
         assert prompt == (
             f"<|im_start|>system\n{source['instruction']}<|im_end|>\n<|im_start|>user\n{source['input']}<|im_end|>\n"

@@ -46,7 +46,7 @@ def _body(text: bytes, first: int, body: int, end: int, region: TokenRegion | No
     terminator = _TERMINATOR.search(text, body, end)
     stop = terminator.start() if terminator else end
     # The last message of a turn ends with the turn itself, whose token is an end marker or was taken away.
-    yield Segment(first, stop, region)
+    yield Segment(first, stop, region, is_closed=terminator is not None or region is not TokenRegion.THINK)
     if terminator is None:
         return end
     if terminator.end() > stop:
