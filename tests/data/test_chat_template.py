@@ -1,4 +1,4 @@
-"""Rendering: what transformers makes of a template, on the same day everywhere; append-only templates that are shipped."""
+"""Rendering: what transformers makes of a template, on the same day everywhere; the shipped append-only templates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FEATURES = {
     "tojson indented": "{{ tools | tojson(indent=4) }}",
     "tools": "{% if tools %}{{ tools | length }}{{ tools[0] | tojson }}{% endif %}" + LOOP + SAY,
     "break and continue": "{% for m in messages %}{% if loop.index == 3 %}{% break %}{% endif %}{{ m.role }}"
-    "{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+    "{% endfor %}{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "macro": "{% macro say(m) %}[{{ m.content }}]{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
     "neighbours": "{% for m in messages %}{{ loop.previtem.role if not loop.first }}{{ loop.last }}{% endfor %}",
