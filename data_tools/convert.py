@@ -238,6 +238,7 @@ def _identity(options: ConvertOptions, sources: list[Source], tokenizer: ChatTok
             "chat_template_identity": tokenizer.template_identity,
             "end_of_turn": tokenizer.end_of_turn,
             "chat_template": options.chat_template,
+            "chat_template_sha256": hashlib.sha256(tokenizer.template_text.encode()).hexdigest(),
             "generation_prompt": tokenizer.generation_prompt,
             "template_date": TEMPLATE_DATE.date().isoformat(),
             "dialect": encode.dialect,

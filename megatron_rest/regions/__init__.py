@@ -28,7 +28,7 @@ from megatron_rest.regions.dialects.pythonic import PYTHONIC
 from megatron_rest.regions.dialects.qwen3_coder import QWEN3_CODER
 from megatron_rest.regions.dialects.toolrl import TOOLRL, TOOLRL_TAGS_ONLY
 from megatron_rest.regions.label import label_regions, label_rollout, region_spans, turn_starts
-from megatron_rest.regions.read import REFERENCE_LIMITS, Turn, answer_prefix, is_thought_open, read_turn
+from megatron_rest.regions.read import REFERENCE_LIMITS, Turn, answer_prefix, in_tags, is_thought_open, read_turn
 from megatron_rest.regions.tokens import token_bytes_table
 from megatron_rest.token_region import TokenRegion
 
@@ -57,6 +57,7 @@ __all__ = [
     "answer_prefix",
     "dialect_of_template",
     "find_dialect",
+    "in_tags",
     "is_thought_open",
     "label_regions",
     "label_rollout",

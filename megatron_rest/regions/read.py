@@ -15,7 +15,7 @@ from megatron_rest.regions.dialect import Dialect, Segment, end_pattern
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["REFERENCE_LIMITS", "Turn", "answer_prefix", "is_thought_open", "read_turn"]
+__all__ = ["REFERENCE_LIMITS", "Turn", "answer_prefix", "in_tags", "is_thought_open", "read_turn"]
 
 REFERENCE_LIMITS = Limits(characters=1 << 24, depth=256, calls=1 << 12)
 """For text that is data of the user's own: bounded by what a computer bears, not by what an answer may be."""
@@ -154,3 +154,17 @@ def is_thought_open(prefix: str, dialect: Dialect = TOOLRL) -> bool:
     """Whether what a prompt has written of the answer (:func:`answer_prefix`) leaves a thought open."""
     opens = [section.open.decode() for section in dialect.sections if section.region is TokenRegion.THINK]
     return bool(prefix) and prefix.rstrip().endswith(tuple(opens))
+
+
+def in_tags(text: str, dialect: Dialect, schemas: Schemas = _NO_SCHEMAS) -> str:
+    """A turn of any dialect in ToolRL's tags, which files of answers keep: they are scored without the model at hand.
+
+    What is unreadable stays so: its errors stand in a block of their own.
+    """
+    if dialect is TOOLRL:
+        return text
+    turn = read_turn(text, dialect=dialect, schemas=schemas)
+    calls = [(call.name, call.parameters) for call in turn.calls]
+    unclosed = ("a call section is never closed",) if turn.has_calls and not turn.is_closed and not calls else ()
+    wrong = "".join(f"\n<tool_call>\n{error}\n</tool_call>" for error in (*turn.errors, *unclosed))
+    return TOOLRL.write(calls, thought=turn.thought, response=turn.response) + wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig, WeightSource
 from megatron_rest.data.alignment import PackingAlignment, packing_alignment
 from megatron_rest.data.batching import make_train_batch
+from megatron_rest.data.chat_template import STOCK, ChatTemplate
 from megatron_rest.data.prompt_files import read_manifest
 from megatron_rest.data.prompts import PromptDataset
 from megatron_rest.hf_folder import load_tokenizer, stop_token_ids
@@ -192,7 +194,20 @@ def eos_token_id(model_path: str | Path) -> int:
 def chat_settings(config: RestConfig) -> ChatSettings:
     """How the run talks with its model.  :class:`ConfigError` where configuration and prompts disagree."""
     name = dialect_name(config.model.dialect, config.data.train)
-    return ChatSettings(dialect=name, chat_template=config.model.chat_template)
+    chat = ChatSettings(dialect=name, chat_template=config.model.chat_template)
+    made = read_manifest(Path(config.data.train)).get("tokenizer", {}) if config.data.train else {}
+    choice = str(made.get("chat_template", STOCK))
+    if choice != STOCK:
+        try:
+            used = ChatTemplate.of_folder(config.model.path, chat.chat_template).text
+        except ValueError as error:
+            raise ConfigError(f"model.chat_template: {error}") from error
+        if hashlib.sha256(used.encode()).hexdigest() != made.get("chat_template_sha256"):
+            raise ConfigError(
+                f"model.chat_template is {chat.chat_template}, but the prompts of {config.data.train} were prepared with "
+                f"--chat-template {choice}: set model.chat_template={choice}, or convert them again"
+            )
+    return chat
 
 
 def turn_ends(config: RestConfig, chat: ChatSettings) -> list[int]:
