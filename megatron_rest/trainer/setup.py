@@ -204,8 +204,8 @@ def chat_settings(config: RestConfig) -> ChatSettings:
             raise ConfigError(f"model.chat_template: {error}") from error
         if hashlib.sha256(used.encode()).hexdigest() != made.get("chat_template_sha256"):
             raise ConfigError(
-                f"model.chat_template is {chat.chat_template}, but the prompts of {config.data.train} were prepared with "
-                f"--chat-template {choice}: set model.chat_template={choice}, or convert them again"
+                f"model.chat_template is {chat.chat_template}, but the prompts of {config.data.train} were prepared "
+                f"with --chat-template {choice}: set model.chat_template={choice}, or convert them again"
             )
     return chat
 
