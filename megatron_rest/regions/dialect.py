@@ -106,6 +106,7 @@ class Dialect:
     response_form: str = "{}"
     response_first: bool = True  # before the calls
     before_calls: str = "\n"  # between the answer for the user and the calls
+    turn_start: str = ""  # that the generation prompt has written; what follows in a turn begins with it again
     call_end: str = ""  # end of a turn that makes calls, where it is not the template's end of turn
     turn_end: str = ""  # end of any other turn, where no template shows it
     control_tokens: tuple[str, ...] = ()  # that answers hold beside the sections' tags
@@ -142,7 +143,8 @@ class Dialect:
         called = self.calls.write(calls) if calls else ""
         parts = [said, called] if self.response_first else [called, said]
         text = self.before_calls.join(part for part in parts if part)
-        return (self.thought_form.replace("{}", thought, 1) if thought is not None else "") + text
+        whole = (self.thought_form.replace("{}", thought, 1) if thought is not None else "") + text
+        return whole.removeprefix(self.turn_start)
 
 
 @lru_cache(maxsize=64)

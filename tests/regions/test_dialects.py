@@ -39,7 +39,7 @@ BY_HAND = {
         "<parameter=a>\n1\n</parameter>",
     ),
     "harmony": (
-        '<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}',
+        '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}',
         "f",
         '{"a": 1}',
     ),

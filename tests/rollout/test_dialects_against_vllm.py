@@ -43,7 +43,7 @@ def test_what_we_write_vllm_reads(name: str) -> None:
 
     dialect = DIALECTS[name]
     if not dialect.vllm_parser_reads_text:
-        pytest.skip(f"vLLM's parser of {name} reads token ids of a vocabulary that no package brings")
+        pytest.skip(f"vLLM's parser of {name} reads token ids: test_harmony_by_token_ids")
     request: Any = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "q"}], tools=TOOLS, seed=None)
     tokens = [*dialect.tags(), *dialect.control_tokens, "<|python_tag|>"]
     tokenizer = tokenizer_with([t for t in tokens if name != "mistral" or t != "[ARGS]"])
@@ -57,3 +57,40 @@ def test_what_we_write_vllm_reads(name: str) -> None:
         parser = ToolParserManager.get_tool_parser(dialect.vllm_parser)(tokenizer, request.tools)
         found = parser.extract_tool_calls(text, request).tool_calls
         assert ours == [(c.function.name, json.loads(c.function.arguments)) for c in found] == calls
+
+
+def test_harmony_by_token_ids() -> None:
+    """gpt-oss' parser works on ids of its own vocabulary, whose file no package brings."""
+    import os
+
+    if not os.environ.get("TIKTOKEN_ENCODINGS_BASE"):
+        pytest.skip("TIKTOKEN_ENCODINGS_BASE names no folder with o200k_base.tiktoken")
+    from vllm.entrypoints.openai.parser.harmony_utils import get_encoding
+    from vllm.parser.harmony import HarmonyParser
+
+    dialect, encoding = DIALECTS["harmony"], get_encoding()
+
+    class Parser(HarmonyParser):
+        """Without a model's tokenizer, which it asks for on broken text only."""
+
+        reasoning_parser = tool_parser = True
+
+        def __init__(self) -> None:
+            self._parser = None
+            self._next_tool_call_index = self._num_processed_messages = 0
+            self._num_counted_tokens = self._num_reasoning_tokens = 0
+            self._current_message_tokens: list[int] = []
+
+    for calls, thought, response in (
+        *((calls[:1], thought, None) for calls in CALLS for thought in (None, "hm, {x}")),
+        ([], "t", "Fertig ✅"),
+    ):
+        text = dialect.write(calls, thought=thought, response=response) + (
+            dialect.call_end if calls else dialect.turn_end
+        )
+        ids = encoding.encode(text, allowed_special="all")
+        reasoning, content, found = Parser().parse(text, None, model_output_token_ids=ids)
+        turn = read_turn(text, dialect=dialect)
+        assert (turn.thought, turn.response) == (reasoning, content)
+        assert [(c.name, c.parameters) for c in turn.calls] == calls
+        assert [(c.name, json.loads(c.arguments)) for c in found or []] == calls

@@ -68,6 +68,7 @@ HARMONY = Dialect(
     thought_form="<|channel|>analysis<|message|>{}<|end|>",
     response_form="<|start|>assistant<|channel|>final<|message|>{}",
     before_calls="<|end|>",
+    turn_start="<|start|>assistant",
     control_tokens=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"),
     call_end="<|call|>",
     turn_end="<|return|>",
