@@ -166,17 +166,20 @@ def bfcl_prompts(
     """Tools, first user turn, generation prompt; every task of a category.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: of transformers, with a chat template (or anything that renders and encodes as one does).
         category: of :data:`CATEGORIES`.
         chat: template and dialect of the run; in ToolRL's and Hermes' the tools stand in the system message as text.
     """
     chat = chat or ChatSettings()
-    template = chat.template(tokenizer)
+    template = chat.template(tokenizer) if hasattr(tokenizer, "chat_template") else None
     in_text = chat.reads in (TOOLRL, HERMES)
     prompts = []
     for index, row in enumerate(bfcl_rows(category)):
         messages, tools = (bfcl_messages(row), None) if in_text else bfcl_native(row)
-        text = template.render(messages, tools, add_generation_prompt=True)
+        if template is None:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        else:
+            text = template.render(messages, tools, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(
             PromptSample(
