@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from data_tools.errors import RowError
+from megatron_rest.rewards.parsing import ReferenceAnswerError, read_reference
 
 # ToolRL's own stand-in for a missing thought.
 PLACEHOLDER_THOUGHT = "I should use the appropriate tool with proper parameters to respond to the user's need."
@@ -54,39 +55,17 @@ def dumps(value: Any) -> str:
 
 
 def parse_answer(text: str) -> Answer:
-    """Split a tagged reference answer; raises :class:`RowError` where the reward could not read it either."""
-    thought = _THINK.search(text)
-    body = text[thought.end() :] if thought else text  # a thought may mention the tags
-    calls_text, response = _section(body, "tool_call"), _section(body, "response")
-    if calls_text is None and response is None:
+    """Split a tagged reference answer, as the reward reads it; :class:`RowError` with the reason where it could not."""
+    try:
+        reference = read_reference(text)
+    except ReferenceAnswerError as error:
+        raise RowError(str(error)) from error
+    if not reference.sections:
         raise RowError("the reference answer has neither <tool_call> nor <response>: is this the right column?")
-    calls = _parse_calls(calls_text) if calls_text is not None else []
-    return Answer(thought.group(1).strip() if thought else None, calls, response)
-
-
-def _section(text: str, tag: str) -> str | None:
-    start = text.find(f"<{tag}>")
-    if start < 0:
-        return None
-    end = text.find(f"</{tag}>", start)
-    if end < 0:
-        raise RowError(f"the reference answer opens <{tag}> and never closes it")
-    return text[start + len(tag) + 2 : end].strip()
-
-
-def _parse_calls(text: str) -> list[dict[str, Any]]:
-    calls = []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        try:
-            call = loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"a tool call of the reference is not JSON ({error}): {line[:120]!r}") from error
-        calls.append(check_call(call))
-    if not calls:
-        raise RowError("the reference answer has an empty <tool_call> section")
-    return calls
+    if not reference.is_closed:
+        raise RowError("the reference answer opens <response> and never closes it")
+    calls = [{"name": call.name, "parameters": call.parameters} for call in reference.calls]
+    return Answer(reference.thought, calls, reference.response)
 
 
 def check_call(call: Any) -> dict[str, Any]:
@@ -108,16 +87,44 @@ def check_call(call: Any) -> dict[str, Any]:
     return {"name": call["name"], "parameters": parameters}
 
 
-def compose_answer(calls: list[dict[str, Any]], *, think: str | None = None, response: str | None = None) -> str:
-    """The tagged text of an answer that came in parts."""
-    parts = [f"<think> {think or PLACEHOLDER_THOUGHT} </think>"]
+def compose_answer(
+    calls: list[dict[str, Any]], *, think: str | None = None, response: str | None = None, placeholder: bool = True
+) -> str:
+    """The tagged text of an answer that came in parts.  ``placeholder``: ToolRL's sentence for a missing thought."""
+    parts = [f"<think> {think or PLACEHOLDER_THOUGHT} </think>"] if think or placeholder else []
     if calls:
         parts.append("\n".join(["<tool_call>", *(dumps(call) for call in calls), "</tool_call>"]))
     if response is not None:
         parts.append(f"<response> {response} </response>")
-    if len(parts) == 1:
+    if not calls and response is None:
         raise RowError("the reference answer has neither tool calls nor a response")
     return "\n".join(parts)
+
+
+def leading_thought(text: str) -> tuple[str | None, str]:
+    """``<think> ... </think>`` at the beginning of a message's content, and the rest.
+
+    A thought that the template opened has its closing tag only.
+    """
+    opened = re.match(r"\s*(?:<think>)?(.*?)</think>", text, re.DOTALL)
+    if opened is None or "<tool_call>" in opened[1] or "<response>" in opened[1]:
+        return None, text
+    return opened[1].strip() or None, text[opened.end() :].lstrip()
+
+
+def with_thought(text: str, think: Any) -> str:
+    """Tagged text with the thought that stood beside it, where it has none itself."""
+    if not isinstance(think, str) or not think.strip() or "<think>" in text:
+        return text
+    return f"<think> {think.strip()} </think>\n{text}"
+
+
+_TAGS = re.compile(r"</?(think|tool_call|response)>")
+
+
+def without_tags(thought: str) -> str:
+    """A thought that mentions tags by their names only: the published reward takes the first tag anywhere for one."""
+    return _TAGS.sub(r"\1", thought)
 
 
 def shorten_thought(text: str, max_words: int) -> str:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,47 @@ import numpy as np
 from data_tools.errors import DataError, RowError
 from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data import prompt_files
+from megatron_rest.data.chat_template import STOCK, ChatTemplate, TemplateError, compiled_template
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, dialect_of_template
+from megatron_rest.regions.calls import json_text
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
 
 
 class ChatTokenizer:
-    """Chat template and token ids of one tokenizer folder."""
+    """Chat template and token ids of one tokenizer folder.
 
-    def __init__(self, folder: str | Path) -> None:
+    ``dialect`` is how answers are written (its tags are text, whatever the vocabulary calls them); ``template`` is
+    stock, append_only or a path, as ``model.chat_template``.
+    """
+
+    def __init__(self, folder: str | Path, *, dialect: Dialect = TOOLRL, template: str = STOCK) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise DataError(f"tokenizing needs the package tokenizers: {_INSTALL}") from error
         self.folder = Path(folder)
+        self.dialect = dialect
         if not (self.folder / "tokenizer.json").is_file():
             raise DataError(f"--tokenizer: {folder} has no tokenizer.json: give a Hugging Face folder (fast tokenizer)")
         try:
-            self.template_text = prompt_files.chat_template(folder)
             self.template_identity = prompt_files.template_identity(folder)
-            self._config = prompt_files.tokenizer_config(folder)
+            self._template = ChatTemplate.of_folder(folder, template)
         except ValueError as error:
             raise DataError(f"--tokenizer: {error}") from error
+        self.template_text = self._template.text
         try:
             self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # the Rust side raises nothing narrower
             raise DataError(f"--tokenizer: {self.folder}/tokenizer.json does not load: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template = _compile(self.template_text)
+        try:
+            compiled_template(self._template.text)
+        except ImportError as error:
+            raise DataError(f"chat templates need the package jinja2: {_INSTALL}") from error
+        except TemplateError as error:
+            raise DataError(f"--tokenizer: {error}") from error
         self._words = WordEncoder(self._tokenizer, exact=cuts_are_exact(self._spec), separator=separator(self._spec))
 
     @cached_property
@@ -60,16 +72,36 @@ class ChatTokenizer:
         return dict(json.loads(self._tokenizer.to_str()))
 
     @cached_property
+    def template_dialect(self) -> Dialect | None:
+        """The dialect in which the chat template shows calls; None where it shows none."""
+        return dialect_of_template(self._template.tool_text or self.template_text)
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template writes for the model to go on from."""
+        return self._template.generation_prompt()
+
+    def answer_prefix(self, prompt: str) -> str:
+        """What a rendered prompt has written of the answer already: an opened thought, or an empty one."""
+        return answer_prefix(prompt[-64:].encode("utf-8", "surrogatepass"), self.dialect)
+
+    @cached_property
     def end_of_turn(self) -> str:
-        """The token a model ends its turn with: ``<|im_end|>`` where the vocabulary has it, else ``eos_token``."""
-        eos = self._config.get("eos_token")
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        for token in ("<|im_end|>", eos):
+        """The token a model ends its turn with: what the chat template writes behind an answer, else ``eos_token``."""
+        eos = prompt_files.special_tokens(self.folder).get("eos_token")
+        added = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        for token in (self.dialect.turn_end, self._template.end_of_turn(added), eos):
             if token and self._tokenizer.token_to_id(token) is not None:
                 return str(token)
         raise DataError(
             f"--tokenizer: {self.folder} names no end-of-turn token: set eos_token in tokenizer_config.json"
         )
+
+    @cached_property
+    def end_of_calls_id(self) -> int:
+        """Id that ends a turn which makes calls: the same, but for dialects that have one of their own."""
+        own = self._tokenizer.token_to_id(self.dialect.call_end) if self.dialect.call_end else None
+        return self.end_of_turn_id if own is None else int(own)
 
     @cached_property
     def end_of_turn_id(self) -> int:
@@ -83,28 +115,37 @@ class ChatTokenizer:
 
     @cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """Special tokens: in the text of a message they would change the structure of the conversation."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        return tuple(sorted(token.content for token in added if token.special))
+        """Special tokens: in the text of a message they would change the structure of the conversation.
 
-    def render(self, messages: Sequence[dict[str, str]], tools: list[Any] | None = None) -> str:
+        Tags of thoughts, calls and answers are text, also where a vocabulary calls them special.
+        """
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        text = {*TOOLRL.tags(), *self.dialect.tags()}
+        return tuple(sorted(token.content for token in added if token.special and token.content not in text))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The prompt as text, generation prompt included."""
         for message in messages:
-            self.check_text(message["content"])
-        special = {
-            k: v.get("content") if isinstance(v, dict) else v for k, v in self._config.items() if k.endswith("_token")
-        }
+            self.check_text(str(message.get("content") or ""))
         try:
-            return str(
-                self._template.render(messages=list(messages), tools=tools, add_generation_prompt=True, **special)
-            )
-        except Exception as error:  # a template is a program: whatever it raises, this row is refused
+            return self._render(messages, tools)
+        except TemplateError as error:
             raise RowError(f"the chat template refuses the conversation: {error}") from error
 
-    def check_text(self, text: str) -> None:
-        """Refuse text that holds control tokens."""
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        try:
+            return self._template.render(messages, tools, add_generation_prompt=True)
+        except TemplateError:
+            told = [_with_text_arguments(message) for message in messages]
+            if told == list(messages):
+                raise
+            return self._template.render(told, tools, add_generation_prompt=True)  # DeepSeek's wants JSON text
+
+    def check_text(self, text: str, written_in: Dialect | None = None) -> None:
+        """Refuse text that holds control tokens; an answer may hold those of the dialect it is ``written_in``."""
+        allowed = written_in.control_tokens if written_in is not None else ()
         for token in self.control_tokens:
-            if token in text:
+            if token in text and token not in allowed:
                 raise RowError(f"the text contains the control token {token}: it would start or end a turn")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -134,24 +175,13 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
-def _compile(template: str) -> Any:
-    """Compile a chat template as ``transformers`` does (sandboxed)."""
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise DataError(f"chat templates need the package jinja2: {_INSTALL}") from error
-
-    def refuse(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime(2000, 1, 1).strftime(pattern)  # same bytes every day
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise DataError(f"--tokenizer: the chat template does not compile: {error}") from error
+def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments of calls as JSON text, as OpenAI has them."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    told = [
+        {**call, "function": {**call["function"], "arguments": json_text(call["function"]["arguments"])}}
+        for call in calls
+    ]
+    return {**message, "tool_calls": told}

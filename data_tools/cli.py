@@ -79,6 +79,21 @@ def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         help="shorten reference thoughts to N words in answer_text, for warm starts of toy models; ground_truth keeps "
         "the original (default: 0, keep)",
     )
+    p.add_argument(
+        "--dialect",
+        default="auto",
+        metavar="NAME",
+        help="how prompts ask for calls and answers write them: toolrl (tags in the text), or the model's own, by its "
+        "chat template: hermes, llama3_json, qwen3_coder, harmony, glm45, mistral, mistral_v11, deepseek, "
+        "deepseek_v31, pythonic.  auto (default): toolrl where the rows' own system message asks for its tags or the "
+        "template shows no calls, else the template's; the manifest says which",
+    )
+    p.add_argument(
+        "--chat-template",
+        default="stock",
+        metavar="NAME",
+        help="stock (default), append_only or a path: as model.chat_template of the run",
+    )
     _add_input_options(p)
     p.add_argument("--licence", default="", metavar="TEXT", help="licence and attribution, kept in the manifest")
     p.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")

@@ -32,13 +32,12 @@ def inspect(args: argparse.Namespace) -> int:
 
 def validate(args: argparse.Namespace) -> int:
     """Check a prepared folder, or try raw rows."""
-    from data_tools.chat import ChatTokenizer
     from data_tools.folders import is_prepared
     from data_tools.layouts import load_columns
-    from data_tools.validate import MOST_FINDINGS, validate_prepared, validate_raw
+    from data_tools.validate import MOST_FINDINGS, open_as_prepared, validate_prepared, validate_raw
 
     if len(args.path) == 1 and is_prepared(args.path[0]):
-        tokenizer = ChatTokenizer(args.tokenizer) if args.tokenizer else None
+        tokenizer = open_as_prepared(args.path[0], args.tokenizer) if args.tokenizer else None
         findings = list(islice(validate_prepared(args.path[0], tokenizer=tokenizer), MOST_FINDINGS))
         print("\n".join(findings) or f"{args.path[0]}: good")
         return 1 if findings else 0
@@ -99,7 +98,9 @@ def convert(args: argparse.Namespace) -> int:
                 prompt_style=args.prompt_style,
                 max_think_words=args.max_think_words,
                 columns=load_columns(args.map, args.column),
+                dialect=args.dialect,
             ),
+            chat_template=args.chat_template,
             split=args.split,
             licence=args.licence,
             strict=args.strict,

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,20 @@ from tqdm import tqdm
 
 import megatron_rest
 from data_tools.chat import ChatTokenizer
-from data_tools.encode import EncodedChunk, EncodeOptions, encode_chunk
-from data_tools.errors import DataError
+from data_tools.encode import DEFAULT_RULES, EncodedChunk, EncodeOptions, encode_chunk
+from data_tools.errors import DataError, RowError
+from data_tools.layouts import normalise
+from data_tools.native import asks_for_tags
 from data_tools.readers import Chunk, Source, count_rows, read_chunks, resolve_inputs
 from data_tools.writer import OutputFolder, sha256_file
+from megatron_rest.data.chat_template import TEMPLATE_DATE
 from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, SCHEMA_VERSION
 from megatron_rest.data.prompt_style import STYLES
+from megatron_rest.regions import DIALECTS, TOOLRL, find_dialect
 
+AUTO = "auto"
 FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
+MOST_ROWS_FOR_DIALECT = 4096  # that are looked at for a usable one
 MOST_PROCESSES = 16  # unless asked for: one process reads and writes for all, and is busy with about ten of them
 GC_THRESHOLD = 100_000  # rows of a chunk are thousands of objects without cycles: looking for some costs a tenth
 _STYLE_NOTES = {
@@ -58,8 +64,12 @@ class ConvertOptions:
     processes: int = 0
     rows_per_shard: int = 1 << 16
     progress_bar: bool = True
+    chat_template: str = "stock"
+    """stock, append_only or a path, as ``model.chat_template``."""
 
     def __post_init__(self) -> None:
+        if self.encode.dialect not in (AUTO, *DIALECTS):
+            raise DataError(f"--dialect is {self.encode.dialect!r}, expected auto or one of {', '.join(DIALECTS)}")
         if self.encode.prompt_style not in STYLES:
             raise DataError(f"--prompt-style is {self.encode.prompt_style!r}, expected one of {', '.join(STYLES)}")
         if self.encode.max_think_words < 0:
@@ -69,13 +79,19 @@ class ConvertOptions:
         if self.rows_per_shard < 1:
             raise DataError(f"--rows-per-shard is {self.rows_per_shard}, expected at least 1")
 
+    def open_tokenizer(self) -> ChatTokenizer:
+        """For the dialect, which must be decided."""
+        dialect = find_dialect(self.encode.dialect)
+        return ChatTokenizer(self.tokenizer, dialect=dialect, template=self.chat_template)
+
 
 def convert_rows(options: ConvertOptions) -> dict[str, Any]:
     """Run a conversion (or go on with an interrupted one) and return its manifest."""
     if options.output.exists() and not options.overwrite:
         raise DataError(f"{options.output} exists: give --overwrite to replace it, or another --output")
     sources = resolve_inputs(options.inputs, split=options.split)
-    tokenizer = ChatTokenizer(options.tokenizer)
+    options = _with_dialect(options, sources)
+    tokenizer = options.open_tokenizer()
     identity = _identity(options, sources, tokenizer)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     metadata = {
@@ -91,6 +107,24 @@ def convert_rows(options: ConvertOptions) -> dict[str, Any]:
         if folder.progress.num_out == 0:
             raise DataError(_nothing_usable(folder))
         return folder.finish(identity, overwrite=options.overwrite)
+
+
+def _with_dialect(options: ConvertOptions, sources: list[Source]) -> ConvertOptions:
+    """Decide ``auto``: ToolRL's tags where the first usable row's own system message asks for them, or where the chat
+    template shows no calls; else the template's dialect."""
+    if options.encode.dialect != AUTO:
+        return options
+    dialect = ChatTokenizer(options.tokenizer, template=options.chat_template).template_dialect or TOOLRL
+    if dialect is not TOOLRL:
+        rows = (row for chunk in read_chunks(sources) for _, row in chunk.rows())
+        for row in islice(rows, MOST_ROWS_FOR_DIALECT):
+            try:
+                if asks_for_tags(normalise(row, options.encode.columns)):
+                    dialect = TOOLRL
+                break
+            except RowError:
+                continue
+    return replace(options, encode=replace(options.encode, dialect=dialect.name))
 
 
 def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) -> None:
@@ -118,20 +152,20 @@ def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator
     remaining = iter(chunks)
     head = list(islice(remaining, FEWEST_CHUNKS_FOR_A_POOL)) if processes > 1 else []
     if len(head) < FEWEST_CHUNKS_FOR_A_POOL:
-        tokenizer = ChatTokenizer(options.tokenizer)
+        tokenizer = options.open_tokenizer()
         for chunk in (*head, *remaining) if processes > 1 else remaining:
             yield encode_chunk(chunk, tokenizer, options.encode)
         return
     # The parent is one of the processes: it encodes while workers start (importing takes them a second), and later
     # whenever all of them have a next chunk waiting.  With many workers it is kept busy by reading and writing instead.
     context = multiprocessing.get_context("spawn")  # threads of pyarrow and tokenizers do not survive a fork
-    arguments = (options.tokenizer, options.encode)
+    arguments = (options,)
     most_in_pool = 2 * (processes - 1)
     waiting: deque[Future[EncodedChunk]] = deque()
     with ProcessPoolExecutor(processes - 1, mp_context=context, initializer=_start_worker, initargs=arguments) as pool:
         try:
             is_started = pool.submit(_say_ready)
-            tokenizer = ChatTokenizer(options.tokenizer)
+            tokenizer = options.open_tokenizer()
             for chunk in chain(head, remaining):
                 if is_started.done() and sum(not future.done() for future in waiting) < most_in_pool:
                     waiting.append(pool.submit(_work, chunk))
@@ -163,15 +197,15 @@ def available_cores() -> int:
 _encode: Callable[[Chunk], EncodedChunk] | None = None
 
 
-def _start_worker(tokenizer_folder: Path, options: EncodeOptions) -> None:
+def _start_worker(options: ConvertOptions) -> None:
     global _encode
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
     pa.set_cpu_count(1)
-    tokenizer = ChatTokenizer(tokenizer_folder)
+    tokenizer = options.open_tokenizer()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
-    _encode = lambda chunk: encode_chunk(chunk, tokenizer, options)  # noqa: E731
+    _encode = lambda chunk: encode_chunk(chunk, tokenizer, options.encode)  # noqa: E731
 
 
 def _die_with_parent() -> None:
@@ -203,7 +237,13 @@ def _identity(options: ConvertOptions, sources: list[Source], tokenizer: ChatTok
             "identity": tokenizer.identity,
             "chat_template_identity": tokenizer.template_identity,
             "end_of_turn": tokenizer.end_of_turn,
+            "chat_template": options.chat_template,
+            "chat_template_sha256": hashlib.sha256(tokenizer.template_text.encode()).hexdigest(),
+            "generation_prompt": tokenizer.generation_prompt,
+            "template_date": TEMPLATE_DATE.date().isoformat(),
+            "dialect": encode.dialect,
         },
+        "references": {"earn_full_marks_under": asdict(DEFAULT_RULES)},
         "options": {
             "prompt_style": encode.prompt_style,
             "max_think_words": encode.max_think_words,
@@ -261,5 +301,9 @@ def describe(manifest: dict[str, Any], output: Path) -> str:
         f"{output}: {counts['rows_in']} rows in, {counts['rows_out']} out, {counts['rows_quarantined']} quarantined"
         f" ({sum(shard['bytes'] for shard in manifest['outputs']) / 1e6:.1f} MB, {MANIFEST_NAME})"
     ]
+    made = manifest["tokenizer"]
+    lines.append(f"  dialect {made.get('dialect', TOOLRL.name)}, answers end with {made.get('end_of_turn')}")
+    rewritten = counts.get("rewritten_reasons", {})
+    lines += [f"  {number} references rewritten so that they do: {reason}" for reason, number in rewritten.items()]
     lines += [f"  quarantined {number}: {reason}" for reason, number in counts["quarantine_reasons"].items()]
     return "\n".join(lines)

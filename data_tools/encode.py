@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +14,16 @@ from data_tools import answers
 from data_tools.chat import ChatTokenizer
 from data_tools.errors import RowError
 from data_tools.layouts import Columns, Example, normalise
+from data_tools.native import native_answer, native_ground_truth, native_messages, native_tools
 from data_tools.readers import Chunk
+from megatron_rest.config import RewardConfig
 from megatron_rest.data import prompt_style
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
-from megatron_rest.regions import region_spans
+from megatron_rest.regions import TOOLRL, Dialect, is_thought_open, region_spans
+from megatron_rest.rewards import why_not_earnable
+
+DEFAULT_RULES = RewardConfig()
+"""The rules by which a reference must earn its own reward; a run with other rules checks again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +36,8 @@ class EncodeOptions:
     """Shorten the thought of answer_text to so many words; 0 = keep.  ground_truth is never touched."""
     columns: Columns | None = None
     """Column mapping; None = recognise the layout."""
+    dialect: str = "auto"
+    """How prompts ask for calls and answers write them (:mod:`megatron_rest.regions.dialects`), or auto."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,8 @@ class EncodedChunk:
     num_in: int
     batch: pa.RecordBatch
     refused: list[Refused] = field(default_factory=list)
+    rewritten: Counter[str] = field(default_factory=Counter)
+    """References that were written anew because they did not earn their own reward as they came, by reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +67,83 @@ class _Ready:
 
     row: int
     example: Example
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    ground_truth: str
     prompt: str
-    answer: str
+    answer: str  # what follows the prompt
+    is_opened: bool  # the prompt has opened the thought
+    rewritten: str  # why the reference is not as it came; empty: it is
 
 
 def encode_chunk(chunk: Chunk, tokenizer: ChatTokenizer, options: EncodeOptions) -> EncodedChunk:
-    """Normalise, render and tokenise the rows of a chunk.  Every row ends up in the batch or among the refused."""
+    """Normalise, render and tokenise the rows of a chunk, in the tokenizer's dialect.  Every row ends up in the batch
+    or among the refused."""
+    dialect = tokenizer.dialect
+    prepare = _prepare_tagged if dialect is TOOLRL else _prepare_native
     ready, refused = [], []
     for number, row in chunk.rows():
         try:
             if isinstance(row, RowError):
                 raise row
-            ready.append(_prepare(number, normalise(row, options.columns), tokenizer, options))
+            ready.append(prepare(number, normalise(row, options.columns), tokenizer, options, dialect))
         except RowError as error:
             refused.append(Refused(chunk.source, number, str(error), None if isinstance(row, RowError) else row))
-    return EncodedChunk(chunk.num_rows, _columns(chunk.source, ready, tokenizer), refused)
+    rewritten = Counter(item.rewritten for item in ready if item.rewritten)
+    return EncodedChunk(chunk.num_rows, _columns(chunk.source, ready, tokenizer), refused, rewritten)
 
 
-def _prepare(row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions) -> _Ready:
-    answer = example.ground_truth
+def _prepare_tagged(
+    row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions, dialect: Dialect
+) -> _Ready:
+    """Everything as text in ToolRL's tags."""
+    ground_truth, rewritten = check_reference(example)
+    answer = ground_truth
     if options.max_think_words:
         answer = answers.shorten_thought(answer, options.max_think_words)
-    tokenizer.check_text(answer)
     messages = prompt_style.apply_style(example.messages, options.prompt_style)
-    return _Ready(row, example, messages, tokenizer.render(messages), answer)
+    return _ready(row, example, messages, ground_truth, tokenizer.render(messages), answer, tokenizer, rewritten)
+
+
+def _prepare_native(
+    row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions, dialect: Dialect
+) -> _Ready:
+    """Tools and calls by the chat template, the answer in the model's own dialect."""
+    ground_truth, answer = native_ground_truth(example), native_answer(example, dialect)
+    why = why_not_earnable(answer, ground_truth, config=DEFAULT_RULES, dialect=dialect)
+    if why:
+        raise RowError(why)
+    messages = native_messages(example)
+    prompt = tokenizer.render(messages, native_tools(example.tools))
+    return _ready(row, example, messages, ground_truth, prompt, answer, tokenizer, "")
+
+
+def _ready(
+    row: int,
+    example: Example,
+    messages: list[dict[str, Any]],
+    ground_truth: str,
+    prompt: str,
+    answer: str,
+    tokenizer: ChatTokenizer,
+    rewritten: str,
+) -> _Ready:
+    prefix = tokenizer.answer_prefix(prompt)
+    answer = continued(answer, prefix, tokenizer.dialect)
+    tokenizer.check_text(answer, tokenizer.dialect)
+    opened = is_thought_open(prefix, tokenizer.dialect)
+    return _Ready(row, example, messages, ground_truth, prompt, answer, opened, rewritten)
+
+
+def check_reference(example: Example) -> tuple[str, str]:
+    """The reference in tags and why it is not as it came; RowError where it cannot earn its own reward."""
+    why = why_not_earnable(example.ground_truth, example.ground_truth, config=DEFAULT_RULES)
+    if not why:
+        return example.ground_truth, ""
+    think = answers.without_tags(example.think) if example.think else None
+    anew = answers.compose_answer(example.calls, think=think, response=example.response)
+    if why_not_earnable(anew, anew, config=DEFAULT_RULES):
+        raise RowError(why)
+    return anew, why
 
 
 def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.RecordBatch:
@@ -88,18 +151,20 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
     prompts, replies = ids[: len(ready)], ids[len(ready) :]
     # the end of turn starts where the text ends
     starts = [tokenizer.token_starts(reply, item.answer) for reply, item in zip(replies, ready, strict=True)]
-    spans = [region_spans(item.answer.encode()) for item in ready]
-    end_of_turn = np.array([tokenizer.end_of_turn_id], dtype=np.int32)
+    spans = [
+        region_spans(item.answer.encode(), starts_in_think=item.is_opened, dialect=tokenizer.dialect) for item in ready
+    ]
+    ends = [tokenizer.end_of_calls_id if item.example.calls else tokenizer.end_of_turn_id for item in ready]
     columns = {
         "prompt_id": [item.example.prompt_id for item in ready],
         "prompt_token_ids": _lists(prompts),
         "messages": [answers.dumps(item.messages) for item in ready],
         "answer_text": [item.answer for item in ready],
-        "answer_token_ids": _lists([np.concatenate([reply, end_of_turn]) for reply in replies]),
+        "answer_token_ids": _lists([np.append(reply, np.int32(end)) for reply, end in zip(replies, ends, strict=True)]),
         "answer_token_starts": _lists(starts),
         "answer_region_ends": _lists([ends for ends, _ in spans]),
         "answer_region_ids": _lists([region_ids for _, region_ids in spans], np.int8),
-        "ground_truth": [item.example.ground_truth for item in ready],
+        "ground_truth": [item.ground_truth for item in ready],
         "tools": [item.example.tools_json for item in ready],
         "calls": [item.example.calls_json for item in ready],
         "source_file": [source] * len(ready),
@@ -116,3 +181,18 @@ def _lists(rows: Sequence[np.ndarray | None], dtype: type[np.signedinteger] = np
     values = np.concatenate([np.zeros(0, dtype=dtype), *(row for row in rows if row is not None)])
     mask = pa.array([row is None for row in rows], pa.bool_()) if any(row is None for row in rows) else None
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=mask)
+
+
+def continued(answer: str, prefix: str, dialect: Dialect) -> str:
+    """What is left to write of an answer behind a prompt that has written ``prefix`` of it."""
+    thought = dialect.thought
+    if not prefix or thought is None or thought.close is None:
+        return answer
+    opening, closing = thought.open.decode(), thought.close.decode()
+    head, has_thought, rest = answer.partition(closing)
+    has_thought = has_thought if head.lstrip().startswith(opening) else ""
+    if not is_thought_open(prefix, dialect):  # the prompt has closed an empty thought
+        return rest.lstrip() if has_thought else answer
+    if not has_thought:
+        return f"{closing}\n\n{answer}"
+    return head.lstrip().removeprefix(opening).lstrip() + closing + rest

@@ -28,6 +28,7 @@ from megatron_rest.data import prompt_style
 Message = dict[str, str]
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, by server and by library
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +77,7 @@ class Columns:
 class Example:
     """One row, whatever layout it came in."""
 
-    messages: list[Message]
+    messages: list[Message]  # tools written into the system message in ToolRL's form
     ground_truth: str  # tagged reference answer
     calls: list[dict[str, Any]]
     tools: list[dict[str, Any]]
@@ -85,6 +86,7 @@ class Example:
     calls_json: str
     tools_json: str
     prompt_id: str  # hash of prompt and reference as they came: the same for every tokenizer and prompt style
+    own_messages: list[Message] = dataclasses.field(default_factory=list, compare=False)  # as they came
 
 
 def load_columns(path: str | None, pairs: Sequence[str]) -> Columns | None:
@@ -231,13 +233,15 @@ def _assistant(message: Row) -> Example:
     content = message.get("content")
     text = _content(content, "assistant") if content is not None else ""
     calls = message.get("tool_calls")
+    think = next((message[key] for key in _THOUGHT_KEYS if message.get(key)), None)
     if not calls and ("<tool_call>" in text or "<response>" in text):
-        return _build([], text, None)
+        return _build([], answers.with_thought(text, think), None)
+    leading, text = answers.leading_thought(text)
     return _parts(
         [],
         calls=calls,
         response=text if text.strip() else None,
-        think=message.get("reasoning_content"),
+        think=think or leading,
         tools=None,
     )
 
@@ -269,6 +273,7 @@ def _build(messages: list[Message], ground_truth: str, tools: Any) -> Example:
     if messages and messages[-1]["role"] == "assistant":
         raise RowError("the prompt ends with an assistant message: nothing is left to answer")
     answer = answers.parse_answer(ground_truth)
+    own_messages = messages
     listed = answers.check_tools(tools)
     tools_json = _json_text(listed)  # before they are written anywhere: what JSON cannot hold is refused
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
@@ -280,6 +285,7 @@ def _build(messages: list[Message], ground_truth: str, tools: Any) -> Example:
         tools_json = _json_text(listed)
     return Example(
         messages=messages,
+        own_messages=own_messages,
         ground_truth=ground_truth,
         calls=answer.calls,
         tools=listed,

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.chat import ChatTokenizer
+from data_tools.encode import check_reference
 from data_tools.errors import DataError, RowError
 from data_tools.folders import PreparedFolder, lists
 from data_tools.layouts import Columns, normalise
 from data_tools.readers import read_chunks, resolve_inputs
 from data_tools.writer import sha256_file
-from megatron_rest.regions import region_spans
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, find_dialect, is_thought_open, region_spans
 
 MOST_FINDINGS = 50
 
@@ -32,9 +33,28 @@ def validate_prepared(path: str | Path, *, tokenizer: ChatTokenizer | None = Non
     if damaged:
         return  # rows of a damaged file say nothing new
     row = 0
+    dialect, opened = _dialect(folder)
     for batch in folder.batches():
-        yield from _check_rows(batch, row, tokenizer)
+        yield from _check_rows(batch, row, tokenizer, dialect, opened)
         row += batch.num_rows
+
+
+def open_as_prepared(path: str | Path, tokenizer: Path) -> ChatTokenizer:
+    """The tokenizer with the dialect and the template that the folder was prepared with."""
+    folder = PreparedFolder(path)
+    template = str(folder.manifest.get("tokenizer", {}).get("chat_template", "stock"))
+    return ChatTokenizer(tokenizer, dialect=_dialect(folder)[0], template=template)
+
+
+def _dialect(folder: PreparedFolder) -> tuple[Dialect, bool]:
+    """The dialect of a prepared folder, and whether its prompts have opened the thought."""
+    made = folder.manifest.get("tokenizer", {})
+    try:
+        dialect = find_dialect(str(made.get("dialect", TOOLRL.name)))
+    except ValueError as error:
+        raise DataError(f"{folder.path}: {error}") from error
+    prefix = answer_prefix(str(made.get("generation_prompt", "")).encode(), dialect)
+    return dialect, is_thought_open(prefix, dialect)
 
 
 def _check_counts(folder: PreparedFolder) -> Iterator[str]:
@@ -73,7 +93,9 @@ def _check_identity(folder: PreparedFolder, tokenizer: ChatTokenizer) -> Iterato
         yield f"prepared with another chat template than {tokenizer.folder}"
 
 
-def _check_rows(batch: pa.RecordBatch, first: int, tokenizer: ChatTokenizer | None) -> Iterator[str]:
+def _check_rows(
+    batch: pa.RecordBatch, first: int, tokenizer: ChatTokenizer | None, dialect: Dialect, opened: bool
+) -> Iterator[str]:
     prompt_offsets, prompt_ids = lists(batch, "prompt_token_ids")
     answer_offsets, answer_ids = lists(batch, "answer_token_ids")
     size = tokenizer.vocab_size if tokenizer else np.iinfo(np.int32).max
@@ -89,7 +111,7 @@ def _check_rows(batch: pa.RecordBatch, first: int, tokenizer: ChatTokenizer | No
         starts = values["answer_token_starts"]
         if starts is not None and (len(starts) != len(answer) or np.any(np.diff(starts) < 0)):
             yield f"{where}: answer_token_starts does not fit answer_token_ids"
-        ends, region_ids = region_spans(values["answer_text"].encode())
+        ends, region_ids = region_spans(values["answer_text"].encode(), starts_in_think=opened, dialect=dialect)
         if values["answer_region_ends"] != ends.tolist() or values["answer_region_ids"] != region_ids.tolist():
             yield f"{where}: the stored regions are not those of answer_text"
         for name in ("tools", "calls", "messages"):
@@ -100,7 +122,7 @@ def _check_rows(batch: pa.RecordBatch, first: int, tokenizer: ChatTokenizer | No
 
 
 def _check_text(where: str, answer: np.ndarray, text: str, tokenizer: ChatTokenizer) -> Iterator[str]:
-    if answer[-1] != tokenizer.end_of_turn_id:
+    if answer[-1] not in (tokenizer.end_of_turn_id, tokenizer.end_of_calls_id):
         yield f"{where}: the answer does not end with {tokenizer.end_of_turn}"
     elif tokenizer.decode(answer[:-1].tolist()) != text:
         yield f"{where}: answer_token_ids do not decode to answer_text"
@@ -125,7 +147,7 @@ def validate_raw(
             try:
                 if isinstance(row, RowError):
                     raise row
-                normalise(row, columns)
+                check_reference(normalise(row, columns))
             except RowError as error:
                 reasons[str(error).split(":")[0][:80]] += 1
                 if len(findings) < MOST_FINDINGS:

@@ -41,6 +41,7 @@ class Progress:
     quarantine_bytes: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
+    rewritten: dict[str, int] = field(default_factory=dict)  # references written anew, by reason
 
 
 class _Shard:
@@ -131,6 +132,8 @@ class OutputFolder:
             self._quarantine.write(_quarantine_line(refused))
             reason = _kind(refused.reason)
             progress.reasons[reason] = progress.reasons.get(reason, 0) + 1
+        for reason, number in chunk.rewritten.items():
+            progress.rewritten[_kind(reason)] = progress.rewritten.get(_kind(reason), 0) + number
         progress.num_chunks += 1
         progress.num_in += chunk.num_in
         progress.num_out += chunk.batch.num_rows
@@ -184,6 +187,8 @@ class OutputFolder:
                 "rows_out": progress.num_out,
                 "rows_quarantined": progress.num_quarantined,
                 "quarantine_reasons": dict(sorted(progress.reasons.items())),
+                "references_rewritten": sum(progress.rewritten.values()),
+                "rewritten_reasons": dict(sorted(progress.rewritten.items())),
             },
             "outputs": progress.shards,
             "quarantine": {

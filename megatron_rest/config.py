@@ -25,6 +25,7 @@ import yaml
 from megatron_rest.pass_through import OURS
 
 __all__ = [
+    "DIALECT_NAMES",
     "TRANSPORTS",
     "AdvantageConfig",
     "AdvantageEstimator",
@@ -54,6 +55,22 @@ __all__ = [
     "to_dict",
     "validate",
 ]
+
+
+DIALECT_NAMES = (
+    "toolrl",
+    "hermes",
+    "llama3_json",
+    "qwen3_coder",
+    "harmony",
+    "glm45",
+    "mistral",
+    "mistral_v11",
+    "deepseek",
+    "deepseek_v31",
+    "pythonic",
+)
+"""Values of ``model.dialect`` beside ``auto``: the table of :mod:`megatron_rest.regions.dialects`."""
 
 
 class ConfigError(ValueError):
@@ -116,12 +133,21 @@ class ModelConfig:
     """Longest prompt + response in tokens; longer ones are refused, never cut."""
     dtype: str = "float32"
     """Training precision: float32 or bfloat16."""
+    dialect: str = "auto"
+    """How turns are written: toolrl, hermes, llama3_json, qwen3_coder, harmony, glm45, mistral, mistral_v11, deepseek,
+    deepseek_v31 or pythonic; auto = as the prompts were prepared (their manifest says it)."""
+    chat_template: str = "stock"
+    """stock: the folder's own; append_only: one that never rewrites what was said, for environments (shipped for the
+    families whose own drops earlier thoughts); or a path."""
     head: str = "fused"
     """fused: log-probs from hidden states, rows without loss are not projected; logits: through logits of every row."""
 
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.head", self.head, ("fused", "logits"))
+        _one_of("model.dialect", self.dialect, ("auto", *DIALECT_NAMES))
+        if not self.chat_template:
+            raise ConfigError("model.chat_template is empty: stock, append_only or a path")
         _at_least("model.max_sequence_length", self.max_sequence_length, 2)
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rest.config import ConfigError
+from megatron_rest.data import prompt_files
+from megatron_rest.data.chat_template import STOCK, ChatTemplate
+from megatron_rest.regions import TOOLRL, Dialect
 
-__all__ = ["load_tokenizer", "refuse_remote_code"]
+__all__ = ["load_tokenizer", "refuse_remote_code", "stop_token_ids"]
 
 _FILES = ("config.json", "tokenizer_config.json")  # whose ``auto_map`` transformers and vLLM would follow
 
@@ -53,3 +56,56 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise ConfigError(
             f"model.path: the tokenizer of {folder} does not load ({type(error).__name__}: {error})"
         ) from error
+
+
+def stop_token_ids(
+    folder: str | Path, *, dialect: Dialect = TOOLRL, chat_template: str = STOCK, end_of_turn: str = ""
+) -> list[int]:
+    """Ids that end a turn, the template's own end of turn first.
+
+    They are what the chat template writes behind an answer (and the dialect's own ends, where it has some), the
+    ``eos_token``, and every id of ``generation_config.json`` (of ``config.json`` where there is none): a base model's
+    ``eos_token`` ends documents, while its template ends turns.
+
+    Args:
+        folder: HF folder with tokenizer.json.
+        dialect: how the model writes.
+        chat_template: stock, append_only or a path.
+        end_of_turn: the token that ends the answers of prepared prompts (their manifest names it); goes first.
+
+    Raises :class:`ConfigError` if there is none, so that no answer would ever end, or if ``end_of_turn`` is no token.
+    """
+    spec = _read_object(Path(folder) / "tokenizer.json")
+    vocab = spec.get("model", {}).get("vocab")
+    ids = dict(vocab) if isinstance(vocab, dict) else {}
+    added = {token["content"]: int(token["id"]) for token in spec.get("added_tokens") or []}
+    ids |= added
+    try:
+        from_template = ChatTemplate.of_folder(folder, chat_template).end_of_turn(list(added))
+    except ValueError:  # a folder without a template: what prepared prompts say, and eos_token
+        from_template = ""
+    if end_of_turn and end_of_turn not in ids:
+        raise ConfigError(
+            f"model.path: answers of the prepared prompts end with {end_of_turn!r}, which is no token of {folder}: "
+            "convert the data again with --tokenizer of this folder"
+        )
+    eos = prompt_files.special_tokens(folder).get("eos_token")
+    names = (end_of_turn, dialect.turn_end, from_template, dialect.call_end, eos)
+    found = [ids[name] for name in names if name and name in ids]
+    generation = Path(folder) / "generation_config.json"
+    ends = _read_object(generation if generation.is_file() else Path(folder) / "config.json").get("eos_token_id")
+    found += [int(i) for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
+    if not found:
+        raise ConfigError(
+            f"model.path: {folder} names no token that ends a turn (neither its chat template nor eos_token nor "
+            "generation_config.json), so no answer would ever end"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rest.reward_output import RewardOutput
 from megatron_rest.token_region import TokenRegion
 
 __all__ = [
@@ -97,18 +98,6 @@ class RolloutGroup:
         wrong = {r.prompt_id for r in self.rollouts} - {self.prompt.prompt_id}
         if wrong:
             raise ValueError(f"group of prompt {self.prompt.prompt_id} holds rollouts of {sorted(wrong)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardOutput:
-    """Reward of one rollout, its parts separate so that each can be plotted."""
-
-    total: float  # format + correctness, what the advantage is computed from
-    format: float
-    correctness: float
-    is_format_valid: bool
-    accuracy: float  # S_acc in [0, 1]: the correctness score before scaling; independent of the schedule
-    detail: tuple[str, ...] = ()  # what was wrong, one line a finding, for people
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,18 +67,44 @@ def tokenizer_identity(folder: str | Path) -> str:
     return _digest(json.dumps(parts, sort_keys=True, ensure_ascii=True))
 
 
-def chat_template(folder: str | Path) -> str:
-    """The chat template of an HF tokenizer folder (``chat_template.jinja`` first, then ``tokenizer_config.json``)."""
+def chat_template(folder: str | Path, *, for_tools: bool = False) -> str:
+    """The chat template of an HF tokenizer folder (``chat_template.jinja`` first, then ``tokenizer_config.json``).
+
+    Where a folder has a list of templates it is the one called default, or ``for_tools`` the one called tool_use.
+    """
     folder = Path(folder)
     jinja = folder / "chat_template.jinja"
+    named = folder / "additional_chat_templates" / "tool_use.jinja"
+    if for_tools and named.is_file():
+        return named.read_text(encoding="utf-8")
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
     template: Any = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = (by_name.get("tool_use") if for_tools else None) or by_name.get("default")
     if not isinstance(template, str) or not template:
         raise ValueError(f"{folder} has no chat template: add chat_template.jinja to the tokenizer folder")
     return template
+
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def special_tokens(folder: str | Path) -> dict[str, Any]:
+    """Tokens with a role (``bos_token`` ...) as templates may name them: from any file of the folder that says."""
+    found: dict[str, Any] = {}
+    path = Path(folder) / "special_tokens_map.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for source in (values, tokenizer_config(folder)):
+        if not isinstance(source, dict):
+            continue
+        extra = source.get("extra_special_tokens")
+        for name, token in {**(extra if isinstance(extra, dict) else {}), **source}.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if (name in _ROLES or (name.endswith("_token") and not name.startswith("add_"))) and isinstance(text, str):
+                found[name] = text
+    return found
 
 
 def tokenizer_config(folder: str | Path) -> dict[str, Any]:

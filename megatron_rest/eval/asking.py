@@ -18,7 +18,8 @@ import numpy as np
 from megatron_rest.data.prompt_style import apply_style
 from megatron_rest.eval.cases import Answer, EvalCase
 from megatron_rest.eval.selection import draw
-from megatron_rest.regions import token_bytes_table
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, in_tags, token_bytes_table
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import Exam
 from megatron_rest.rollout.environments.calls import parse_calls
 from megatron_rest.rollout.translator import ChatTranslator
@@ -65,10 +66,21 @@ class Interviewer:
         prompt_style: how the training data was written (megatron_rest.data.prompt_style).
         max_model_len: tokens of prompt and answer together.
         max_response_tokens: longest answer; conversations may fill the context.
+        chat: template and dialect of the model; None = the tokenizer's template, ToolRL's tags.
     """
 
-    def __init__(self, tokenizer: Any, *, prompt_style: str, max_model_len: int, max_response_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        prompt_style: str,
+        max_model_len: int,
+        max_response_tokens: int,
+        chat: ChatSettings | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._chat = chat or ChatSettings()
+        self._template = self._chat.template(tokenizer)
         self._style = prompt_style
         self._max_model_len = max_model_len
         self._max_response_tokens = max_response_tokens
@@ -91,28 +103,31 @@ class Interviewer:
     def exams(self, cases: Sequence[EvalCase]) -> list[CaseExam]:
         """The cases, which must fit, by environment.
 
-        Raises ValueError for conversations with a chat template that does not end a turn with ``eos_token``.
+        Raises ValueError for conversations with a chat template that ends a turn with no token.
         """
         environments = dict.fromkeys(case.environment for case in cases)
         return [self._exam(name, [case for case in cases if case.environment == name]) for name in environments]
 
     def answer(self, case: EvalCase, rollout: Rollout) -> Answer:
-        """What the policy said; bytes that are no UTF-8 become U+FFFD."""
+        """What the policy said, in ToolRL's tags (``regions.in_tags``); bytes that are no UTF-8 become U+FFFD."""
         if not case.environment:
-            return self._text(rollout.token_ids)
+            return self._in_tags(case, self._prefix(case) + self._text(rollout.token_ids))
         edges = np.flatnonzero(np.diff(rollout.loss_mask.astype(np.int8))) + 1
-        texts = [self._text(part) for part in np.split(rollout.token_ids, edges)[::2]]  # between them tools and users
+        prefix = self._prefix(case)  # the same for every turn
+        texts = [prefix + self._text(p) for p in np.split(rollout.token_ids, edges)[::2]]  # between: tools and users
         turns: list[list[str]] = [[]]
         for text in texts:
-            turns[-1].append(text)
-            calls = parse_calls(text)
+            turns[-1].append(self._in_tags(case, text))
+            calls = parse_calls(text, dialect=self._reads(case))
             if not calls.calls and not calls.errors:  # as the environment has it: the user speaks next
                 turns.append([])
         return turns if turns[-1] else turns[:-1]
 
     def _exam(self, environment: str, cases: Sequence[EvalCase]) -> CaseExam:
         if environment:
-            ChatTranslator(self._tokenizer)  # raises for a chat template that no conversation can be appended to
+            ChatTranslator(
+                self._tokenizer, chat=self._chat
+            )  # raises for a chat template that no conversation can be appended to
         prompts = tuple(
             PromptSample(prompt_id=case.case_id, token_ids=self._encode(case), ground_truth=case.task) for case in cases
         )
@@ -125,11 +140,26 @@ class Interviewer:
 
     def _encode(self, case: EvalCase) -> np.ndarray:
         if case.case_id not in self._encoded:
-            messages = apply_style(case.messages, self._style)
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            if self._reads(case) is TOOLRL:
+                messages = apply_style(case.messages, self._style)
+                text = self._template.render(messages, add_generation_prompt=True)
+            else:
+                tools = list(case.native_tools)
+                text = self._template.render(case.native_messages, tools, add_generation_prompt=True)
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             self._encoded[case.case_id] = np.asarray(ids, dtype=np.int32)
         return self._encoded[case.case_id]
+
+    def _reads(self, case: EvalCase) -> Dialect:
+        """The model's dialect, but for cases whose own text asks for ToolRL's tags."""
+        return self._chat.reads if case.native_messages else TOOLRL
+
+    def _in_tags(self, case: EvalCase, text: str) -> str:
+        return in_tags(text, self._reads(case), case.schemas)
+
+    def _prefix(self, case: EvalCase) -> str:
+        """What the generation prompt has written of the answer."""
+        return answer_prefix(self._text(self._encode(case)[-32:]).encode(), self._reads(case))
 
     def _text(self, token_ids: np.ndarray) -> str:
         return b"".join(self._bytes[i] for i in token_ids).decode("utf-8", errors="replace")

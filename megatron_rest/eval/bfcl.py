@@ -25,6 +25,7 @@ from megatron_rest.data.prompt_style import ROLE_SENTENCE, write_tools
 from megatron_rest.eval import bfcl_multi_turn
 from megatron_rest.eval.cases import CORRECT, EvalCase, Score
 from megatron_rest.rewards.parsing import ToolCall, ToolCallError, answer_text, parse_tool_calls
+from megatron_rest.rollout.environments.bfcl import native_tool
 
 __all__ = ["CATEGORIES", "SINGLE_TURN", "data_folder", "load", "load_entries", "load_possible_answers", "score"]
 
@@ -77,6 +78,8 @@ def _cases(category: str) -> list[EvalCase]:
             case_id=entry["id"],
             category=category,
             messages=_messages(entry, category),
+            native_messages=tuple(entry["question"][0]),
+            native_tools=tuple(native_tool(_described(function, category)) for function in entry["function"]),
             score=partial(score, category=category, entry=entry, possible=answers.get(entry["id"])),
         )
         for entry in load_entries(category)
@@ -169,6 +172,17 @@ def _messages(entry: dict[str, Any], category: str) -> tuple[dict[str, str], ...
 
 
 def _tool(function: dict[str, Any], category: str) -> dict[str, Any]:
+    """A function in ToolRL's form: the parameters themselves, each required one marked."""
+    described = _described(function, category)
+    required = function["parameters"].get("required", [])
+    described["parameters"] = {
+        name: {**value, "required": True} if name in required else value
+        for name, value in described["parameters"].get("properties", {}).items()
+    }
+    return described
+
+
+def _described(function: dict[str, Any], category: str) -> dict[str, Any]:
     """A function as the leaderboard shows it to models that answer in JSON: Java and JavaScript values are strings."""
     described = dict(function)
     properties = {name: dict(value) for name, value in function["parameters"].get("properties", {}).items()}
@@ -180,10 +194,7 @@ def _tool(function: dict[str, Any], category: str) -> dict[str, Any]:
             value["description"] = f"{value['description']} A {language} {value['type']}{of}, written as a string."
             value["type"] = "string"
             value.pop("items", None)
-    required = function["parameters"].get("required", [])
-    described["parameters"] = {
-        name: {**value, "required": True} if name in required else value for name, value in properties.items()
-    }
+    described["parameters"] = {**function["parameters"], "properties": properties}
     return described
 
 

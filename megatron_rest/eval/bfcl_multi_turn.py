@@ -20,6 +20,7 @@ from megatron_rest.rollout.environments.bfcl import (
     CATEGORIES,
     bfcl_executor,
     bfcl_messages,
+    bfcl_native,
     bfcl_objects,
     bfcl_rows,
     bfcl_task,
@@ -38,17 +39,21 @@ def load(category: str) -> list[EvalCase]:
     Raises ModuleNotFoundError with the command that installs ``bfcl-eval`` if it is not there.
     """
     references = {row["id"]: row["ground_truth"] for row in bfcl_rows(category, answers=True)}
-    return [
-        EvalCase(
+    cases = []
+    for row in bfcl_rows(category):
+        native_messages, native_tools = bfcl_native(row)
+        case = EvalCase(
             case_id=row["id"],
             category=category,
             messages=tuple(bfcl_messages(row)),
             score=partial(score, row=row, reference=references[row["id"]]),
             environment="bfcl",
             task=bfcl_task(row),
+            native_messages=tuple(native_messages),
+            native_tools=tuple(native_tools),
         )
-        for row in bfcl_rows(category)
-    ]
+        cases.append(case)
+    return cases
 
 
 def score(turns: list[list[str]], *, row: dict[str, Any], reference: list[list[str]]) -> Score:

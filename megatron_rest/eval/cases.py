@@ -37,3 +37,12 @@ class EvalCase:
     score: Callable[[Any], Score]  # of an Answer: with an environment a conversation, else a text
     environment: str = ""  # what the model talks to (as rollout.environment); empty: it answers once
     task: str = ""  # how that environment finds the case
+    # The same question where the chat template shows tools in the model's own dialect; none: ``messages`` ask for tags.
+    native_messages: tuple[dict[str, str], ...] = ()
+    native_tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def schemas(self) -> dict[str, dict[str, Any]]:
+        """``{tool: {parameter: JSON schema}}`` of the native tools."""
+        functions = [tool["function"] for tool in self.native_tools]
+        return {f["name"]: f["parameters"].get("properties", {}) for f in functions}

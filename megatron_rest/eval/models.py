@@ -13,6 +13,7 @@ import yaml
 
 from megatron_rest.eval.decontamination import Decontamination, decontamination_of
 from megatron_rest.hf_folder import load_tokenizer
+from megatron_rest.rollout.chat import AUTO, ChatSettings, dialect_name
 
 __all__ = ["Model", "find_model"]
 
@@ -42,12 +43,13 @@ class Model:
         """Of transformers; only local files, no remote code."""
         return load_tokenizer(self.folder)
 
-    def eos_token_id(self) -> int:
-        """End of a turn, as in training."""
-        found = self.tokenizer().eos_token_id
-        if found is None:
-            raise ValueError(f"the tokenizer of {self.folder} names no eos_token, so no answer would ever end")
-        return int(found)
+    def chat(self) -> ChatSettings:
+        """Template and dialect, as in training: those of its prompts; an exported folder brings its template."""
+        return ChatSettings(dialect=dialect_name(AUTO, self.training_data[0] if self.training_data else ""))
+
+    def stop_token_ids(self) -> list[int]:
+        """Ends of a turn, as in training."""
+        return self.chat().stop_token_ids(self.folder)
 
     def identity(self) -> dict[str, Any]:
         """Changes when the weights do: other files, sizes or times."""

@@ -26,7 +26,9 @@ from megatron_rest.config import ConfigError, RestConfig, RewardConfig, load, to
 from megatron_rest.data.prompts import PromptDataset  # noqa: E402
 from megatron_rest.eval.scoring import write_json  # noqa: E402
 from megatron_rest.hf_folder import load_tokenizer  # noqa: E402
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix  # noqa: E402
 from megatron_rest.rewards import tool_call_reward  # noqa: E402
+from megatron_rest.rollout.chat import ChatSettings, dialect_name  # noqa: E402
 from megatron_rest.types import PromptSample, RolloutGroup  # noqa: E402
 
 __all__ = ["RESULT_FILE", "judge_group", "main", "sample_run"]
@@ -35,11 +37,17 @@ RESULT_FILE = "prompt_sets.json"
 _SEED = 20_250_921  # of the sampling; any, but the same for every policy
 
 
-def judge_group(group: RolloutGroup, table: Sequence[bytes], reward: RewardConfig) -> dict[str, Any]:
+def judge_group(
+    group: RolloutGroup, table: Sequence[bytes], reward: RewardConfig, dialect: Dialect = TOOLRL
+) -> dict[str, Any]:
     """Rewards of one prompt's answers, one entry an answer; the schedule is switched off, so steps do not matter."""
     static = dataclasses.replace(reward, schedule=False)
+    prefix = answer_prefix(b"".join(table[i] for i in group.prompt.token_ids[-32:]), dialect)
     answers = [b"".join(table[i] for i in r.token_ids).decode("utf-8", errors="replace") for r in group.rollouts]
-    judged = [tool_call_reward(answer, group.prompt.ground_truth, step=0, config=static) for answer in answers]
+    truth = group.prompt.ground_truth
+    judged = [
+        tool_call_reward(answer, truth, step=0, config=static, prefix=prefix, dialect=dialect) for answer in answers
+    ]
     return {
         "prompt_id": group.prompt.prompt_id,
         "answer": answers,
@@ -70,12 +78,14 @@ def sample_run(
     prompts = {name: _prompts(folders, config, model, limit) for name, folders in sets.items()}
     tokenizer = load_tokenizer(model)
     table = token_bytes_table(tokenizer)
+    first = next(iter(sets.values()))[0]
+    chat = ChatSettings(dialect=dialect_name(config.model.dialect, first))
     engine = VllmEngine(
         model,
         dataclasses.replace(config.rollout, replicas=0, tensor_parallel=1, environment=""),
         seed=_SEED,
         max_model_len=config.model.max_sequence_length,
-        stop_token_ids=[int(tokenizer.eos_token_id)],
+        stop_token_ids=chat.stop_token_ids(model),
     )
     try:
         results = {}
@@ -86,7 +96,7 @@ def sample_run(
                 seed=_SEED,
                 max_response_tokens=config.rollout.max_response_tokens,
             )
-            results[name] = [judge_group(group, table, config.reward) for group in groups]
+            results[name] = [judge_group(group, table, config.reward, chat.reads) for group in groups]
     finally:
         engine.close()
     result = {"settings": settings, "sets": results}

@@ -67,6 +67,7 @@ def evaluate(model: Model, output: Path, settings: RunSettings) -> None:
         prompt_style=settings.prompt_style,
         max_model_len=context,
         max_response_tokens=settings.max_response_tokens,
+        chat=model.chat(),
     )
     asked: dict[str, list[EvalCase]] = {}
     left_out: dict[str, list[EvalCase]] = {}
@@ -161,7 +162,8 @@ def _start_engine(model: Model, settings: RunSettings, context: int) -> RolloutE
         config,
         seed=0,
         max_model_len=context,
-        stop_token_ids=[model.eos_token_id()],
+        stop_token_ids=model.stop_token_ids(),
+        chat=model.chat(),
         in_process=settings.tensor_parallel == 1,
     )
 

@@ -15,12 +15,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megatron_rest.regions.dialect import Dialect, Section, end_pattern, tag_pattern
+from megatron_rest.regions.dialect import Dialect, Section, end_pattern
 from megatron_rest.regions.dialects.toolrl import TOOLRL
-from megatron_rest.regions.json_calls import call_spans
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["label_regions", "label_rollout", "region_spans"]
+__all__ = ["label_regions", "label_rollout", "region_spans", "turn_starts"]
 
 Span = tuple[int, int, TokenRegion]
 
@@ -34,7 +33,6 @@ _BY_PRIORITY = (
 )
 _REGION_OF_PRIORITY = np.array(_BY_PRIORITY, dtype=np.int8)
 _PRIORITY = {region: priority for priority, region in enumerate(_BY_PRIORITY)}
-_WHITE_SPACE = b" \t\r\n"
 
 
 def label_regions(tokens: Sequence[bytes], *, starts_in_think: bool = False, dialect: Dialect = TOOLRL) -> np.ndarray:
@@ -88,7 +86,7 @@ def label_rollout(
     tokens: Sequence[bytes],
     loss_mask: np.ndarray,
     *,
-    starts_in_think: bool = False,
+    starts_in_think: bool | Sequence[bool] = False,
     dialect: Dialect = TOOLRL,
 ) -> np.ndarray:
     """Regions of a multi-turn rollout: every run of sampled tokens is a turn of its own, tool outputs are CONTEXT.
@@ -96,7 +94,8 @@ def label_rollout(
     Args:
         tokens: bytes of each token, sampled or appended.
         loss_mask: bool ``[n]``, True where the policy sampled the token.
-        starts_in_think: the template opens the thought of *every* assistant turn.
+        starts_in_think: the template opens the thought of *every* assistant turn; or, turn by turn
+            (:func:`turn_starts`), whether it did.
         dialect: as in :func:`label_regions`.
 
     Returns:
@@ -106,10 +105,20 @@ def label_rollout(
     if mask.shape != (len(tokens),):
         raise ValueError(f"loss_mask has shape {mask.shape}, expected ({len(tokens)},) like tokens")
     region_ids = np.full(len(tokens), TokenRegion.CONTEXT, dtype=np.int8)
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
-    for start, end in edges.reshape(-1, 2):
-        region_ids[start:end] = label_regions(tokens[start:end], starts_in_think=starts_in_think, dialect=dialect)
+    turns = _turns(mask)
+    opened = [starts_in_think] * len(turns) if isinstance(starts_in_think, bool) else starts_in_think
+    for (start, end), is_open in zip(turns, opened, strict=True):
+        region_ids[start:end] = label_regions(tokens[start:end], starts_in_think=is_open, dialect=dialect)
     return region_ids
+
+
+def turn_starts(loss_mask: np.ndarray) -> list[int]:
+    """Where each run of sampled tokens begins."""
+    return [int(start) for start, _ in _turns(np.asarray(loss_mask, dtype=bool))]
+
+
+def _turns(mask: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0])))).reshape(-1, 2)
 
 
 def _paint(text: bytes, starts_in_think: bool, dialect: Dialect) -> np.ndarray:
@@ -131,45 +140,12 @@ def _scan(text: bytes, starts_in_think: bool, dialect: Dialect) -> Iterator[Span
 
 
 def _scan_turn(text: bytes, start: int, end: int, opened: Section | None, dialect: Dialect) -> Iterator[Span]:
-    """Inside a section only its own closing tag counts, so a tag mentioned in a thought opens nothing."""
-    sections = {section.open: section for section in dialect.sections}
-    tags = tag_pattern(dialect)
-    position = start
-    while position < end:
-        if opened is None:
-            tag = tags.search(text, position, end)
-            outside_end = tag.start() if tag else end
-            yield from _outside(text, position, outside_end, dialect)
-            if tag is None:
-                return
-            yield tag.start(), tag.end(), TokenRegion.FORMAT
-            position, opened = tag.end(), sections.get(tag.group())  # a stray closing tag opens nothing
+    for segment in dialect.grammar(text, start, end, opened, dialect):
+        if segment.region is not None:
+            yield segment.start, segment.end, segment.region
             continue
-        close = text.find(opened.close, position, end) if opened.close is not None else -1
-        inside_end = end if close < 0 else close
-        yield from _inside(text, position, inside_end, opened, dialect)
-        position = inside_end
-        if close >= 0 and opened.close is not None:
-            position = close + len(opened.close)
-            yield close, position, TokenRegion.FORMAT
-        opened = None
-
-
-def _inside(text: bytes, start: int, end: int, section: Section, dialect: Dialect) -> Iterator[Span]:
-    if section.region is None:
-        yield from call_spans(text, start, end, name_key=dialect.name_key, args_keys=dialect.args_keys)
-    else:
-        yield start, end, section.region
-
-
-def _outside(text: bytes, start: int, end: int, dialect: Dialect) -> Iterator[Span]:
-    """Text outside sections without the white space around it, which is glue."""
-    stripped = text[start:end].lstrip(_WHITE_SPACE)
-    first = end - len(stripped)
-    last = first + len(stripped.rstrip(_WHITE_SPACE))
-    if first >= last:
-        return
-    if dialect.bare_calls and text[first : first + 1] in (b"{", b"["):
-        yield from call_spans(text, first, last, name_key=dialect.name_key, args_keys=dialect.args_keys)
-    else:
-        yield first, last, dialect.outside
+        for call in dialect.calls.scan(text, segment.start, segment.end):
+            for first, last in call.arguments:
+                yield first, last, TokenRegion.TOOL_ARGS
+            if call.name is not None:
+                yield *call.name, TokenRegion.TOOL_NAME

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rest.types import TokenRegion
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["Finding"]
 

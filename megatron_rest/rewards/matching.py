@@ -3,7 +3,8 @@
     S = (Jaccard(names) + sum over reference calls of best(Jaccard(parameter names) + equal values))
         / (1 + sum over reference calls of (1 + number of its parameters))
 
-Jaccard is of multisets.  Each reference call, in order, takes the best unused predicted call of its name (greedy).
+Texts are compared in NFC.  Jaccard is of multisets.
+Each reference call, in order, takes the best unused predicted call of its name (greedy).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rest.rewards.findings import Finding
-from megatron_rest.rewards.parsing import ToolCall
-from megatron_rest.types import TokenRegion
+from megatron_rest.rewards.parsing import ToolCall, canonical
+from megatron_rest.token_region import TokenRegion
 
 __all__ = ["match_calls"]
 
@@ -28,6 +29,7 @@ def match_calls(
     """S_acc and what kept it below 1.  ``granularity`` as in :class:`RewardConfig`."""
     if [call.raw for call in reference] == [call.raw for call in predicted]:
         return 1.0, []
+    reference, predicted = [_canonical(call) for call in reference], [_canonical(call) for call in predicted]
     strict_sets = granularity == "exact_sets"
     whole = granularity == "whole_calls"
     names = [_key(call.name) for call in reference], [_key(call.name) for call in predicted]
@@ -54,6 +56,10 @@ def match_calls(
             message = f"call of {_show(extra.name)} matches no reference call"
             findings.append(Finding(region=TokenRegion.TOOL_NAME, call=i, message=message))
     return (0.0 if granularity == "coarse" else score / possible), findings
+
+
+def _canonical(call: ToolCall) -> ToolCall:
+    return ToolCall(name=canonical(call.name), parameters=canonical(call.parameters), raw=canonical(call.raw))
 
 
 def _call_score(reference: ToolCall, predicted: ToolCall, strict_sets: bool) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rest.config import RolloutConfig, to_dict
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, OnRollout, RolloutRequest
 from megatron_rest.rollout.host import (
     EngineHost,
@@ -52,7 +53,7 @@ class RemoteEngine:
     Args:
         model_path: HF folder with ``config.json``; weights come by transfer only.
         config: sampling, memory and time limits.
-        seed, max_model_len, stop_token_ids: as for :class:`~megatron_rest.rollout.vllm_engine.VllmEngine`.
+        seed, max_model_len, stop_token_ids, chat: as for :class:`~megatron_rest.rollout.vllm_engine.VllmEngine`.
         transport: weight-transfer backend.
         devices: GPUs of the process, indices with commas among those that its starter sees; None: all of them.
         host: another node that starts the process; None starts it here.
@@ -71,6 +72,7 @@ class RemoteEngine:
         transport: str = "gloo",
         devices: str | None = None,
         host: EngineHost | None = None,
+        chat: ChatSettings | None = None,
     ) -> None:
         self._spec = {
             "model_path": str(model_path),
@@ -79,6 +81,7 @@ class RemoteEngine:
             "max_model_len": max_model_len,
             "stop_token_ids": [int(i) for i in stop_token_ids],
             "transport": transport,
+            "chat": (chat or ChatSettings()).to_dict(),
         }
         self._config = config
         self._devices, self._host = devices, host

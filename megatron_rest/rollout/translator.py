@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rest.regions import token_bytes_table
+from megatron_rest.regions import answer_prefix, token_bytes_table
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.environments.base import Message
 from megatron_rest.rollout.environments.calls import ParsedCalls, parse_calls
 
@@ -25,44 +26,50 @@ class ChatTranslator:
     """Text of answers, tokens of messages.
 
     Args:
-        tokenizer: of transformers, byte-level, with a chat template and an ``eos_token`` that ends a turn.
-        starts_in_think: the generation prompt itself opens the thought.
+        tokenizer: of transformers, byte-level, with a chat template that ends a turn with a token of its own.
+        chat: which template and dialect; None = the tokenizer's template, ToolRL's tags (which read Hermes' form, too).
+        stop_token_ids: tokens that end a turn beside the template's: no part of an answer's text.
 
-    Raises ValueError for a template that does not end a turn with ``eos_token`` or rewrites a turn when messages
-    follow.
+    Raises ValueError for a template that ends a turn with no token or rewrites a turn when messages follow.
     """
 
-    def __init__(self, tokenizer: Any, *, starts_in_think: bool = False) -> None:
+    def __init__(self, tokenizer: Any, *, chat: ChatSettings | None = None, stop_token_ids: Sequence[int] = ()) -> None:
+        chat = chat or ChatSettings()
         self._tokenizer = tokenizer
-        self._starts_in_think = starts_in_think
+        self._dialect = chat.reads
+        self._template = chat.template(tokenizer)
         self._bytes = token_bytes_table(tokenizer)
-        self._eos = str(tokenizer.eos_token)
+        added = tokenizer.added_tokens_decoder
         # Not all_special_tokens: that leaves out <|im_start|> and whatever else has no role of its own.
-        self._control_tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self._control_tokens = [t.content for t in added.values() if t.special]
+        self.end = self._template.end_of_turn([t.content for t in added.values()])
+        """The token with which the template ends a turn."""
         before = self.template(_BEFORE)
-        head, eos, tail = before.rpartition(self._eos)
-        if not eos or not head.endswith("a") or tail.strip():
+        head, end, tail = before.rpartition(self.end) if self.end else (before, "", "")
+        if not end or not head.endswith("a") or tail.strip():
             raise ValueError(
-                f"the chat template does not end an assistant's turn with eos_token {self._eos!r}: it renders "
-                f"{before[-40:]!r}"
+                f"the chat template does not end an assistant's turn with eos_token {tokenizer.eos_token!r} or any "
+                f"other token: it renders {before[-40:]!r}"
             )
         self._before, self._behind_turn = before, tail  # tail: a newline, usually, that the policy does not sample
+        self._ends = {self.end, str(tokenizer.eos_token), *(added[i].content for i in stop_token_ids if i in added)}
+        prompt = self._template.generation_prompt()
+        self.prefix = answer_prefix(prompt.encode(), self._dialect)
+        """What the generation prompt has written of an answer: an opened thought, or an empty one."""
 
     def template(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
-        text = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-        return str(text)
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def text(self, token_ids: np.ndarray) -> str:
-        """An answer without its end-of-turn marker."""
+        """An answer, what the generation prompt wrote of it included, without its end-of-turn marker."""
         text = b"".join(self._bytes[i] for i in token_ids).decode("utf-8", errors="replace")
-        return text.removesuffix(self._eos)
+        end = next((end for end in self._ends if end and text.endswith(end)), "")
+        return self.prefix + text.removesuffix(end)
 
     def calls(self, text: str) -> ParsedCalls:
-        """Tool calls of an answer."""
-        return parse_calls(text, starts_in_think=self._starts_in_think)
+        """Tool calls of an answer as :meth:`text` gives it."""
+        return parse_calls(text, dialect=self._dialect)
 
     def suffix(self, messages: Sequence[Message]) -> str:
         """What follows the end-of-turn token of an answer: the messages and the next generation prompt."""

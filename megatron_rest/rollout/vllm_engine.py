@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_rest.config import RolloutConfig, RolloutQuantization
 from megatron_rest.hf_folder import refuse_remote_code
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.conversations import exam_conversation
 from megatron_rest.rollout.devices import expands_segments
 from megatron_rest.rollout.engine import (
@@ -65,6 +66,7 @@ class VllmEngine:
             must then make the same calls.  Else vLLM starts processes (and needs the caller's module to be importable:
             ``if __name__ == "__main__"``).  Default: with ``local`` it lives here.
         conversation: environments of multi-turn rollouts; None = one turn a rollout.
+        chat: template and dialect of conversations that exams bring; None = the folder's template, ToolRL's tags.
         random_weights: start without weights.  The engine then holds ``NO_WEIGHTS`` and refuses to sample until a
             transfer has succeeded.
 
@@ -85,8 +87,10 @@ class VllmEngine:
         random_weights: bool = False,
         in_process: bool | None = None,
         conversation: Conversation | None = None,
+        chat: ChatSettings | None = None,
     ) -> None:
         self._config = config
+        self._chat = chat
         self._conversation = conversation
         self._model_path = Path(model_path)
         self._exams: dict[Exam, Conversation | None] = {}  # conversations of exams taken so far
@@ -178,7 +182,7 @@ class VllmEngine:
 
     def _exam_conversation(self, exam: Exam) -> Conversation | None:
         if exam not in self._exams:
-            self._exams[exam] = exam_conversation(exam, self._config, self._model_path)
+            self._exams[exam] = exam_conversation(exam, self._config, self._model_path, self._chat)
         return self._exams[exam]
 
     # What the rollout loop calls (megatron_rest.rollout.rollouter.Sampler) -----------------------------------------

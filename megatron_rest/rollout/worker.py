@@ -21,6 +21,7 @@ import traceback  # noqa: E402
 from typing import Any  # noqa: E402
 
 from megatron_rest.config import RolloutConfig, from_dict  # noqa: E402
+from megatron_rest.rollout.chat import ChatSettings  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
 from megatron_rest.rollout.engine import Exam, RolloutRequest  # noqa: E402
 from megatron_rest.rollout.host import clear_engine_folder, own_engine_folder  # noqa: E402
@@ -48,6 +49,7 @@ class Worker:
         self._connection = connection
         spec = connection.receive()
         config: RolloutConfig = from_dict(RolloutConfig, spec["config"])
+        chat = ChatSettings(**spec["chat"])
         self._engine = VllmEngine(
             spec["model_path"],
             config,
@@ -57,7 +59,8 @@ class Worker:
             transport=spec["transport"],
             random_weights=True,
             in_process=config.tensor_parallel == 1,
-            conversation=make_conversation(config, spec["model_path"]),
+            conversation=make_conversation(config, spec["model_path"], chat),
+            chat=chat,
         )
         self._last_beat = 0.0
         connection.send("result", value=None)

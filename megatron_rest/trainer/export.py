@@ -11,16 +11,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_rest.data.chat_template import STOCK, ChatTemplate
+
 __all__ = ["export_hf"]
 
 _SHARD_BYTES = 5 << 30  # file size that Hugging Face's own writers use
 _COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
-def export_hf(weights: Iterable[tuple[str, torch.Tensor]], *, base: str | Path, output: str | Path) -> Path:
+def export_hf(
+    weights: Iterable[tuple[str, torch.Tensor]], *, base: str | Path, output: str | Path, chat_template: str = STOCK
+) -> Path:
     """Write ``weights`` (every rank iterates them, rank 0 writes) beside the configuration and tokenizer of ``base``.
 
-    The folder appears whole or not at all: it is written as ``<output>.partial`` and renamed.
+    ``chat_template`` as ``model.chat_template``: a server must render as training did.  The folder appears whole or not
+    at all: it is written as ``<output>.partial`` and renamed.
     """
     base, output = Path(base), Path(output)
     partial = output.with_name(output.name + ".partial")
@@ -46,6 +51,9 @@ def export_hf(weights: Iterable[tuple[str, torch.Tensor]], *, base: str | Path, 
             for path in base.glob(pattern):
                 if not path.name.endswith(".safetensors.index.json"):
                     shutil.copy(path, partial / path.name)
+        if chat_template != STOCK:
+            text = ChatTemplate.of_folder(base, chat_template).text
+            (partial / "chat_template.jinja").write_text(text, encoding="utf-8")
         if output.exists():
             shutil.rmtree(output)
         partial.rename(output)

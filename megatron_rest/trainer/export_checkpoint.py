@@ -40,7 +40,12 @@ def export_checkpoint(config: RestConfig) -> None:
     parts = build_bare_policy(config)
     checkpoint.load_model(path, parts.policy)
     source = weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes)
-    output = export_hf(iter(source), base=config.model.path, output=run_dir / f"hf_{path.name}")
+    output = export_hf(
+        iter(source),
+        base=config.model.path,
+        output=run_dir / f"hf_{path.name}",
+        chat_template=config.model.chat_template,
+    )
     Console(enabled=parts.context.rank == 0).line(f"wrote {output}")
 
 

@@ -6,6 +6,7 @@ tokenised again.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,13 +15,15 @@ import numpy as np
 
 from megatron_rest.algorithms import group_relative_advantages
 from megatron_rest.config import AdvantageConfig, RewardConfig
-from megatron_rest.regions import TOOLRL, Dialect, label_rollout
-from megatron_rest.rewards import tool_call_reward
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, is_thought_open, label_rollout, turn_starts
+from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
 from megatron_rest.trainer.time_limit import time_limit
-from megatron_rest.types import RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
+from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
 
 __all__ = ["Judge", "Verdict"]
 
+_log = logging.getLogger(__name__)
+_TAIL = 32  # last tokens of a prompt: more than an opened or an empty thought takes
 _SHOWN = 500  # characters of an answer that could not be judged
 
 
@@ -42,8 +45,10 @@ class Judge:
         token_bytes: bytes of every vocabulary id.
         reward: reward with its schedule.
         advantage: group-relative advantage.
-        starts_in_think: the chat template itself opens the think tag.
-        dialect: which tags and JSON keys the regions are found by.
+        dialect: how the policy writes: for regions and rewards.
+        stop_token_ids: a sampled one ended its turn; it is glue, and no part of the answer's text.
+
+    Whether a prompt has opened the thought (or closed an empty one) is read from its last tokens, turn by turn.
     """
 
     def __init__(
@@ -52,15 +57,16 @@ class Judge:
         *,
         reward: RewardConfig,
         advantage: AdvantageConfig,
-        starts_in_think: bool = False,
         dialect: Dialect = TOOLRL,
+        stop_token_ids: Sequence[int] = (),
     ) -> None:
         self.token_bytes = token_bytes
         self.reward = reward
         self.static_reward = replace(reward, schedule=False)
         self.advantage = advantage
-        self.starts_in_think = starts_in_think
+        self._reported: set[str] = set()  # prompts whose references cannot be read
         self.dialect = dialect
+        self.stop_token_ids = frozenset(stop_token_ids)
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
         samples: list[TrainSample] = []
@@ -93,29 +99,60 @@ class Judge:
         what = f"judging rollout {i} of prompt {group.prompt.prompt_id} in step {step}"
         try:
             with time_limit(self.reward.timeout_seconds, what):
-                return self.judge(group.rollouts[i], group.prompt.ground_truth, step=step)
+                return self.judge(group.rollouts[i], group.prompt, step=step)
         except Exception as error:
             tokens = (self.token_bytes[t] for t in group.rollouts[i].token_ids)
             text = b"".join(tokens).decode("utf-8", errors="replace")
             error.add_note(f"{what}: {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}")
             raise
 
-    def judge(self, rollout: Rollout, ground_truth: str, *, step: int) -> tuple[RewardOutput, float]:
-        """Reward of one rollout, and its total without the schedule: its environment's, or that of its last answer."""
+    def judge(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> tuple[RewardOutput, float]:
+        """Reward of one rollout, and its total without the schedule: its environment's, or that of its last answer.
+
+        A reference that cannot be read earns nobody anything; it ends no run.
+        """
         if rollout.reward is not None:
             return _given(rollout.reward), rollout.reward
         outside = np.flatnonzero(~rollout.loss_mask)
-        last = rollout.token_ids[outside[-1] + 1 if len(outside) else 0 :]
-        text = b"".join(self.token_bytes[i] for i in last).decode("utf-8", errors="replace")
-        judge = partial(tool_call_reward, text, ground_truth, step=step, starts_in_think=self.starts_in_think)
-        reward = judge(config=self.reward)
-        return reward, judge(config=self.static_reward).total if self.reward.schedule else reward.total
+        start = int(outside[-1]) + 1 if len(outside) else 0
+        last = rollout.token_ids[start:]
+        if len(last) and int(last[-1]) in self.stop_token_ids:
+            last = last[:-1]
+        text = self._bytes(last).decode("utf-8", errors="replace")
+        prefix = self._prefix(prompt.token_ids, rollout.token_ids[:start])
+        truth = prompt.ground_truth
+        judge = partial(tool_call_reward, text, truth, step=step, prefix=prefix, dialect=self.dialect)
+        try:
+            reward = judge(config=self.reward)
+            return reward, judge(config=self.static_reward).total if self.reward.schedule else reward.total
+        except ReferenceAnswerError as error:
+            if prompt.prompt_id not in self._reported:
+                self._reported.add(prompt.prompt_id)
+                _log.warning("prompt %s: %s; its rollouts get reward 0", prompt.prompt_id, error)
+            return _unjudged(str(error)), 0.0
+
+    def _prefix(self, *before: np.ndarray) -> str:
+        """What the tokens before an answer have written of it."""
+        tail = np.concatenate(before)[-_TAIL:]
+        return answer_prefix(self._bytes(tail), self.dialect)
+
+    def _bytes(self, token_ids: np.ndarray) -> bytes:
+        return b"".join(self.token_bytes[i] for i in token_ids)
+
+    def _regions(self, prompt: np.ndarray, rollout: Rollout) -> np.ndarray:
+        """int8 [n]: every turn labelled by what its own prompt has opened."""
+        starts = turn_starts(rollout.loss_mask)
+        opened = [is_thought_open(self._prefix(prompt, rollout.token_ids[:start]), self.dialect) for start in starts]
+        tokens = [self.token_bytes[i] for i in rollout.token_ids]
+        regions = label_rollout(tokens, rollout.loss_mask, starts_in_think=opened, dialect=self.dialect)
+        ends = rollout.loss_mask & np.isin(rollout.token_ids, list(self.stop_token_ids))
+        regions[ends] = self.dialect.glue
+        return regions
 
     def sample(self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss."""
         prompt = group.prompt.token_ids
-        tokens = [self.token_bytes[i] for i in rollout.token_ids]
-        regions = label_rollout(tokens, rollout.loss_mask, starts_in_think=self.starts_in_think, dialect=self.dialect)
+        regions = self._regions(prompt, rollout)
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
@@ -125,6 +162,10 @@ class Judge:
             advantage=advantage,
             sequence_id=sequence_id,
         )
+
+
+def _unjudged(why: str) -> RewardOutput:
+    return RewardOutput(total=0.0, format=0.0, correctness=0.0, is_format_valid=False, accuracy=0.0, detail=(why,))
 
 
 def _given(reward: float) -> RewardOutput:

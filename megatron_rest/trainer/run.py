@@ -10,13 +10,14 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, WeightSource, to_dict
+from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
 from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.reference import ReferencePolicy
-from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, token_bytes_table
+from megatron_rest.regions import token_bytes_table
 from megatron_rest.rollout.certify import CertificationError, certify
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.conversations import make_conversation
 from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.host import EngineHost
@@ -31,10 +32,13 @@ from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.metrics import MetricsWriter, PhaseTimer
 from megatron_rest.trainer.setup import (
     build_policy,
-    eos_token_id,
+    chat_lines,
+    chat_settings,
+    judged_dialect,
     open_prompts,
     peak_memory_bytes,
     set_threads,
+    turn_ends,
     weight_source,
 )
 from megatron_rest.trainer.starts import record_start
@@ -78,6 +82,8 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
     console = Console(enabled=context.rank == 0)
     writer = MetricsWriter(run_dir) if context.rank == 0 else None
     console.line(str(accelerations.active()))
+    for text in chat_lines(config):
+        console.line(text)
     trainer.checkpoints.check_writable()
     trainer.settle_precision()  # the first weight transfer scores already
     start = _resume(trainer, run_dir, console)
@@ -136,12 +142,15 @@ def build_trainer(config: RestConfig) -> RestTrainer:
     if config.data.max_prompts:
         prompts = prompts.select(max_prompt_tokens=config.data.max_prompt_tokens, max_prompts=config.data.max_prompts)
     tokenizer = load_tokenizer(config.model.path)
+    chat = chat_settings(config)
+    ends = turn_ends(config, chat)
     try:
-        certify(tokenizer, multi_turn=bool(config.rollout.environment))
+        certify(tokenizer, multi_turn=bool(config.rollout.environment), chat=chat, stop_token_ids=ends)
     except CertificationError as error:
         raise ConfigError(f"model.path: {error}") from error
     placement = Placement.of(config.rollout, parts.context.world_size)
-    engine = make_engine(config, parts.context, placement, find_hosts(config, parts.context.rank))
+    hosts = find_hosts(config, parts.context.rank)
+    engine = make_engine(config, parts.context, placement, hosts, chat=chat, stop_token_ids=ends)
     source = weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes)
     fleet = EngineFleet(
         engine,
@@ -160,18 +169,24 @@ def build_trainer(config: RestConfig) -> RestTrainer:
             token_bytes_table(tokenizer),
             reward=config.reward,
             advantage=config.advantage,
-            # The published code leaves glue and end of turn out of all regions, so out of its weights.
-            dialect=TOOLRL_TAGS_ONLY if config.weighting.source is WeightSource.REFERENCE_CODE else TOOLRL,
+            dialect=judged_dialect(config, chat),
+            stop_token_ids=ends,
         ),
         weighting=RestWeighting.from_config(config.weighting),
-        validator=Validator(config, tokenizer, rank=parts.context.rank) if config.validation.every else None,
+        validator=Validator(config, tokenizer, rank=parts.context.rank, chat=chat) if config.validation.every else None,
         # Before any checkpoint is loaded: the reference is model.path, in a continued run as in the first.
         reference=ReferencePolicy(parts.policy) if config.loss.kl_coef else None,
     )
 
 
 def make_engine(
-    config: RestConfig, context: ParallelContext, placement: Placement, hosts: Sequence[EngineHost]
+    config: RestConfig,
+    context: ParallelContext,
+    placement: Placement,
+    hosts: Sequence[EngineHost],
+    *,
+    chat: ChatSettings,
+    stop_token_ids: Sequence[int],
 ) -> VllmEngine | RemoteEngine | None:
     """This rank's engine, in this process or in one of its own, on one of ``hosts`` if there are any; None if another
     rank has one for it."""
@@ -182,7 +197,8 @@ def make_engine(
     settings: dict[str, Any] = {
         "seed": config.trainer.seed,
         "max_model_len": config.model.max_sequence_length,
-        "stop_token_ids": [eos_token_id(path)],
+        "stop_token_ids": stop_token_ids,
+        "chat": chat,
         "transport": config.weight_sync.transport,
     }
     if rollout.replicas:
@@ -190,7 +206,7 @@ def make_engine(
             host, devices = hosted_place(rollout, hosts, index)
             return RemoteEngine(path, rollout, devices=devices, host=host, **settings)
         return RemoteEngine(path, rollout, devices=engine_devices(context, rollout, placement, index), **settings)
-    return VllmEngine(path, rollout, conversation=make_conversation(rollout, path), **settings)
+    return VllmEngine(path, rollout, conversation=make_conversation(rollout, path, chat), **settings)
 
 
 def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
@@ -250,7 +266,12 @@ def _finish(trainer: RestTrainer, config: RestConfig, console: Console, writer: 
     run_dir = Path(config.trainer.run_dir)
     files: dict[str, str | Path] = {"metrics": run_dir / "metrics.jsonl", "checkpoints": run_dir / "checkpoints"}
     if config.checkpoint.export_hf:
-        files["hf model"] = export_hf(iter(trainer.source), base=config.model.path, output=run_dir / "hf")
+        files["hf model"] = export_hf(
+            iter(trainer.source),
+            base=config.model.path,
+            output=run_dir / "hf",
+            chat_template=config.model.chat_template,
+        )
     peaks: list[int | None] = [None] * trainer.context.world_size
     dist.all_gather_object(peaks, peak_memory_bytes())
     if writer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig
+from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig, WeightSource
 from megatron_rest.data.alignment import PackingAlignment, packing_alignment
 from megatron_rest.data.batching import make_train_batch
+from megatron_rest.data.chat_template import STOCK, ChatTemplate
+from megatron_rest.data.prompt_files import read_manifest
 from megatron_rest.data.prompts import PromptDataset
-from megatron_rest.hf_folder import load_tokenizer
+from megatron_rest.hf_folder import load_tokenizer, stop_token_ids
 from megatron_rest.mcore import build, precision
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix
+from megatron_rest.rollout.certify import serving_notes
+from megatron_rest.rollout.chat import ChatSettings, dialect_name
 from megatron_rest.types import TrainBatch, TrainSample
 from megatron_rest.weight_sync.source import MegatronWeightSource
 
@@ -29,12 +35,16 @@ __all__ = [
     "Stopwatch",
     "build_bare_policy",
     "build_policy",
+    "chat_lines",
+    "chat_settings",
     "eos_token_id",
+    "judged_dialect",
     "make_batch",
     "open_dataset",
     "open_prompts",
     "peak_memory_bytes",
     "set_threads",
+    "turn_ends",
     "weight_source",
 ]
 
@@ -177,11 +187,52 @@ def peak_memory_bytes() -> int:
 
 
 def eos_token_id(model_path: str | Path) -> int:
-    """End-of-turn token of the tokenizer in an HF folder."""
-    tokenizer = load_tokenizer(model_path)
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.path: the tokenizer of {model_path} names no eos_token, so no answer would ever end")
-    return int(tokenizer.eos_token_id)
+    """The token by which a model's own chat template ends a turn: the first of its stop tokens."""
+    return stop_token_ids(model_path)[0]
+
+
+def chat_settings(config: RestConfig) -> ChatSettings:
+    """How the run talks with its model.  :class:`ConfigError` where configuration and prompts disagree."""
+    name = dialect_name(config.model.dialect, config.data.train)
+    chat = ChatSettings(dialect=name, chat_template=config.model.chat_template)
+    made = read_manifest(Path(config.data.train)).get("tokenizer", {}) if config.data.train else {}
+    choice = str(made.get("chat_template", STOCK))
+    if choice != STOCK:
+        try:
+            used = ChatTemplate.of_folder(config.model.path, chat.chat_template).text
+        except ValueError as error:
+            raise ConfigError(f"model.chat_template: {error}") from error
+        if hashlib.sha256(used.encode()).hexdigest() != made.get("chat_template_sha256"):
+            raise ConfigError(
+                f"model.chat_template is {chat.chat_template}, but the prompts of {config.data.train} were prepared "
+                f"with --chat-template {choice}: set model.chat_template={choice}, or convert them again"
+            )
+    return chat
+
+
+def turn_ends(config: RestConfig, chat: ChatSettings) -> list[int]:
+    """Ids at which engines stop: the end of the prepared answers first, then those of template and folder."""
+    made = read_manifest(Path(config.data.train)).get("tokenizer", {}) if config.data.train else {}
+    return chat.stop_token_ids(config.model.path, end_of_turn=str(made.get("end_of_turn") or ""))
+
+
+def chat_lines(config: RestConfig) -> list[str]:
+    """What was decided about the conversation with the model, for people."""
+    chat = chat_settings(config)
+    tokenizer = load_tokenizer(config.model.path)
+    ends = [f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in turn_ends(config, chat)]
+    opened = answer_prefix(chat.template(tokenizer).generation_prompt().encode(), chat.reads)
+    told = f"dialect {chat.dialect}, turns end at {', '.join(ends)}"
+    return [told + (f", prompts have written {opened!r}" if opened else ""), *serving_notes(tokenizer, chat)]
+
+
+def judged_dialect(config: RestConfig, chat: ChatSettings) -> Dialect:
+    """What regions are found by: the published code leaves glue and end of turn out of them, so out of its weights."""
+    if config.weighting.source is not WeightSource.REFERENCE_CODE:
+        return chat.reads
+    if chat.reads is TOOLRL:
+        return TOOLRL_TAGS_ONLY
+    return replace(chat.reads, name=f"{chat.dialect}_tags_only", glue=TokenRegion.CONTEXT)
 
 
 class Stopwatch:

@@ -23,6 +23,7 @@ from megatron_rest.eval.cases import EvalCase
 from megatron_rest.eval.decontamination import decontamination_of
 from megatron_rest.eval.scoring import judge, write_scores
 from megatron_rest.eval.selection import find_categories, load_cases
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.trainer.fleet import EngineFleet
 from megatron_rest.types import RolloutGroup, StopReason
 
@@ -39,12 +40,13 @@ class Validator:
         config: the whole configuration; ``validation`` says what and how often.
         tokenizer: of the policy.
         rank: rank 0 scores and writes.
+        chat: template and dialect of the run.
 
     The same on every rank.  Raises ConfigError for categories that do not exist, whose package is missing, that the
     engines cannot serve, or none of whose prompts fits the context.
     """
 
-    def __init__(self, config: RestConfig, tokenizer: Any, *, rank: int) -> None:
+    def __init__(self, config: RestConfig, tokenizer: Any, *, rank: int, chat: ChatSettings | None = None) -> None:
         section = config.validation
         self._every, self._last = section.every, config.trainer.steps
         self._folder = Path(config.trainer.run_dir) / VALIDATION_DIR
@@ -54,6 +56,7 @@ class Validator:
             prompt_style=section.prompt_style or _style_of(config.data.train),
             max_model_len=config.model.max_sequence_length,
             max_response_tokens=section.max_response_tokens or config.rollout.max_response_tokens,
+            chat=chat,
         )
         self._cases: dict[str, list[EvalCase]] = {}
         self._left_out: dict[str, list[str]] = {}

@@ -20,11 +20,13 @@ import pyarrow as pa
 import pytest
 
 from data_tools import convert as convert_module
+from data_tools.answers import without_tags
 from data_tools.chat import ChatTokenizer
 from data_tools.convert import ConvertOptions, convert_rows
 from data_tools.encode import EncodeOptions
 from data_tools.errors import DataError
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA, map_shard
+from megatron_rest.rewards import tool_call_reward
 from megatron_rest.token_region import TokenRegion
 from tests.data_tools.conftest import SAMPLES
 
@@ -67,30 +69,44 @@ def mixed(tmp_path: Path, sft_rows: Rows) -> Path:
     return path
 
 
+def reference_of(source: dict[str, Any]) -> str:
+    """The row's reference; a thought that mentions tags mentions their names only, since it would not earn its own
+    reward as it came."""
+    thought, closing, rest = source["output"].partition("</think>")
+    if any(tag in thought for tag in ("<tool_call>", "<response>")):
+        thought = "<think>" + without_tags(thought.removeprefix("<think>"))
+    return thought + closing + rest
+
+
 def test_columns_hold_what_they_promise(tokenizer: ChatTokenizer, tmp_path: Path, sft_rows: Rows) -> None:
-    convert_rows(options([SAMPLES / "rlla_sft.json"], tmp_path / "out", tokenizer.folder))
+    manifest = convert_rows(options([SAMPLES / "rlla_sft.json"], tmp_path / "out", tokenizer.folder))
     rows = rows_of(tmp_path / "out")
     assert len(rows) == len(sft_rows) == 229
+    assert manifest["counts"]["references_rewritten"] == 11
+    assert sum(reference_of(source) != source["output"] for source in sft_rows) == 11
     for number, (row, source) in enumerate(zip(rows, sft_rows, strict=True)):
+        reference = reference_of(source)
         assert (row["source_file"], row["source_row"]) == ("rlla_sft.json", number)
-        assert row["ground_truth"] == row["answer_text"] == source["output"]
+        assert row["ground_truth"] == row["answer_text"] == reference
+        reward = tool_call_reward(row["answer_text"], row["ground_truth"], step=1)
+        assert reward.is_format_valid and reward.accuracy == 1.0
         prompt = tokenizer.decode(row["prompt_token_ids"])
         assert prompt == (
             f"<|im_start|>system\n{source['instruction']}<|im_end|>\n<|im_start|>user\n{source['input']}<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
-        assert tokenizer.decode(row["answer_token_ids"]) == source["output"] + "<|im_end|>"
-        starts, text = row["answer_token_starts"], source["output"].encode()
+        assert tokenizer.decode(row["answer_token_ids"]) == reference + "<|im_end|>"
+        starts, text = row["answer_token_starts"], reference.encode()
         for index in (0, 5, len(starts) // 2, len(starts) - 2):
             piece = text[starts[index] : starts[index + 1]]
             assert tokenizer.decode([row["answer_token_ids"][index]]) == piece.decode(errors="replace")
-        body = source["output"].split("</think>")[-1]
+        body = reference.split("</think>")[-1]
         calls = [json.loads(x) for x in body.splitlines() if x.startswith("{")]
         assert json.loads(row["calls"]) == calls
         runs = regions_of(row)
         assert [json.loads(f'"{run}"') for run in runs[TokenRegion.TOOL_NAME]] == [call["name"] for call in calls]
         assert [json.loads(run) for run in runs[TokenRegion.TOOL_ARGS]] == [call["parameters"] for call in calls]
-        assert runs[TokenRegion.THINK] == [source["output"].split("</think>")[0].removeprefix("<think>")]
+        assert runs[TokenRegion.THINK] == [reference.split("</think>")[0].removeprefix("<think>")]
         assert runs[TokenRegion.RESPONSE] == re.findall(r"<response>(.*?)</response>", body, re.DOTALL)
         assert len(json.loads(row["tools"])) == source["instruction"].count("\nDescription: ")
     assert len({row["prompt_id"] for row in rows}) == 229
@@ -335,7 +351,7 @@ def test_progress_of_other_inputs_is_not_taken(
     monkeypatch.undo()
     many_rows(path, sft_rows[5:], 1500)
     convert_rows(cut)
-    assert rows_of(cut.output)[0]["ground_truth"] == sft_rows[6]["output"]
+    assert rows_of(cut.output)[0]["ground_truth"] == reference_of(sft_rows[6])
 
 
 def test_two_conversions_do_not_share_an_output(tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -4,18 +4,23 @@
 for models that were taught to reason in them.
 """
 
+import re
+
+from megatron_rest.regions.call_formats.json_objects import JsonCalls
 from megatron_rest.regions.dialect import Dialect, Section
+from megatron_rest.regions.dialects.hermes import THINK
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["LLAMA3_JSON"]
+__all__ = ["LLAMA3_END_MARKERS", "LLAMA3_JSON"]
+
+LLAMA3_END_MARKERS = (b"<|eot_id|>", b"<|eom_id|>", b"<|end_of_text|>")
 
 LLAMA3_JSON = Dialect(
     name="llama3_json",
-    sections=(
-        Section(open=b"<think>", close=b"</think>", region=TokenRegion.THINK),
-        Section(open=b"<|python_tag|>", close=None, region=None),
-    ),
+    sections=(THINK, Section(open=b"<|python_tag|>", close=None, region=None)),
     outside=TokenRegion.RESPONSE,
-    end_markers=(b"<|eot_id|>", b"<|eom_id|>", b"<|end_of_text|>"),
-    bare_calls=True,
+    end_markers=LLAMA3_END_MARKERS,
+    calls=JsonCalls("parameters", "", "; ", "", re.compile(rb"[\s\[\],;]*")),
+    bare_calls=re.compile(rb"[{\[]"),
+    vllm_parser="llama3_json",
 )

@@ -7,6 +7,7 @@ block is no part of the format, so it counts as FORMAT like the newlines there.
 
 from dataclasses import replace
 
+from megatron_rest.regions.call_formats.json_objects import JsonCalls
 from megatron_rest.regions.dialect import Dialect, Section
 from megatron_rest.token_region import TokenRegion
 
@@ -22,6 +23,11 @@ TOOLRL = Dialect(
     outside=TokenRegion.FORMAT,
     # Models of the Qwen and the Llama family were trained on this format.
     end_markers=(b"<|im_end|>", b"<|endoftext|>", b"<|eot_id|>", b"<|eom_id|>", b"<|end_of_text|>"),
+    calls=JsonCalls("parameters", "<tool_call>\n", "\n", "\n</tool_call>"),
+    thought_form="<think> {} </think>\n",
+    response_form="<response> {} </response>",
+    response_first=False,
+    vllm_parser="hermes",  # reads one object a block, under "arguments"
 )
 
 # Where the published code gives weight exactly 0 (JSON glue, newlines, end of turn): CONTEXT instead of FORMAT.

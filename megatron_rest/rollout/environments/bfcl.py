@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rest.regions import HERMES, TOOLRL
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.environments.base import Answer, Message, Observation
 from megatron_rest.rollout.environments.calls import Call
 from megatron_rest.rollout.environments.executor import LiteralCall, LiteralExecutor
@@ -34,10 +36,12 @@ __all__ = [
     "bfcl_environment",
     "bfcl_executor",
     "bfcl_messages",
+    "bfcl_native",
     "bfcl_objects",
     "bfcl_prompts",
     "bfcl_rows",
     "bfcl_task",
+    "native_tool",
 ]
 
 CATEGORIES = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
@@ -156,14 +160,26 @@ def bfcl_environment(prompt: PromptSample) -> BfclEnvironment:
     return BfclEnvironment(row, reference)
 
 
-def bfcl_prompts(tokenizer: Any, category: str = "multi_turn_base") -> list[PromptSample]:
-    """System message with the tools, first user turn, generation prompt; every task of a category.
+def bfcl_prompts(
+    tokenizer: Any, category: str = "multi_turn_base", *, chat: ChatSettings | None = None
+) -> list[PromptSample]:
+    """Tools, first user turn, generation prompt; every task of a category.
 
-    ``tokenizer``: of transformers, with a chat template.
+    Args:
+        tokenizer: of transformers, with a chat template (or anything that renders and encodes as one does).
+        category: of :data:`CATEGORIES`.
+        chat: template and dialect of the run; in ToolRL's and Hermes' the tools stand in the system message as text.
     """
+    chat = chat or ChatSettings()
+    template = chat.template(tokenizer) if hasattr(tokenizer, "chat_template") else None
+    in_text = chat.reads in (TOOLRL, HERMES)
     prompts = []
     for index, row in enumerate(bfcl_rows(category)):
-        text = tokenizer.apply_chat_template(bfcl_messages(row), add_generation_prompt=True, tokenize=False)
+        messages, tools = (bfcl_messages(row), None) if in_text else bfcl_native(row)
+        if template is None:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        else:
+            text = template.render(messages, tools, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompts.append(
             PromptSample(
@@ -180,6 +196,31 @@ def bfcl_messages(row: dict[str, Any]) -> list[dict[str, str]]:
     """System message with the tools, and the first user turn."""
     shown = "\n".join(json.dumps(tool) for tool in _tools(row))
     return [{"role": "system", "content": _SYSTEM.format(tools=shown)}, *_said(row, 0)]
+
+
+def bfcl_native(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+    """First user turn and tools, for chat templates that show tools in the model's own dialect."""
+    return _said(row, 0), [native_tool(tool["function"]) for tool in _tools(row)]
+
+
+_JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+
+
+def native_tool(function: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAI function of one of BFCL's, whose schemas name Python's types."""
+    named = {key: function[key] for key in ("name", "description", "parameters")}
+    return {"type": "function", "function": {**named, "parameters": _json_schema(function["parameters"])}}
+
+
+def _json_schema(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_json_schema(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    schema = {key: _json_schema(held) for key, held in value.items()}
+    if isinstance(value.get("type"), str):
+        schema["type"] = _JSON_TYPES.get(value["type"], value["type"])
+    return schema
 
 
 def bfcl_task(row: dict[str, Any]) -> str:

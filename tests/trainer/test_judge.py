@@ -1,0 +1,86 @@
+"""The judge where prompts have written part of the answer, in dialects, and without a readable reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_rest.config import AdvantageConfig, RewardConfig
+from megatron_rest.regions import HERMES, QWEN3_CODER, TOOLRL, Dialect, TokenRegion
+from megatron_rest.trainer.judge import Judge
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+
+BYTES = [bytes([i]) for i in range(256)]
+END, EOS = 256, 257  # two tokens that end a turn
+TABLE = [*BYTES, b"<|im_end|>", b"<|odd_end|>"]
+REFERENCE = TOOLRL.write([("w", {"city": "Bern"})], thought="t")
+
+
+def ids(text: str, *ends: int) -> np.ndarray:
+    return np.array([*text.encode(), *ends], np.int32)
+
+
+def judged(
+    prompt: str, parts: list[tuple[np.ndarray, bool]], *, dialect: Dialect = TOOLRL, truth: str = REFERENCE
+) -> tuple[object, np.ndarray]:
+    tokens = np.concatenate([part for part, _ in parts])
+    mask = np.concatenate([np.full(len(part), sampled) for part, sampled in parts])
+    rollout = Rollout(
+        prompt_id="p",
+        token_ids=tokens,
+        log_probs=np.zeros(len(tokens), np.float32),
+        loss_mask=mask,
+        stop_reason=StopReason.EOS,
+        policy_version=0,
+    )
+    sample = PromptSample(prompt_id="p", token_ids=ids(prompt), ground_truth=truth)
+    judge = Judge(
+        TABLE,
+        reward=RewardConfig(schedule=False),
+        advantage=AdvantageConfig(),
+        dialect=dialect,
+        stop_token_ids=(END, EOS),
+    )
+    verdict = judge([RolloutGroup(prompt=sample, rollouts=(rollout,))], step=1)
+    return verdict.rewards[0], verdict.samples[0].region_ids[len(prompt.encode()) :]
+
+
+@pytest.mark.parametrize("dialect", [TOOLRL, HERMES, QWEN3_CODER], ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    ("prefix", "begins"),
+    [("<think>\n", "hm\n</think>\n\n"), ("<think>\n\n</think>\n\n", ""), ("", "<think>hm</think>")],
+)
+def test_the_prompts_last_tokens_say_what_the_answer_begins_with(dialect: Dialect, prefix: str, begins: str) -> None:
+    answer = begins + dialect.write([("w", {"city": "Bern"})])
+    reward, regions = judged(f"user\nq\nassistant\n{prefix}", [(ids(answer, END), True)], dialect=dialect)
+    assert reward.total == 4.0, reward.detail
+    thought = [chr(t) for t, r in zip(answer.encode(), regions, strict=False) if r == TokenRegion.THINK]
+    assert "".join(thought).strip() == ("hm" if "hm" in begins else "")
+    assert regions[-1] == TokenRegion.FORMAT
+
+
+def test_every_turn_is_labelled_by_its_own_prompt() -> None:
+    first = ids('hm</think><tool_call>{"name": "f", "arguments": {}}</tool_call>', END)
+    tool, second = ids("obs <think> assistant\n<think>\n"), ids("so</think>Done.", END)
+    _, regions = judged("q<think>\n", [(first, True), (tool, False), (second, True)], dialect=HERMES)
+    assert regions[:2].tolist() == [TokenRegion.THINK] * 2
+    at = len(first) + len(tool)
+    assert not regions[len(first) : at].any()
+    assert regions[at : at + 2].tolist() == [TokenRegion.THINK] * 2
+    assert regions[at + len("so</think>") : -1].tolist() == [TokenRegion.RESPONSE] * len("Done.")
+    _, regions = judged("q<think>\n", [(first, True), (ids("obs\nassistant\n"), False), (second, True)], dialect=HERMES)
+    assert TokenRegion.THINK not in regions[len(first) :]
+
+
+def test_a_stop_token_that_no_dialect_knows_is_glue_and_no_text() -> None:
+    answer = TOOLRL.write([("w", {"city": "Bern"})], thought="t")
+    reward, regions = judged("q", [(ids(answer, EOS), True)])
+    assert reward.total == 4.0 and regions[-1] == TokenRegion.FORMAT
+    spoken, regions = judged("q", [(ids("Hi.", EOS), True)], dialect=HERMES, truth="<response> Hi. </response>")
+    assert spoken.is_format_valid and regions.tolist() == [TokenRegion.RESPONSE] * 3 + [TokenRegion.FORMAT]
+
+
+def test_a_reference_that_cannot_be_read_ends_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    reward, _ = judged("q", [(ids("x", END), True)], truth="<tool_call>\nnonsense\n</tool_call>")
+    assert (reward.total, reward.accuracy) == (0.0, 0.0) and "cannot be parsed" in reward.detail[0]
+    assert "its rollouts get reward 0" in caplog.text
