@@ -46,6 +46,44 @@ __all__ = [
 
 _LARGEST = 1 << 31
 _SUPPORTED = ("qwen3", "qwen2", "llama", "qwen3_moe")
+# Options of config.json that change a model's numbers and have no mapping, with the values that change nothing.  null
+# and false always change nothing.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (),
+    "mlp_bias": (),
+    "attention_bias": (),  # of the output projection, too
+    "partial_rotary_factor": (1, 1.0),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (),
+    "embedding_multiplier": (1, 1.0),
+    "residual_multiplier": (1, 1.0),
+    "logits_scaling": (1, 1.0),
+    "logit_scale": (1, 1.0),
+    "scale_depth": (),
+    "scale_emb": (1, 1.0),
+    "dim_model_base": (),
+    "no_rope_layers": ([],),  # SmolLM3's and Llama 4's: layers without rotary embedding
+    "no_rope_layer_interval": (0,),
+    "use_qk_norm": (),
+    "use_parallel_residual": (),
+    "scoring_func": ("softmax",),
+    "n_group": (1,),
+    "routed_scaling_factor": (1, 1.0),
+    "n_shared_experts": (0,),
+    "shared_expert_intermediate_size": (0,),
+}
+# What transformers' classes take where config.json says nothing (a null is something else: heads share nothing then).
+_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "llama": {},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768
+    },
+}  # fmt: skip
 
 
 class ParameterKind(StrEnum):
@@ -114,6 +152,13 @@ class ModelShape:
             raise ValueError(
                 f"{shape.num_attention_heads} attention heads do not share {shape.num_query_groups} key/value heads"
             )
+        if shape.num_experts and not 0 < shape.num_experts_per_token <= shape.num_experts:
+            raise ValueError(f"num_experts_per_tok {shape.num_experts_per_token} of {shape.num_experts} experts")
+        if shape.num_experts and shape.num_experts_per_token == 1 and shape.has_normalized_expert_probs:
+            raise ValueError(
+                "num_experts_per_tok=1 with norm_topk_prob=true is not supported: the one expert has weight 1 and the "
+                "router no gradient, and Megatron's router refuses it"
+            )
         return shape
 
     @classmethod
@@ -121,23 +166,19 @@ class ModelShape:
         model_type = str(config.get("model_type", ""))
         if model_type not in _SUPPORTED:
             raise ValueError(f"model_type {model_type!r} has no mapping to Megatron; known: {', '.join(_SUPPORTED)}")
-        for flag in ("use_sliding_window", "mlp_bias"):
-            if config.get(flag):
-                raise ValueError(f"{flag}=true in config.json of a {model_type} model is not supported")
-        if config.get("attention_bias"):
-            raise ValueError("attention_bias=true (bias on the output projection) is not supported")
-        if quantization := config.get("quantization_config"):
+        _refuse_unmapped(config, model_type)
+        config = {**_DEFAULTS[model_type], **config}
+        if quantization := config.get("quantization_config") or config.get("compression_config"):
             method = dict(quantization).get("quant_method", "unknown")
             raise ValueError(
                 f"the weights are quantised (quantization_config, quant_method {method}) and their scales have no "
                 "mapping: start from the unquantised checkpoint"
             )
         heads = int(config["num_attention_heads"])
-        experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)  # transformers 4 and 5
+        # transformers 5 writes the second, 4 the first
+        experts = int(config.get("num_local_experts") or config.get("num_experts") or 0)
         layers = int(config["num_hidden_layers"])
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        scaling = {} if rope.get("rope_type", rope.get("type", "default")) == "default" else rope
+        theta, scaling = _rope(config)
         return cls(
             model_type=model_type,
             hidden_size=int(config["hidden_size"]),
@@ -156,11 +197,43 @@ class ModelShape:
             max_position_embeddings=int(config.get("max_position_embeddings") or 0),
             vocab_multiple=vocab_multiple,
             num_experts=experts,
-            moe_ffn_hidden_size=int(config.get("moe_intermediate_size") or 0) if experts else 0,
-            num_experts_per_token=int(config.get("num_experts_per_tok") or 0) if experts else 0,
+            moe_ffn_hidden_size=int(config["moe_intermediate_size"]) if experts else 0,
+            num_experts_per_token=int(config["num_experts_per_tok"]) if experts else 0,
             has_normalized_expert_probs=bool(config.get("norm_topk_prob")) if experts else False,
             dense_layers=_dense_layers(config, layers) if experts else (),
         )
+
+
+def _refuse_unmapped(config: Mapping[str, Any], model_type: str) -> None:
+    """Raise ValueError for an option that would load without an error and compute something else."""
+    for name, neutral in _NEUTRAL.items():
+        value = config.get(name)
+        if value is None or value is False or value in neutral:
+            continue
+        wanted = f": only {' and '.join(map(repr, neutral))} can be mapped" if neutral else ""
+        raise ValueError(f"{name}={value!r} in config.json of a {model_type} model is not supported{wanted}")
+    other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if other:
+        raise ValueError(f"layer_types names {', '.join(other)}: only full_attention is supported")
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Base and scaling of the rotary embedding; an empty scaling is a plain one."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError("rope_parameters differ by layer type, which has no mapping")
+    theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    if rope.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
+        raise ValueError("partial_rotary_factor in rope_parameters is not supported: only 1.0 can be mapped")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        rest = sorted(rope.keys() - {"rope_type", "type", "factor"})
+        if rest:
+            raise ValueError(f"{', '.join(rest)} in the rotary parameters has no mapping")
+        return float(theta), {}
+    if kind != "llama3":
+        raise ValueError(f"rotary embeddings of type {kind!r} have no mapping: only 'default' and 'llama3' do")
+    return float(theta), rope
 
 
 def _dense_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

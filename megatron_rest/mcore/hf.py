@@ -7,6 +7,7 @@ synchronisation's source, so that an exported folder holds exactly what an engin
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from megatron_rest.config import ConfigError
 from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.model_map import ModelShape, parameter_map, to_megatron
 
-__all__ = ["load_hf_weights", "read_shape"]
+__all__ = ["INDEX_FILE", "load_hf_weights", "read_shape"]
+
+INDEX_FILE = "model.safetensors.index.json"
+
+_log = logging.getLogger(__name__)
 
 
 def read_shape(folder: str | Path) -> ModelShape:
@@ -48,14 +53,25 @@ def read_shape(folder: str | Path) -> ModelShape:
 
 
 class _Safetensors(Mapping[str, Tensor]):
-    """All tensors of a folder's ``*.safetensors`` files by name, read lazily."""
+    """All tensors of a folder by name, read lazily: of the files that its index names, else of all ``*.safetensors``.
+
+    What the index does not name was left over by somebody: an earlier export, the unsharded file, an adapter.  Without
+    an index a name that stands in two files would be one or the other by chance, and is refused.
+    """
 
     def __init__(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(f"model.path: no *.safetensors in {folder}; weights are read from safetensors only")
+        files = _weight_files(folder)
         self._handles = [_open(f) for f in files]
-        self._where = {name: h for h in self._handles for name in h.keys()}  # noqa: SIM118  not a mapping
+        self._where: dict[str, Any] = {}
+        owner: dict[str, Path] = {}
+        for file, handle in zip(files, self._handles, strict=True):
+            for name in handle.keys():  # noqa: SIM118  not a mapping
+                if name in owner:
+                    raise ConfigError(
+                        f"model.path: {name} stands in {owner[name].name} and in {file.name}, and {folder} has no "
+                        f"{INDEX_FILE} that says which counts: remove the file that was left over"
+                    )
+                owner[name], self._where[name] = file, handle
 
     def __getitem__(self, name: str) -> Tensor:
         return self._where[name].get_tensor(name)
@@ -65,6 +81,29 @@ class _Safetensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    index = folder / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = [folder / Path(name).name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"model.path: {index} is no index of weights ({type(error).__name__}: {error})"
+            ) from error
+        missing = [file.name for file in listed if not file.is_file()]
+        if missing:
+            raise ConfigError(f"model.path: {index} names {missing[0]}, which is not there: was the copy complete?")
+        left = [file.name for file in files if file not in listed]
+        if left:
+            _log.warning("%s: %s is not in %s and is not read", folder, ", ".join(left), INDEX_FILE)
+        return listed
+    if not files:
+        raise ConfigError(f"model.path: no *.safetensors in {folder}; weights are read from safetensors only")
+    return files
 
 
 def _open(file: Path) -> Any:

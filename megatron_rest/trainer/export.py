@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -16,7 +18,21 @@ from megatron_rest.data.chat_template import STOCK, ChatTemplate
 __all__ = ["export_hf"]
 
 _SHARD_BYTES = 5 << 30  # file size that Hugging Face's own writers use
-_COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
+# What a loader needs besides the weights (configuration, tokenizer, templates), and a lawyer: licence, notice, card.
+_COPIED = (
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    "*.md",
+)
+# What describes other weights than these: indices, adapters, quantised or optimiser states of the base.
+_STALE = ("*.index.json", "adapter_*", "trainer_state.json", "training_args*", "quantize_config.json", "*.safetensors*")
 
 
 def export_hf(
@@ -34,6 +50,7 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     files: list[dict[str, torch.Tensor]] = [{}]
+    dtypes: Counter[torch.dtype] = Counter()
     size = 0
     for name, tensor in weights:
         if not is_writer:
@@ -44,13 +61,11 @@ def export_hf(
             size = 0
         files[-1][name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
+        dtypes[tensor.dtype] += tensor.numel()
     if is_writer:
         _write(partial, files[-1], len(files))
         _write_index(partial, files)
-        for pattern in _COPIED:
-            for path in base.glob(pattern):
-                if not path.name.endswith(".safetensors.index.json"):
-                    shutil.copy(path, partial / path.name)
+        _copy_the_rest(base, partial, dtypes)
         if chat_template != STOCK:
             text = ChatTemplate.of_folder(base, chat_template).text
             (partial / "chat_template.jinja").write_text(text, encoding="utf-8")
@@ -59,6 +74,21 @@ def export_hf(
         partial.rename(output)
     dist.barrier()
     return output
+
+
+def _copy_the_rest(base: Path, folder: Path, dtypes: Counter[torch.dtype]) -> None:
+    """Everything of ``base`` but its weights; the configuration says the data type that most elements have now."""
+    for path in sorted({path for pattern in _COPIED for path in base.glob(pattern) if path.is_file()}):
+        if not any(fnmatch(path.name, pattern) for pattern in _STALE):
+            shutil.copy(path, folder / path.name)
+    if (base / "additional_chat_templates").is_dir():
+        shutil.copytree(base / "additional_chat_templates", folder / "additional_chat_templates")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.")
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    if any(config.get(name) != dtype for name in names):
+        path.write_text(json.dumps(config | dict.fromkeys(names, dtype), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _file_name(number: int) -> str:
