@@ -109,9 +109,9 @@ FAULTS = (
     ),
     Fault(
         "closing tag counted into the thought",
-        "megatron_rest/regions/label.py",
-        "yield close, position, TokenRegion.FORMAT",
-        "yield close, position, opened.region or TokenRegion.FORMAT",
+        "megatron_rest/regions/dialect.py",
+        "yield Segment(close, position, TokenRegion.FORMAT, is_tag=True)",
+        "yield Segment(close, position, opened.region or TokenRegion.FORMAT, is_tag=True)",
         "tests/regions",
     ),
     Fault(
