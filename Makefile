@@ -20,17 +20,19 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: help setup demo experiment test test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit clean chaos
+.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit clean chaos
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
+	@echo "  tests         make test is the second command of a newcomer; CI adds a part of the rest, another one each day,"
+	@echo "                so that a week has run make test-all (CONTRIBUTING.md: how to run a folder, add a test)"
 	@echo "  variables     PYTHON=/path/to/python3.12   interpreter for .venv (default: 3.11, then 3.12)"
 	@echo "                BASELINE=grpo                make demo: plain GRPO (uniform weights), same seeds"
 	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
 	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
 	@echo "                EXPERIMENT_ARGS='seeds=5'    make experiment: more key=value, see docs/results.md"
-	@echo "                TEST_ARGS='tests/ops -x'     make test: handed to pytest"
+	@echo "                TEST_ARGS='tests/ops -x'     make test, make test-all: handed to pytest"
 	@echo "                INPUT OUTPUT TOKENIZER       make preprocess: files or folders, where to, HF tokenizer folder"
 	@echo "                                             (default: the shipped sample, runs/prompts, trained on INPUT)"
 
@@ -47,8 +49,14 @@ demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
 experiment: $(STAMP) ## ResT's weightings against GRPO and Dr. GRPO, 3 seeds each, with held-out scores; continues where it stopped
 	@$(BIN)/nemo-run launch/rest_experiment.py --yes $(EXPERIMENT_ARGS)
 
-test: $(STAMP) ## all tests
+test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 15 minutes on 2 cores
+	@$(BIN)/python -m pytest -m "not extended" $(TEST_ARGS)
+
+test-all: $(STAMP) ## all tests: the same paths over more layouts, seeds, kills and fuzz cases, too
 	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+faults: $(STAMP) ## break the code in twenty places, one at a time: which of them does make test notice?
+	@$(BIN)/python -m benchmarks.seeded_faults
 
 # The second line declares Python 3.12, for which there is no CPU build of torch everywhere: its released code runs on 3.11.
 # Importing it needs Triton, which compiles nothing here.
@@ -64,7 +72,7 @@ $(HOST): | $(STAMP)
 	@mv $@.part $@
 
 test-host: $(HOST) ## the Megatron layer on the second supported line, megatron-core 0.19.2 (docs/embedding.md)
-	@PYTHONPATH=$(CURDIR)/$(HOST) MEGATRON_REST_HOST=$(HOST_VERSION) $(BIN)/python -m pytest $(HOST_TESTS)
+	@PYTHONPATH=$(CURDIR)/$(HOST) MEGATRON_REST_HOST=$(HOST_VERSION) $(BIN)/python -m pytest -m "not extended" $(HOST_TESTS) $(TEST_ARGS)
 
 test-gpu: ## tests that need a CUDA device, FP8 certificates, step time and memory; 8 minutes; in the environment that python3 is
 	@python3 -m megatron_rest.doctor || true  # what this machine has, above what it measured

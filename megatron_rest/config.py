@@ -462,7 +462,7 @@ class LossConfig:
     dual_clip: float | None = None
     """Bound of the loss for negative advantages (published code: 3.0); None = off (paper)."""
     kl_coef: float = 0.0
-    """Weight of KL(policy || reference); the paper removes it."""
+    """Weight of KL(policy || reference); the paper removes it.  The reference is model.path, kept in host memory."""
     kl_estimator: str = "k3"
     """k1, k2 or k3."""
     entropy_coef: float = 0.0
@@ -502,9 +502,9 @@ class OptimizerConfig:
     adam_beta2: float = 0.999
     """Adam beta2."""
     warmup_steps: int = 0
-    """Linear warm-up, optimiser steps."""
+    """Linear warm-up, optimiser steps: the first has the learning rate lr / warmup_steps."""
     decay: str = "constant"
-    """constant or linear (to a tenth of lr at the last step)."""
+    """constant or linear (to a tenth of lr at the last step).  A continued run is on the schedule configured now."""
     updates_per_step: int = 1
     """Optimiser steps per RL step (the rollouts are split into so many mini-batches)."""
     max_skipped: int = 5
@@ -726,11 +726,7 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         )
     _check_layout(config, dp)
     _check_engines(config, world_size)
-    if config.loss.kl_coef:
-        raise ConfigError(
-            f"loss.kl_coef is {config.loss.kl_coef}, and the trainer holds no reference policy to stay near: set it to "
-            "0 (the paper removes the term)"
-        )
+    _check_objective(config)
     if config.precision.recipe is not Fp8Recipe.NONE and config.model.dtype != "bfloat16":
         raise ConfigError(
             f"precision.recipe {config.precision.recipe} multiplies bfloat16 tensors in FP8, and model.dtype is "
@@ -740,6 +736,27 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         raise ConfigError(
             "precision.parameters=true needs parallel.distributed_optimizer=true: it holds the float32 weights that "
             "FP8 ones are made from"
+        )
+
+
+def _check_objective(config: RestConfig) -> None:
+    """Objectives that cannot work, and those that are biased without a correction."""
+    is_cut = config.rollout.top_p < 1.0 or config.rollout.top_k > 0
+    if is_cut and config.loss.tis_cap is None:
+        raise ConfigError(
+            f"rollout.top_p={config.rollout.top_p:g} and rollout.top_k={config.rollout.top_k} sample from a cut "
+            "distribution, the trainer scores the whole one, and nothing corrects for it: set loss.tis_cap=2.0, or "
+            "rollout.top_p=1.0 and rollout.top_k=0"
+        )
+    if config.loss.kl_coef and config.precision.parameters:
+        raise ConfigError(
+            "loss.kl_coef keeps the reference policy's weights beside the trained ones, and FP8 parameters cannot "
+            "change places with them: set precision.parameters=false or loss.kl_coef=0"
+        )
+    if config.loss.kl_coef and config.trainer.replay_every:
+        raise ConfigError(
+            "trainer.replay_every records updates without a reference policy, so one with loss.kl_coef could not be "
+            "computed again: set one of them to 0"
         )
 
 

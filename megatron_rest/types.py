@@ -170,6 +170,7 @@ class MicroBatch:
     rollout_log_probs: Tensor  # float32 [T]
     old_log_probs: Tensor | None = None  # float32 [T], from the scoring pass
     token_weights: Tensor | None = None  # float32 [T]; None = uniform
+    ref_log_probs: Tensor | None = None  # float32 [T], of the reference policy, where there is one
     cp_size: int = 1  # ranks that share every sequence
     active_rows: Tensor | None = (
         None  # int64 on the CPU: where loss_mask is True; made here, so that no device is asked
@@ -190,6 +191,7 @@ class MicroBatch:
             "rollout_log_probs",
             "old_log_probs",
             "token_weights",
+            "ref_log_probs",
         ):
             _same_length("MicroBatch", n, **{name: getattr(self, name)})
         if int(self.cu_seqlens[-1]) != n * self.cp_size:
@@ -209,9 +211,11 @@ class MicroBatch:
         }
         return replace(self, **moved)
 
-    def with_scores(self, *, old_log_probs: Tensor, token_weights: Tensor | None) -> MicroBatch:
-        """The same microbatch after the scoring pass."""
-        return replace(self, old_log_probs=old_log_probs, token_weights=token_weights)
+    def with_scores(
+        self, *, old_log_probs: Tensor, token_weights: Tensor | None, ref_log_probs: Tensor | None = None
+    ) -> MicroBatch:
+        """The same microbatch after the scoring passes."""
+        return replace(self, old_log_probs=old_log_probs, token_weights=token_weights, ref_log_probs=ref_log_probs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

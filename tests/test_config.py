@@ -210,4 +210,27 @@ def test_every_field_has_a_sentence_and_a_default() -> None:
 
 def test_importing_the_configuration_imports_no_torch() -> None:
     code = "import sys, megatron_rest.config; assert not {'torch', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.top_p=0.9"], "nothing corrects for it: set loss.tis_cap=2.0"),
+        (["rollout.top_k=20"], "rollout.top_k=20"),
+        (["loss.kl_coef=0.1", "trainer.replay_every=2"], "without a reference policy"),
+        (
+            ["loss.kl_coef=0.1", "precision.recipe=blockwise", "precision.parameters=true", "model.dtype=bfloat16",
+             "parallel.distributed_optimizer=true"],
+            "FP8 parameters cannot change places",
+        ),
+    ],
+)  # fmt: skip
+def test_objectives_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(load(None, ["model.path=/m", *overrides]), world_size=1)
+
+
+@pytest.mark.parametrize("overrides", [["loss.kl_coef=0.1"], ["rollout.top_p=0.9", "loss.tis_cap=2.0"]])
+def test_and_those_that_can_are_taken(overrides: list[str]) -> None:
+    validate(load(None, ["model.path=/m", *overrides]), world_size=1)

@@ -351,17 +351,22 @@ def build_optimizer(
 ) -> tuple[Any, Any]:
     """Megatron's Adam and learning-rate schedule for ``num_updates`` optimiser steps.
 
-    Also hooks them into the schedules.
+    Update i of N (from 0) has the learning rate ``lr (i + 1) / warmup_steps`` up to ``lr``; then ``linear`` falls to a
+    tenth of it at update N - 1.  A loaded checkpoint says how many updates were done; the schedule is the configured
+    one.  Also hooks them into the pipeline's schedules.
     """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    min_lr = optimizer.lr if optimizer.decay == "constant" else 0.1 * optimizer.lr
+    # Megatron's ramp begins with the value before the first update; ours has reached a first step then.
+    warmup_steps = max(optimizer.warmup_steps - 1, 0)
     ours = dict(
         optimizer="adam",
         lr=optimizer.lr,
-        min_lr=0.0,
+        min_lr=min_lr,  # the scheduler prefers what the parameter groups say to its own
         weight_decay=optimizer.weight_decay,
         clip_grad=optimizer.clip_grad,
         adam_beta1=optimizer.adam_beta1,
@@ -377,16 +382,18 @@ def build_optimizer(
     )
     scheduler = OptimizerParamScheduler(
         adam,
-        init_lr=0.0,
+        init_lr=optimizer.lr / max(optimizer.warmup_steps, 1),
         max_lr=optimizer.lr,
-        min_lr=optimizer.lr if optimizer.decay == "constant" else 0.1 * optimizer.lr,
-        lr_warmup_steps=optimizer.warmup_steps,
-        lr_decay_steps=max(num_updates, optimizer.warmup_steps + 1),
+        min_lr=min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(num_updates - 1, warmup_steps + 1),
         lr_decay_style=optimizer.decay,
         start_wd=optimizer.weight_decay,
         end_wd=optimizer.weight_decay,
         wd_incr_steps=num_updates,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a loaded state brings the count of updates, and nothing else
     )
     megatron_config.finalize_model_grads_func = finalize_model_grads
     megatron_config.grad_scale_func = adam.scale_loss

@@ -51,6 +51,7 @@ _log = logging.getLogger(__name__)
 
 _SUMS_OF_RANK = ".sums_of_{}"
 _RESULT_OF_RANK = ".written_by_{}"
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the scheduler sets lr and weight_decay
 
 
 class CheckpointError(RunError):
@@ -218,9 +219,32 @@ def load(path: str | Path, policy: MegatronPolicy, *, is_verified: bool = False)
         state = dist_checkpointing.load(wanted, str(path))
     for i, module in enumerate(policy.modules):
         module.load_state_dict(state[_chunk_key(policy, i)], strict=True)
-    load_optimizer_state(policy.optimizer, state["optimizer"])
-    policy.scheduler.load_state_dict(state["scheduler"])
+    _load_optimizer(path, policy, state)
     return Loaded(step=state["step"], extra=state["extra"], rng=state["rng"] if is_same_layout else None)
+
+
+def _load_optimizer(path: Path, policy: MegatronPolicy, state: dict[str, Any]) -> None:
+    """Moments, masters and the count of updates from ``state``; what is configured stays as it is configured.
+
+    Megatron's parameter groups carry their settings along: without this a run that is extended, or begun from another
+    run's checkpoint, would go on with that run's learning rate and end of schedule.
+    """
+    settings = [{name: group[name] for name in _SETTINGS if name in group} for group in policy.optimizer.param_groups]
+    schedule = policy.scheduler.state_dict()
+    load_optimizer_state(policy.optimizer, state["optimizer"])
+    for group, configured in zip(policy.optimizer.param_groups, settings, strict=True):
+        group.update(configured)
+    policy.scheduler.load_state_dict(state["scheduler"])
+    changed = [
+        f"{name} {state['scheduler'].get(name)} -> {value}"
+        for name, value in schedule.items()
+        if name != "num_steps" and state["scheduler"].get(name) != value
+    ]
+    if changed and dist.get_rank() == 0:
+        _log.warning(
+            "%s was saved under another schedule; the configured one counts from here, at update %d: %s",
+            path, policy.scheduler.num_steps, ", ".join(changed),
+        )  # fmt: skip
 
 
 def load_model(path: str | Path, policy: MegatronPolicy) -> None:

@@ -68,6 +68,7 @@ class LossTokens:
             old_log_probs=microbatch.old_log_probs,
             token_weights=microbatch.token_weights,
             rollout_log_probs=microbatch.rollout_log_probs,
+            ref_log_probs=microbatch.ref_log_probs,
             sequence_ids=microbatch.sequence_ids,
             totals=totals,
             active_rows=microbatch.active_rows,

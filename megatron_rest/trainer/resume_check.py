@@ -54,6 +54,7 @@ EQUAL, DIFFERENT, FAILED, NOT_DETERMINISTIC = 0, 1, 2, 3
 HARDEST = (
     "rollout.max_staleness=1",
     "loss.tis_cap=2.0",
+    "loss.kl_coef=0.05",
     "weighting.source=entropy_ema",
     "optimizer.updates_per_step=2",
     "optimizer.decay=linear",

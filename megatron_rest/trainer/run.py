@@ -14,6 +14,7 @@ from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, WeightSourc
 from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.mcore.build import ParallelContext
+from megatron_rest.mcore.reference import ReferencePolicy
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, token_bytes_table
 from megatron_rest.rollout.certify import CertificationError, certify
 from megatron_rest.rollout.conversations import make_conversation
@@ -164,6 +165,8 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         ),
         weighting=RestWeighting.from_config(config.weighting),
         validator=Validator(config, tokenizer, rank=parts.context.rank) if config.validation.every else None,
+        # Before any checkpoint is loaded: the reference is model.path, in a continued run as in the first.
+        reference=ReferencePolicy(parts.policy) if config.loss.kl_coef else None,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.algorithms.importance import truncated_ratios
+from megatron_rest.algorithms.kl import kl_estimate
 from megatron_rest.config import LossConfig
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.trainer.judge import Verdict
@@ -67,13 +68,15 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: 
 def token_metrics(
     microbatches: Sequence[MicroBatch], scores: Sequence[Scores], config: LossConfig, *, dp_group: dist.ProcessGroup
 ) -> dict[str, float]:
-    """Unweighted entropy, weight mass, token share, mismatch of rollout and training log-probs, and share of tokens
-    whose importance ratio was truncated, by region; the mismatch of first tokens besides.
+    """Unweighted entropy, weight mass, token share, mismatch of rollout and training log-probs, share of tokens whose
+    importance ratio was truncated, and KL to the reference policy (``loss.kl_estimator``, before the update), by
+    region; the mismatch of first tokens besides.
 
-    ``microbatches`` carry ``token_weights``.  Collectives: one SUM and one MAX all-reduce over the data-parallel group.
+    ``microbatches`` carry ``token_weights`` and, under ``loss.kl_coef``, ``ref_log_probs``.  Collectives: one SUM and
+    one MAX all-reduce over the data-parallel group.
     """
     # Rows: regions, all loss tokens (more than the regions', where a dialect leaves some out), first tokens.
-    sums = torch.zeros(len(REGION_NAMES) + 2, 5, dtype=torch.float64)
+    sums = torch.zeros(len(REGION_NAMES) + 2, 6, dtype=torch.float64)
     worst_gap = torch.zeros(1, dtype=torch.float64)
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
@@ -87,7 +90,7 @@ def token_metrics(
             worst_gap.clamp_(min=table[:, 3].max())
     dist.all_reduce(sums, group=dp_group)
     dist.all_reduce(worst_gap, op=dist.ReduceOp.MAX, group=dp_group)
-    entropy, mass, tokens, gap, clipped = sums[-2].tolist()
+    entropy, mass, tokens, gap, clipped, kl = sums[-2].tolist()
     metrics = SumCount()
     metrics.add("entropy/all", entropy, tokens)
     metrics.add("mismatch/abs_log_prob_mean", gap, tokens)
@@ -99,13 +102,17 @@ def token_metrics(
         metrics.add(f"mismatch/{name}", values[3], values[2])
         if config.tis_cap is not None:
             metrics.add(f"tis_clipped/{name}", values[4], values[2])
+        if config.kl_coef:
+            metrics.add(f"kl_ref/{name}", values[5], values[2])
+    if config.kl_coef:
+        metrics.add("kl_ref/all", kl, tokens)
     if config.tis_cap is not None:
         metrics.add("tis_clipped/all", clipped, tokens)
     return {**metrics.means(), "mismatch/abs_log_prob_max": float(worst_gap)}
 
 
 def _token_table(microbatch: MicroBatch, score: Scores, config: LossConfig) -> torch.Tensor:
-    """float64 [tokens, 5] of the loss tokens: entropy, weight, 1, |rollout - training| log-prob, ratio truncated."""
+    """float64 [tokens, 6] of the loss tokens: entropy, weight, 1, |rollout - training|, ratio truncated, KL."""
     mask = microbatch.loss_mask
     entropy = score.entropy.cpu()[mask].double()
     weights = torch.ones_like(entropy) if microbatch.token_weights is None else microbatch.token_weights[mask].double()
@@ -120,7 +127,13 @@ def _token_table(microbatch: MicroBatch, score: Scores, config: LossConfig) -> t
             sequence_lengths=microbatch.sequence_lengths,
         )
         clipped = (ratios[mask] >= config.tis_cap).double()
-    return torch.stack([entropy, weights, torch.ones_like(entropy), log_ratio[mask].abs().double(), clipped], dim=1)
+    kl = torch.zeros_like(entropy)
+    if config.kl_coef:
+        assert microbatch.ref_log_probs is not None, "the trainer scores the reference where the loss wants it"
+        log_probs, reference = score.log_probs.cpu()[mask].double(), microbatch.ref_log_probs[mask].double()
+        kl = kl_estimate(log_probs, reference, estimator=config.kl_estimator, max_log_ratio=config.max_log_ratio)
+    gap = log_ratio[mask].abs().double()
+    return torch.stack([entropy, weights, torch.ones_like(entropy), gap, clipped, kl], dim=1)
 
 
 def _is_first(sequence_ids: torch.Tensor) -> torch.Tensor:

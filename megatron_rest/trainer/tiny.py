@@ -29,8 +29,13 @@ def make_base(folder: Path) -> Path:
         ("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, "--output", str(folder / "model"),
          "--max-length", "512", *shape),
     ):  # fmt: skip
-        subprocess.run([sys.executable, "-m", *arguments], check=True, stdout=subprocess.DEVNULL)
+        run_command(*arguments)
     return folder
+
+
+def run_command(module: str, *arguments: str) -> None:
+    """``python -m module arguments``; raises CalledProcessError if it fails."""
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.DEVNULL)
 
 
 def tiny_settings(base: Path) -> list[str]:

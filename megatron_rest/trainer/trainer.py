@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import Fp8Recipe, RestConfig, RolloutQuantization, TrainerConfig
@@ -21,6 +23,7 @@ from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
+from megatron_rest.mcore.reference import ReferencePolicy
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
 from megatron_rest.trainer.exchange import all_token_scores
@@ -66,6 +69,7 @@ class RestTrainer:
         judge: regions, rewards, advantages.
         weighting: token weights.
         validator: benchmarks while training; None = none.
+        reference: of the KL term; None = no such term.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class RestTrainer:
         judge: Judge,
         weighting: RestWeighting,
         validator: Validator | None = None,
+        reference: ReferencePolicy | None = None,
     ) -> None:
         self.config = config
         self.parts = parts
@@ -90,6 +95,7 @@ class RestTrainer:
         self.judge = judge
         self.weighting = weighting
         self.validator = validator
+        self.reference = reference
         self.canary = Canary(
             prompt=prompts[0],
             num_tokens=config.weight_sync.canary_tokens,
@@ -129,9 +135,13 @@ class RestTrainer:
             with timer.phase("score"):
                 with_beta = self.weighting.statistic == "beta"
                 scores = [self.policy.score(batch.microbatches, with_beta=with_beta) for batch in batches]
+                ref_log_probs = self.score_reference(batches)
             with timer.phase("weights"):
                 self.measure(batches, scores)
-                batches = [self.weigh(b, s, progress=self.progress(step)) for b, s in zip(batches, scores, strict=True)]
+                batches = [
+                    self.weigh(batch, part, reference, progress=self.progress(step))
+                    for batch, part, reference in zip(batches, scores, ref_log_probs, strict=True)
+                ]
                 metrics |= reward_metrics(verdict, num_groups=len(groups))
                 metrics |= rollout_metrics(groups, step=step, num_restarts=self.fleet.num_restarts)
                 metrics |= self.token_metrics(batches, scores)
@@ -211,14 +221,33 @@ class RestTrainer:
         dist.all_reduce(total, group=self.context.dp_group)
         self.weighting.update(*total)
 
-    def weigh(self, batch: TrainBatch, scores: Sequence[Scores], *, progress: float) -> TrainBatch:
-        """Old log-probs and token weights into every microbatch."""
+    def score_reference(self, batches: Sequence[TrainBatch]) -> list[Sequence[Tensor | None]]:
+        """The reference policy's log-probs of every microbatch; None where no loss asks for them."""
+        if self.reference is None:
+            return [[None] * len(batch.microbatches) for batch in batches]
+        flat = self.reference.log_probs([m for batch in batches for m in batch.microbatches])  # the weights go in once
+        ends = list(accumulate(len(batch.microbatches) for batch in batches))
+        return [flat[begin:end] for begin, end in pairwise([0, *ends])]
+
+    def weigh(
+        self,
+        batch: TrainBatch,
+        scores: Sequence[Scores],
+        ref_log_probs: Sequence[Tensor | None],
+        *,
+        progress: float,
+    ) -> TrainBatch:
+        """Old and reference log-probs and token weights into every microbatch."""
         weighed = []
-        for microbatch, score in zip(batch.microbatches, scores, strict=True):
+        for microbatch, score, reference in zip(batch.microbatches, scores, ref_log_probs, strict=True):
             weights = self.weighting.packed(
                 microbatch.region_ids, microbatch.sequence_ids, loss_mask=microbatch.loss_mask, progress=progress
             )
-            weighed.append(microbatch.with_scores(old_log_probs=score.log_probs.cpu(), token_weights=weights))
+            weighed.append(
+                microbatch.with_scores(
+                    old_log_probs=score.log_probs.cpu(), token_weights=weights, ref_log_probs=reference
+                )
+            )
         return TrainBatch(microbatches=tuple(weighed), totals=batch.totals)
 
     def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:

@@ -330,7 +330,7 @@ def test_it_looks_right_in_a_browser(run_dir, tmp_path):
     ]
     done = subprocess.run(
         [*command, f"--screenshot={picture}", f"--user-data-dir={tmp_path / 'profile'}", str(tmp_path / "page.html")],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert picture.is_file(), done.stderr[-2000:]
     pixels = imread(picture)[..., :3]

@@ -26,9 +26,12 @@ def targets(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return write_targets(tmp_path_factory.mktemp("targets"), tokenizer_folder)
 
 
+@pytest.mark.parametrize("cases", [8, pytest.param(40, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", TARGETS)
-def test_mutated_files_never_crash(name: str, targets: dict[str, Path], tokenizer_folder: Path, tmp_path: Path) -> None:
-    outcome = fuzz_target(targets[name], tokenizer_folder, tmp_path / "scratch", cases=40, seed=1)
+def test_mutated_files_never_crash(
+    name: str, cases: int, targets: dict[str, Path], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    outcome = fuzz_target(targets[name], tokenizer_folder, tmp_path / "scratch", cases=cases, seed=1)
     assert outcome["unexpected"] == []
-    assert outcome["read"] + outcome["refused"] == outcome["cases"] == 40
+    assert outcome["read"] + outcome["refused"] == outcome["cases"] == cases
     assert outcome["refused"] > 0

@@ -13,9 +13,10 @@ CASES = {"Hugging Face folders": 60, "answers of a model": 100}
 FACTOR = int(os.environ.get("MEGATRON_REST_FUZZ", "1"))  # times as many cases
 
 
+@pytest.mark.parametrize("share", [0.1, pytest.param(1.0, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", TARGETS)
-def test_mutated_inputs_are_taken_or_refused_by_name(name: str, tmp_path: Path) -> None:
-    outcome = fuzz(TARGETS[name], tmp_path, cases=CASES.get(name, 200) * FACTOR, seed=1)
+def test_mutated_inputs_are_taken_or_refused_by_name(name: str, share: float, tmp_path: Path) -> None:
+    outcome = fuzz(TARGETS[name], tmp_path, cases=int(share * CASES.get(name, 200)) * FACTOR, seed=1)
     assert outcome.unexpected == ()
     assert outcome.taken + outcome.refused == outcome.cases
     assert outcome.taken > 0

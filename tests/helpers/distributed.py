@@ -1,4 +1,4 @@
-"""Run a function on several real gloo ranks from a test.
+"""Run a function on several real gloo ranks from a test: fresh processes, imports done (``tests/helpers/forked.py``).
 
     results = run_distributed(worker, 4, some_argument)
 
@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.helpers import forked
+
+WHOLE_TEST = 600.0  # seconds, pytest's own limit
 
 
 def _main(rank: int, fn: Callable[..., Any], world_size: int, folder: str, seconds: int, args: tuple[Any, ...]) -> None:
@@ -45,18 +48,13 @@ def _main(rank: int, fn: Callable[..., Any], world_size: int, folder: str, secon
 
 
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: int = 120) -> list[Any]:
-    """Call ``fn(rank, world_size, *args)`` on ``world_size`` spawned gloo ranks; return their results in rank order."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads on shared cores cost more than they give
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Call ``fn(rank, world_size, *args)`` on ``world_size`` gloo ranks; return their results in rank order.
+
+    ``timeout`` (seconds) is that of a collective.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_main, args=(fn, world_size, folder, timeout, args), nprocs=world_size, join=False)
-        assert context is not None
-        error: BaseException | None = None
-        try:
-            while not context.join(timeout=timeout):
-                pass
-        except Exception as e:  # noqa: BLE001  the rank's own traceback, read below, says more
-            error = e
+        ranks = [forked.start(_main, rank, fn, world_size, folder, timeout, args) for rank in range(world_size)]
+        status = forked.wait(ranks, timeout=WHOLE_TEST)
         results = []
         for rank in range(world_size):
             path = Path(folder) / f"rank{rank}.pickle"
@@ -65,6 +63,5 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
                 if not ok:
                     raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
                 results.append(value)
-        if error is not None:
-            raise error
+        assert status == 0, f"a rank ended with status {status}"
         return results

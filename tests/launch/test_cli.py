@@ -16,7 +16,7 @@ from .conftest import ROOT
 def test_other_commands_go_to_nemo_run(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "experiment", "--help"],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=120,
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "status" in done.stdout
@@ -26,7 +26,7 @@ def test_other_commands_go_to_nemo_run(environment: dict[str, str], tmp_path: Pa
 def test_python_runs_a_launch_file_as_the_console_script_does(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch/rest_8b.py"), "--dryrun", "optimizer.lrr=1"],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=120,
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2
     assert "did you mean optimizer.lr?" in done.stderr
@@ -56,7 +56,7 @@ if {expected}:
 
 
 def test_nemo_run_imports_without_leptonai(environment: dict[str, str]) -> None:
-    subprocess.run([sys.executable, "-c", SHIM.format(expected=True)], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", SHIM.format(expected=True)], env=environment, check=True, timeout=300)
 
 
 def test_nemo_run_imports_with_a_leptonai_that_lacks_the_old_api(environment: dict[str, str], tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_nemo_run_imports_with_a_leptonai_that_lacks_the_old_api(environment: di
     (tmp_path / "leptonai/__init__.py").write_text("")
     (tmp_path / "leptonai/api/__init__.py").write_text("")
     env = environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    subprocess.run([sys.executable, "-c", SHIM.format(expected=True)], env=env, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", SHIM.format(expected=True)], env=env, check=True, timeout=300)
 
 
 def test_arguments_are_sorted_by_who_reads_them() -> None:
@@ -79,7 +79,7 @@ def test_arguments_are_sorted_by_who_reads_them() -> None:
 def test_every_launch_file_finds_its_executor_by_itself(environment: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch/rest_demo.py"), "--dryrun"],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=120,
+        capture_output=True, text=True, cwd=tmp_path, env=environment, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

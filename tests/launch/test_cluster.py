@@ -32,7 +32,7 @@ def run_rank(folder: Path, config: RestConfig, *, rank: int = 0) -> list[str]:
         "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank % 8), "SLURM_NTASKS": "16",
     }  # fmt: skip
     (folder / "script.sh").write_text(script(config))
-    subprocess.run(["bash", str(folder / "script.sh")], cwd=folder, env=env, check=True, timeout=30)
+    subprocess.run(["bash", str(folder / "script.sh")], cwd=folder, env=env, check=True, timeout=300)
     return (folder / "call").read_text().splitlines()
 
 
@@ -82,7 +82,7 @@ def test_no_argument_of_a_command_breaks_out_of_its_quotes(text: str, tmp_path_f
     given_arguments = ["convert", "--input", f"/d/{text}$(touch {folder}/pwned)"]
     env = {"PATH": f"{folder}:/usr/bin:/bin", "TEST_OUT": str(folder / "out")}
     command = command_script("data_tools", given_arguments)
-    subprocess.run(["bash", "-c", command], cwd=folder, env=env, check=True, timeout=30)
+    subprocess.run(["bash", "-c", command], cwd=folder, env=env, check=True, timeout=300)
     assert (folder / "out").read_text().split("\0")[:-1] == ["-m", "data_tools", *given_arguments]
     assert not (folder / "pwned").exists()
 

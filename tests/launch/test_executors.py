@@ -70,7 +70,9 @@ def test_no_text_of_an_executor_is_run(text: str, field: str, tmp_path_factory: 
             continue
         script = sbatch_script(executor, folder)
         env = {"PATH": os.environ["PATH"], "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "1"}
-        subprocess.run(["bash", "-c", NODE + script], cwd=folder, env=env, capture_output=True, timeout=30, check=False)
+        subprocess.run(
+            ["bash", "-c", NODE + script], cwd=folder, env=env, capture_output=True, timeout=300, check=False
+        )
         assert not (folder / "pwned").exists(), script
 
 

@@ -102,7 +102,7 @@ def test_a_signal_ends_every_process(
         pids = [int(word) for path in files for word in path.read_text().split()]
         process.send_signal(signum)
         assert process.wait(TIMEOUT) == status
-        wait_for(lambda: not any(is_running(pid) for pid in pids), seconds=5)
+        wait_for(lambda: not any(is_running(pid) for pid in pids))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = TIMEOUT) -> None:

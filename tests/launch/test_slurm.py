@@ -25,14 +25,18 @@ FAKE_PYTHON = """#!/bin/bash
 if [ "$2" = megatron_rest.rollout.host ]; then
   echo "$SLURM_PROCID of $SLURM_NTASKS: ${*:3}" > "$TEST_OUT/engines-$SLURM_PROCID"
   [ "$TEST_ENGINES" != fail ] || exit 4
-  exec sleep 100
+  exec sleep "$TEST_ENGINES"
 fi
 if [ "$2" = megatron_rest.cli ]; then echo "${*:3}" > "$TEST_OUT/command-$SLURM_JOB_ID"; exit; fi
 printf '%s ' "$RANK" "$LOCAL_RANK" "$WORLD_SIZE" "$MASTER_ADDR" "$SLURM_JOB_ID" >> "$TEST_OUT/call-$SLURM_JOB_ID-$RANK"
 cp "$4" "$TEST_OUT/config-$RANK.yaml"
 echo "rank $RANK has begun"
 [ -f megatron_rest/trainer/__main__.py ] || exit 9  # the code has to be where the job runs
-if [ "$RANK" = "${TEST_FAIL_RANK:-none}" ] && [ ! -f "$TEST_OUT/failed" ]; then touch "$TEST_OUT/failed"; exit 3; fi
+if [ "$RANK" = "${TEST_FAIL_RANK:-none}" ] && [ ! -f "$TEST_OUT/failed" ]; then
+  until [ "$(ls "$TEST_OUT"/config-*.yaml | wc -l)" = "$WORLD_SIZE" ]; do sleep 0.05; done  # all have noted themselves
+  touch "$TEST_OUT/failed"
+  exit 3
+fi
 [ -z "${TEST_SLEEP:-}" ] || exec sleep "$TEST_SLEEP"
 """
 
@@ -60,7 +64,7 @@ class Cluster:
     def nemo_run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "launch.cli", *arguments],
-            capture_output=True, text=True, cwd=self.folder, env=self.env | env, stdin=subprocess.DEVNULL, timeout=60,
+            capture_output=True, text=True, cwd=self.folder, env=self.env | env, stdin=subprocess.DEVNULL, timeout=300,
             check=False,
         )  # fmt: skip
 
@@ -94,6 +98,7 @@ def test_a_job_runs_every_rank_with_the_submitted_configuration(cluster: Cluster
     assert (cluster.folder / "run/run.yaml").read_text() == (cluster.folder / "config-0.yaml").read_text()
 
 
+@pytest.mark.extended
 def test_a_failed_rank_is_a_failed_command(cluster: Cluster) -> None:
     done = cluster.submit(TEST_FAIL_RANK="5")
     assert done.returncode == 1, done.stdout
@@ -101,7 +106,7 @@ def test_a_failed_rank_is_a_failed_command(cluster: Cluster) -> None:
 
 
 def test_a_failed_rank_ends_the_others(cluster: Cluster) -> None:
-    done = cluster.submit(TEST_FAIL_RANK="5", TEST_SLEEP="200")  # longer than submit waits
+    done = cluster.submit(TEST_FAIL_RANK="5", TEST_SLEEP="1000")  # longer than submit waits
     assert done.returncode == 1, done.stdout
     assert "train FAILED" in done.stderr
 
@@ -124,6 +129,7 @@ def test_a_failed_job_is_put_back_into_the_queue(cluster: Cluster) -> None:
     assert calls.count("1001") == 2, "the same job, twice"
 
 
+@pytest.mark.extended
 def test_what_waits_for_a_failed_job_is_not_run(cluster: Cluster) -> None:
     done = cluster.submit("warm_start=true", "evaluate=true", TEST_FAIL_RANK="3")
     assert done.returncode == 1
@@ -136,7 +142,7 @@ ENGINES = ("rollout.nodes=2", "rollout.replicas=2", "rollout.tensor_parallel=8",
 
 
 def test_ranks_and_engines_are_groups_of_one_job(cluster: Cluster) -> None:
-    done = cluster.submit(*ENGINES, "run.executor.ntasks_per_node=8", TEST_ENGINES="1")
+    done = cluster.submit(*ENGINES, "run.executor.ntasks_per_node=8", TEST_ENGINES="1000")
     assert done.returncode == 0, done.stdout + done.stderr  # the ranks ended well, so the engines' group was ended
     (job,) = cluster.jobs()
     assert job["state"] == "COMPLETED"
@@ -145,21 +151,20 @@ def test_ranks_and_engines_are_groups_of_one_job(cluster: Cluster) -> None:
     assert hosts == [f"{node} of 2: {cluster.folder}/run/engines --gpus 8\n" for node in range(2)]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
-    "failing", [{"TEST_FAIL_RANK": "5", "TEST_ENGINES": "100"}, {"TEST_ENGINES": "fail", "TEST_SLEEP": "100"}]
+    "failing", [{"TEST_FAIL_RANK": "5", "TEST_ENGINES": "1000"}, {"TEST_ENGINES": "fail", "TEST_SLEEP": "1000"}]
 )
 def test_one_group_that_fails_ends_the_other(failing: dict[str, str], cluster: Cluster) -> None:
-    started = time.monotonic()
-    done = cluster.submit(*ENGINES, **failing)
+    done = cluster.submit(*ENGINES, **failing)  # which waits less than the group that goes on would
     assert done.returncode == 1, done.stdout
     assert "train FAILED" in done.stderr
-    assert time.monotonic() - started < 60
 
 
 def test_status_logs_and_cancel_are_nemo_runs(cluster: Cluster) -> None:
     done = cluster.submit("--detach", TEST_SLEEP="100")
     assert done.returncode == 0, done.stdout + done.stderr
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while cluster.jobs()[0]["state"] != "RUNNING":
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -228,11 +228,36 @@ def weights_of(sample: TrainSample) -> np.ndarray:
     return WEIGHTING(sample.region_ids[1:].astype(np.int64), progress=PROGRESS, loss_mask=sample.loss_mask[1:])
 
 
+ONE_OF_EVERY_KIND: dict[str, list[dict[str, Any]]] = {
+    "qwen3": [
+        {"tp": 4, "sp": True, "max_tokens": 64},
+        {"tp": 2, "pp": 2, "vpp": 2, "max_tokens": 128},
+        {"cp": 2, "pp": 2},
+        {"distributed_optimizer": True},
+        {"padded": True, "tp": 2, "cp": 2, "sp": True},
+    ],
+    "qwen3_moe": [
+        {"ep": 2, "pp": 2, "max_tokens": 64, "distributed_optimizer": True},
+        {"ep": 2, "tp": 2, "cp": 2, "sp": True, "max_tokens": 128},
+    ],
+}
+
+
 @pytest.mark.slow
+def test_a_layout_of_every_kind_equals_float64(model, reference):
+    check_layouts(model, reference, 4, ONE_OF_EVERY_KIND[read_config(model)["model_type"]])
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_layout_equals_float64(model, reference, world_size):
     is_moe = read_config(model)["model_type"] == "qwen3_moe"
-    layouts = EXPERTS[world_size] if is_moe else DENSE[world_size] + PADDED[world_size]
+    check_layouts(
+        model, reference, world_size, EXPERTS[world_size] if is_moe else DENSE[world_size] + PADDED[world_size]
+    )
+
+
+def check_layouts(model: Path, reference: Reference, world_size: int, layouts: list[dict[str, Any]]) -> None:
     ranks = run_distributed(run_layouts, world_size, str(model), layouts, reference.old_log_probs, timeout=300)
     for number, layout in enumerate(layouts):
         scores: dict[int, np.ndarray] = {}

@@ -28,7 +28,7 @@ from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.trainer.engine_nodes import hosted_place
 from tests.helpers.tiny_model import EOS_ID, build_tiny_model
 
-SECONDS = 60.0
+SECONDS = 180.0
 
 
 @pytest.fixture(scope="module")

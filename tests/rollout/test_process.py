@@ -47,5 +47,5 @@ def test_refuses_when_torch_is_there_already() -> None:
 
 def test_package_imports_nothing_heavy() -> None:
     code = "import sys, megatron_rest.rollout, megatron_rest.rollout.vllm_engine; print('vllm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "False"

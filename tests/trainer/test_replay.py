@@ -171,7 +171,7 @@ def test_a_changed_term_is_named(
         assert "! ratio" in out
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_loss_and_a_configuration_that_are_not_the_runs(recorded: Path) -> None:
     bundle = read_bundle(bundle_path(recorded / "dp2", STEP, 1))
 
@@ -186,7 +186,7 @@ def test_a_loss_and_a_configuration_that_are_not_the_runs(recorded: Path) -> Non
     assert first_wrong(temperature=1.1) == "log_probs"
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_files_that_are_no_bundles(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = bundle_path(recorded / "dp2", STEP, 0).read_bytes()
     path, chance = tmp_path / "bad.safetensors", random.Random(1)

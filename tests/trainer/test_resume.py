@@ -121,6 +121,7 @@ def test_a_configuration_is_named_that_does_not_fit(capsys, tmp_path):
     assert "how many ranks it ran on: say --ranks" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 def test_a_disturbed_run_ends_as_one_that_was_left_alone(tmp_path):
     """An engine killed in a transfer, a rank killed, files cut short, no room for a checkpoint."""
     base = make_base(tmp_path)

@@ -38,49 +38,31 @@ from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
 from megatron_rest.eval.answers import read_answers
 from megatron_rest.replay import __main__ as replay
+from megatron_rest.trainer import tiny
 from megatron_rest.trainer.entry import STOPPED_STATUS
 from megatron_rest.weighting import RestWeighting, region_sums
+from tests.helpers import forked
 from tests.helpers.tiny_model import build_tiny_model, read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
 
 
 def call(*arguments: str, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m ...`` (or torchrun with ``ranks``) in the project's root."""
-    command = [sys.executable, "-m", *arguments]
-    if ranks:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *arguments]
-        command = [sys.executable, *torchrun]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    """``python -m arguments`` (with ``ranks``: under torchrun) in the project's root, imports done."""
+    done = forked.run_module(*arguments, ranks=ranks)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[:8000]}")
+        raise AssertionError(f"{' '.join(arguments)} failed:\n{done.stdout[-3000:]}\n{done.stderr[:8000]}")
     return done
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """Tokenizer, prompts and a random model, made by the commands of the demo."""
-    folder = tmp_path_factory.mktemp("base")
-    sample = str(ROOT / "data_tools/samples/rlla_sft.json")
-    tokenizer = str(folder / "tokenizer")
-    call("data_tools", "train-tokenizer", sample, "--vocab-size", "1001", "--output", tokenizer)
-    options = ("--prompt-style", "slim", "--max-think-words", "6", "--processes", "1")
-    call(
-        "data_tools",
-        "convert",
-        "--input",
-        sample,
-        "--output",
-        str(folder / "train"),
-        "--tokenizer",
-        tokenizer,
-        *options,
-    )
-    shape = ("--hidden-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "2", "--ffn-size", "160")
-    output = ("--output", str(folder / "model"), "--max-length", "512")
-    call("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, *output, *shape)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "run_command", lambda *arguments: call(*arguments))
+        return tiny.make_base(tmp_path_factory.mktemp("base"))
 
 
 def settings(base: Path, run_dir: Path, model: Path) -> list[str]:
@@ -131,8 +113,11 @@ def rl(base: Path, run_dir: Path, model: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def unbroken(base, warm) -> Path:
+    """The run that most tests read: under torchrun, as a user starts it."""
     run_dir = base / "unbroken"
-    rl(base, run_dir, warm[0], "trainer.replay_every=3")
+    command = [*TORCHRUN, *rl_arguments(base, run_dir, warm[0]), "trainer.replay_every=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[:8000]
     return run_dir
 
 
@@ -231,6 +216,7 @@ def test_run_leaves_checkpoint_events_and_a_model(unbroken, warm):
     assert not list(unbroken.glob("**/*.partial"))
 
 
+@pytest.mark.extended
 def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
     run_dir = base / "bfloat16"
     overrides = ("model.dtype=bfloat16", "rollout.dtype=bfloat16", "checkpoint.export_hf=false", "trainer.steps=1")
@@ -240,6 +226,7 @@ def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
     assert 1e-5 < row["metrics"]["mismatch/abs_log_prob_mean"] < 0.05
 
 
+@pytest.mark.extended
 def test_engines_in_fp8_sample_a_rounded_policy_that_training_corrects_for(base, warm):
     run_dir = base / "fp8-engines"
     engines = ("rollout.replicas=1", "rollout.tensor_parallel=2", "weight_sync.transport=gloo", "loss.tis_cap=2.0")
@@ -276,6 +263,7 @@ def test_saved_rollouts_are_what_was_trained_on(unbroken):
             assert weights.mean() == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.extended
 def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm):
     """TP 2 with sequence parallelism, CP 2: weights in the file are those of the score norms in the file.
 
@@ -386,9 +374,8 @@ def test_recorded_updates_agree_with_float64(unbroken, capsys):
 
 def stop_one_rank(base: Path, run_dir: Path, model: Path) -> str:
     """Start the run of ``unbroken``, send SIGTERM to rank 2 once step 1 is in its metrics; what torchrun says."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
     with subprocess.Popen(
-        [*command, *rl_arguments(base, run_dir, model), "checkpoint.save_every=0"],
+        [*TORCHRUN, *rl_arguments(base, run_dir, model), "checkpoint.save_every=0"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         try:
@@ -437,7 +424,14 @@ def test_one_step_off_every_rollout_is_one_version_old(base):
     run_dir = base / "one-step-off"
     overrides = ("rollout.max_staleness=1", "loss.tis_cap=2.0", "checkpoint.export_hf=false", "trainer.steps=3")
     overrides += ("validation.every=2", "validation.categories=simple_python", "validation.cases=2")
-    chaos.train(base, run_dir, *overrides, ranks=1)
+    call(
+        "megatron_rest.trainer",
+        *tiny.tiny_settings(base),
+        "parallel.tensor_parallel=1",
+        *overrides,
+        f"trainer.run_dir={run_dir}",
+        ranks=1,
+    )
     steps = chaos.metrics_of(run_dir)
     assert [step["rollout/staleness"] for step in steps] == [0, 1, 1]
     assert [row["policy_version"] for row in metrics(run_dir)] == [0, 1, 2]
@@ -449,7 +443,9 @@ def test_one_step_off_every_rollout_is_one_version_old(base):
     assert all(0 <= step["tis_clipped/all"] < 1 for step in steps) and steps[0]["tis_clipped/all"] == 0
 
 
-@pytest.mark.parametrize("ending", ["success", "ctrl-c", "killed rank"])
+@pytest.mark.parametrize(
+    "ending", [*(pytest.param(x, marks=pytest.mark.extended) for x in ("success", "ctrl-c")), "killed rank"]
+)
 def test_nothing_is_left_behind(ending, base):
     """However a run with an engine process ends: no process of it, no shared memory."""
     run_dir = base / f"left-{ending.replace(' ', '-')}"

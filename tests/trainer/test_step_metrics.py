@@ -55,7 +55,8 @@ def on_ranks(rank: int, world_size: int) -> list[dict[str, float]]:
             microbatches.append(microbatch)
             entropy = torch.full_like(gap, 0.5)
             scores.append(Scores(log_probs=microbatch.rollout_log_probs + gap, entropy=entropy))
-        config = LossConfig(tis_cap=CAP, tis_level=level)
+            microbatches[-1] = replace(microbatch, ref_log_probs=microbatch.rollout_log_probs)
+        config = LossConfig(tis_cap=CAP, tis_level=level, kl_coef=0.1)
         results.append(token_metrics(microbatches, scores, config, dp_group=dist.group.WORLD))
     return results
 
@@ -88,6 +89,9 @@ def test_mismatch_and_truncation_by_region(world_size: int) -> None:
                 assert metrics[f"mismatch/{name}"] == pytest.approx(mean([abs(t[1]) for t in mine]), rel=1e-4)
                 share = mean([float(math.exp(t[ratio]) >= CAP) for t in mine])
                 assert metrics[f"tis_clipped/{name}"] == pytest.approx(share)
+                kl = mean([math.expm1(-t[1]) + t[1] for t in mine])
+                assert metrics[f"kl_ref/{name}"] == pytest.approx(kl, rel=1e-3)
+            assert metrics["kl_ref/all"] == pytest.approx(mean([math.expm1(-t[1]) + t[1] for t in tokens]), rel=1e-3)
 
 
 def test_how_rollouts_ended_and_how_old_they_are() -> None:

@@ -70,12 +70,12 @@ def test_an_answer_that_cannot_be_judged_is_named(monkeypatch: pytest.MonkeyPatc
 def test_timer_and_handler_are_put_back() -> None:
     heard: list[int] = []
     handler = signal.signal(signal.SIGALRM, lambda signum, frame: heard.append(signum))
-    before = signal.setitimer(signal.ITIMER_REAL, 0.3)
+    before = signal.setitimer(signal.ITIMER_REAL, 2.0)
     try:
         with time_limit(5.0, "nothing"):
             pass
-        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
-        deadline = time.monotonic() + 5
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 2.0
+        deadline = time.monotonic() + 60
         while not heard and time.monotonic() < deadline:
             time.sleep(0.01)
         assert heard == [signal.SIGALRM]

@@ -49,7 +49,7 @@ def test_engine_process_follows(tmp_path: Path) -> None:
         bench.engine.close()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_engine_process_in_fp8_follows(tmp_path: Path) -> None:
     fp8 = RolloutQuantization.FP8_CHANNEL
     setting: dict[str, Any] = {"arch": "qwen3", "tied": True, "dtype": "float32", "random_weights": True}

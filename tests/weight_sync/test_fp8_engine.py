@@ -27,6 +27,7 @@ MODEL: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+TRANSPORTS = ["gloo", pytest.param("local", marks=pytest.mark.extended)]
 CASES = {  # quantisation, precision of the rest, allowed distance to transformers in nats: a quarter of tokens, all
     # An activation next to the middle between two FP8 numbers falls to either side, by 1/16 of itself: 0.06 nats are
     # seen where one did, and 2e-6 before it.
@@ -57,7 +58,7 @@ def assert_near_reference(bench: Bench, case: str) -> None:
     assert np.quantile(gaps, 0.25) < of_a_quarter and gaps.max() < of_all, np.quantile(gaps, [0.25, 0.5, 1])
 
 
-@pytest.mark.parametrize("transport", ["gloo", "local"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("case", CASES)
 def test_an_engine_holds_what_it_would_read_from_a_checkpoint(case: str, transport: str, tmp_path: Path) -> None:
     quantization, dtype = CASES[case][:2]
@@ -93,7 +94,7 @@ def test_an_engine_holds_what_it_would_read_from_a_checkpoint(case: str, transpo
         peer.close()
 
 
-@pytest.mark.parametrize("transport", ["gloo", "local"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_engine_that_quantises_itself_takes_plain_weights(
     transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +110,7 @@ def test_an_engine_that_quantises_itself_takes_plain_weights(
         bench.engine.close()
 
 
-@pytest.mark.parametrize("transport", ["gloo", "local"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_weights_that_are_not_finite_are_refused_by_name(transport: str, tmp_path: Path) -> None:
     bench = make_bench(
         tmp_path, dtype="float32", random_weights=True, transport=transport, quantization=CHANNEL, **MODEL
@@ -135,7 +136,7 @@ def test_a_quantised_engine_gets_its_weights_from_a_transfer_only(tmp_path: Path
         make_bench(tmp_path, dtype="float32", random_weights=False, quantization=CHANNEL, **MODEL)
 
 
-@pytest.mark.parametrize("transport", ["gloo", "local"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("quantization", [CHANNEL, BLOCK])
 def test_experts_lie_where_a_checkpoint_puts_them(
     quantization: RolloutQuantization, transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ def test_megatron_layouts_into_two_replicas(tmp_path: Path) -> None:
     assert len(check_model(tmp_path, layouts, 4, **model)) == len(layouts)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_sharded_policy_into_two_replicas_in_fp8(tmp_path: Path) -> None:
     """TP 2 cuts what shares a scale: both engines hold what vLLM's loader makes of a checkpoint in FP8, bit for bit."""
     model = {"arch": "qwen3", "tied": True, "layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}

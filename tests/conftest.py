@@ -1,0 +1,47 @@
+"""What holds for all tests: their tiers (see CONTRIBUTING.md), and the time that each folder takes."""
+
+from __future__ import annotations
+
+from megatron_rest.rollout.process import prepare_process
+
+# Before any test imports torch: its threads would spin for one another, and an engine in this process would decode
+# twenty times slower beside any other load.
+prepare_process()
+
+from collections.abc import Iterable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part",
+        metavar="K/N",
+        help="only part K (0 to N - 1) of N of the tests that are left after -m: whole modules, dealt one by one",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("extended"):
+            item.user_properties.append(("is_long", True))  # for tests/times.py, through the JUnit report
+    if config.getoption("--part") is None:
+        return
+    kept = set(modules_of_part(config.getoption("--part"), (item.path for item in items)))
+    left_out = [item for item in items if item.path not in kept]
+    items[:] = [item for item in items if item.path in kept]
+    config.hook.pytest_deselected(items=left_out)
+    print("this part:", ", ".join(sorted(str(path.relative_to(config.rootpath)) for path in kept)) or "empty")
+
+
+def modules_of_part(part: str, modules: Iterable[Path]) -> list[Path]:
+    """Part "K/N" of the test modules: a module stays whole, since its tests share what they made."""
+    try:
+        k, n = (int(number) for number in part.split("/"))
+    except ValueError:
+        raise pytest.UsageError(f"--part wants K/N, for example 0/7, not {part!r}") from None
+    if not 0 <= k < n:
+        raise pytest.UsageError(f"--part {part}: K goes from 0 to N - 1")
+    return sorted(set(modules))[k::n]
