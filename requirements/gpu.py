@@ -1,4 +1,4 @@
-"""Whether requirements/gpu*.txt can be installed in the image: every pin exists, has the hash, and fits the image's Python.
+"""Whether the image can be built: every pin of requirements/gpu*.txt exists, has its hash and fits its Python.
 
     python3 requirements/gpu.py [--resolve]
 
@@ -48,8 +48,9 @@ def fits(wheel):
 
 
 def _python_fits(python, abis):
-    own = "cp%d%d" % PYTHON
-    if python in ("py3", "py%d%d" % PYTHON) or (python == own and {own, "abi3", "none"} & set(abis)):
+    own = f"cp{PYTHON[0]}{PYTHON[1]}"
+    pure = re.fullmatch(r"py3(\d*)", python)
+    if (pure and int(pure[1] or 0) <= PYTHON[1]) or (python == own and {own, "abi3", "none"} & set(abis)):
         return True
     old = re.fullmatch(r"cp3(\d+)", python)
     return bool(old) and "abi3" in abis and int(old[1]) <= PYTHON[1]
@@ -82,7 +83,7 @@ def page(name):
     normal = re.sub(r"[-_.]+", "-", name).lower()
     index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or PyPI.simple_url
     request = urllib.request.Request(f"{index.rstrip('/')}/{normal}/", headers={"Accept": "text/html"})
-    with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310  the user's own index
+    with urllib.request.urlopen(request, timeout=60) as answer:
         links = _Links()
         links.feed(answer.read().decode("utf-8", "replace"))
         return links.files
@@ -113,8 +114,9 @@ def check(get=page):
         for pin in pins((HERE / file).read_text(encoding="utf-8"))
     ]
     with ThreadPoolExecutor(8) as pool:
-        for (pin, source), files in zip(work, pool.map(lambda item: get(item[0][0]), work)):
-            problems.append(problem(pin, source=source, files=files))
+        pages = list(pool.map(lambda item: get(item[0][0]), work))
+    for i, (pin, source) in enumerate(work):
+        problems.append(problem(pin, source=source, files=pages[i]))
     names = {pin[0].lower() for pin, _ in work}
     wanted = [pin for pin in pins((HERE / "gpu.in").read_text(encoding="utf-8")) if pin[0].lower() in names]
     have = {pin[0].lower(): pin[1] for pin, _ in work}
@@ -127,8 +129,9 @@ def resolve():
     uv = shutil.which("uv")
     if uv is None:
         return "resolving is not done: uv is not installed", 0
-    command = [uv, "pip", "compile", str(HERE / "gpu.in"), "-c", str(HERE / "gpu.txt"), "-q", "--no-build",
-               "--python-version", "%d.%d" % PYTHON, "--python-platform", "x86_64-manylinux_2_34", "-o", os.devnull]  # fmt: skip
+    command = [uv, "pip", "compile", str(HERE / "gpu.in"), "-c", str(HERE / "gpu.txt"), "-q", "--no-build"]
+    command += ["--python-version", f"{PYTHON[0]}.{PYTHON[1]}", "--python-platform", "x86_64-manylinux_2_34"]
+    command += ["-o", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stderr.strip() or "the pins go together"), int(bool(done.returncode))
 
@@ -150,7 +153,7 @@ def main():
         print(f"image: {text}", file=sys.stderr if failed else sys.stdout)
         status = status or failed
     if not status:
-        print(f"image: {count} pins exist for Linux x86-64 and CPython %d.%d, with their hashes" % PYTHON)
+        print(f"image: {count} pins exist for Linux x86-64 and CPython {PYTHON[0]}.{PYTHON[1]}, with their hashes")
     return status
 
 
