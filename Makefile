@@ -37,7 +37,7 @@ help: ## this list
 	@echo "                                             (default: the shipped sample, runs/prompts, trained on INPUT)"
 
 # What .venv runs is for the CPU, also where set-up had to take torch's build for CUDA and there is a GPU.
-demo experiment test test-host bench chaos: export CUDA_VISIBLE_DEVICES :=
+demo experiment test test-all faults test-host bench chaos: export CUDA_VISIBLE_DEVICES :=
 
 setup: $(STAMP) ## virtual environment in .venv from the frozen lists
 

@@ -54,7 +54,12 @@ RECIPE = RestConfig(
         gpu_memory_utilization=0.9,  # the GPUs are the engine's own
         max_concurrent=512,  # 2048 sequences over 2 replicas, twice round
     ),
-    loss=LossConfig(clip_low=0.2, clip_high=0.2, dual_clip=3.0),  # authors
+    loss=LossConfig(
+        clip_low=0.2,  # authors, all three
+        clip_high=0.2,
+        dual_clip=3.0,
+        tis_cap=2.0,  # engine and trainer may route a token to other experts: the ratio is cut at 2
+    ),
     optimizer=OptimizerConfig(
         lr=1e-6,  # authors (dense models); not tuned for experts
         weight_decay=0.01,

