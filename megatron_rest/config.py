@@ -380,9 +380,11 @@ class RewardConfig:
     strict_format: bool = False
     """ToolRL's rule (nothing but the sections, exact newlines) instead of ResT's relaxed one."""
     accept_arguments: bool = True
-    """Take the key "arguments" for "parameters" (the published reward scores it as a failure)."""
+    """Read calls as serving engines do: "arguments" or "parameters", one block a call or several calls a block; False =
+    the published reader (one block, a line a call, "parameters" only), in ToolRL's tags."""
     opaque_thought: bool = False
-    """Ignore tags mentioned inside the thought; False = the first tag anywhere counts, as in the published reward."""
+    """Ignore tags mentioned inside the thought; False = the first tag anywhere counts, as in the published reward (in
+    ToolRL's tags; other dialects always ignore them)."""
     correctness_range: float = 3.0
     """Static correctness lies in [-range, range] (published variant CORRECTMAX1: 1.0)."""
     granularity: str = "fine"

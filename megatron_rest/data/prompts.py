@@ -117,6 +117,11 @@ class PromptDataset:
         rows = fitting[:max_prompts] if max_prompts else fitting
         return PromptDataset(self._batches, rows=rows, num_left_out=left_out, name=self._name)
 
+    def only(self, indices: list[int], *, left_out: int) -> PromptDataset:
+        """These prompts, in this order; ``left_out`` others are counted in :attr:`num_left_out`."""
+        rows = self._rows[np.asarray(indices, dtype=np.int64)]
+        return PromptDataset(self._batches, rows=rows, num_left_out=self.num_left_out + left_out, name=self._name)
+
     def _ids(self, batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
         column = batch.column(name)
         return self._slice(_offsets(column), column.values.to_numpy(zero_copy_only=True), row)

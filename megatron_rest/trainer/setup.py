@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,13 @@ from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.chat_template import STOCK, ChatTemplate
 from megatron_rest.data.prompt_files import read_manifest
 from megatron_rest.data.prompts import PromptDataset
+from megatron_rest.data.references import without_hopeless_references
 from megatron_rest.hf_folder import load_tokenizer, stop_token_ids
 from megatron_rest.mcore import build, precision
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.model_map import ModelShape, parameter_map
-from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix
+from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix, find_dialect
 from megatron_rest.rollout.certify import serving_notes
 from megatron_rest.rollout.chat import ChatSettings, dialect_name
 from megatron_rest.types import TrainBatch, TrainSample
@@ -47,6 +49,9 @@ __all__ = [
     "turn_ends",
     "weight_source",
 ]
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +178,15 @@ def open_prompts(config: RestConfig, path: str = "") -> PromptDataset:
         usable = dataset.select(max_prompt_tokens=config.data.max_prompt_tokens, max_answer_tokens=limit)
     except ValueError as error:
         raise ConfigError(f"data.train: {error}") from error
+    if not config.rollout.environment:  # an environment judges by itself, its references are what it likes
+        manifest = read_manifest(Path(path or config.data.train))
+        reads = find_dialect(dialect_name("auto", path or config.data.train))
+        usable, reasons = without_hopeless_references(usable, manifest, reward=config.reward, dialect=reads)
+        if reasons:
+            _log.warning(
+                "%d of %d prompts are left out: their references do not earn full marks under reward.*; the first: %s",
+                len(reasons), len(reasons) + len(usable), reasons[0],
+            )  # fmt: skip
     if len(usable) == 0:
         raise ConfigError(
             f"data.train: of {len(dataset)} prompts none is left (data.max_prompt_tokens "

@@ -17,8 +17,10 @@ from data_tools.train_tokenizer import train_and_save
 from data_tools.validate import open_as_prepared, validate_prepared
 from megatron_rest.config import RewardConfig
 from megatron_rest.data.prompt_files import map_shard
+from megatron_rest.data.prompts import PromptDataset
+from megatron_rest.data.references import without_hopeless_references
 from megatron_rest.hf_folder import stop_token_ids
-from megatron_rest.regions import DIALECTS, find_dialect
+from megatron_rest.regions import DIALECTS, TOOLRL, find_dialect
 from megatron_rest.rewards import tool_call_reward
 from megatron_rest.token_region import TokenRegion
 
@@ -232,3 +234,22 @@ def test_the_manifest_says_what_prompts_depended_on(trained: Path, tmp_path: Pat
     assert (made["template_date"], made["dialect"], made["chat_template"]) == ("2024-07-26", "toolrl", "stock")
     assert ChatTokenizer(folder).decode(row["prompt_token_ids"]).startswith("26 Jul 2024")
     assert set(DIALECTS) > set(SIGNS)
+
+
+def test_a_run_with_other_rules_looks_at_references_again(trained: Path, tmp_path: Path) -> None:
+    call = '<tool_call>\n{"name": "w", "parameters": {"city": "Bern"}}\n</tool_call>'
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "q"}],
+            "reward_model": {"ground_truth": f"<think> t </think>{gap}{call}"},
+        }
+        for gap in ("\n", " ")  # the second is no exact layout
+    ]
+    manifest, _ = convert(rows, folder_of(trained, tmp_path / "m", chat_template=LOOP + SAY), tmp_path)
+    dataset = PromptDataset.open(tmp_path / "out")
+    same, reasons = without_hopeless_references(dataset, manifest, reward=RewardConfig(), dialect=TOOLRL)
+    assert same is dataset and not reasons
+    strict = RewardConfig(strict_format=True)
+    left, reasons = without_hopeless_references(dataset, manifest, reward=strict, dialect=TOOLRL)
+    assert (len(left), left.num_left_out) == (1, 1) and "does not earn its own reward" in reasons[0]
+    assert left[0].ground_truth == rows[0]["reward_model"]["ground_truth"]
