@@ -10,7 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["token_bytes_table"]
+__all__ = ["TokenBytes", "token_bytes_table"]
+
+
+class TokenBytes(list[bytes]):
+    """Bytes by token id; an id that no token has is empty bytes, as transformers decodes it.
+
+    Models have more rows than their tokenizer has tokens (Qwen: 151,936 and some 151,660), and such an id can be
+    sampled: it is a bad answer, not an error.
+    """
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice) and index >= len(self):
+            return b""
+        return super().__getitem__(index)
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -24,7 +37,7 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def token_bytes_table(tokenizer: Any) -> list[bytes]:
+def token_bytes_table(tokenizer: Any) -> TokenBytes:
     """The bytes of every token id: ``b"".join(table[i] for i in ids)`` is what the model wrote.
 
     Args:
@@ -32,7 +45,7 @@ def token_bytes_table(tokenizer: Any) -> list[bytes]:
             ``get_added_vocab() -> {token: id}`` (Hugging Face tokenizers have both).
 
     Returns:
-        One entry per id up to the largest known one; ``b""`` for ids that the vocabulary leaves out.
+        One entry per id up to the largest known one; ``b""`` for ids that the vocabulary leaves out and beyond.
 
     Raises:
         ValueError: a token is not byte-level spelled (a SentencePiece vocabulary, say).
@@ -45,7 +58,7 @@ def token_bytes_table(tokenizer: Any) -> list[bytes]:
             table[token_id] = _spelled_bytes(token, token_id)
     for token, token_id in added.items():
         table[token_id] = token.encode()
-    return table
+    return TokenBytes(table)
 
 
 def _spelled_bytes(token: str, token_id: int) -> bytes:

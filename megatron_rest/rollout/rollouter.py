@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
@@ -218,7 +219,7 @@ class _Loop:
         def call() -> tuple[Observation, float | None]:
             environment = episode.enter(conversation.factory)
             observation = environment.step(answer)
-            return observation, environment.reward() if observation.done else None
+            return observation, _reward_of(environment) if observation.done else None
 
         def then(result: tuple[Observation, float | None]) -> None:
             observation, reward = result
@@ -248,7 +249,7 @@ class _Loop:
         self._act(
             episode,
             conversation,
-            lambda: episode.enter(conversation.factory).reward(),
+            lambda: _reward_of(episode.enter(conversation.factory)),
             lambda reward: self._finish(episode, reason, reward),
         )
 
@@ -295,6 +296,16 @@ class _Loop:
     def _finish(self, episode: _Episode, reason: StopReason, reward: float | None) -> None:
         _close(episode)
         self._on_rollout(episode.request.key, episode.rollout(reason, self._sampler.policy_version, reward))
+
+
+def _reward_of(environment: Environment) -> float | None:
+    """What the environment gives, as a float.  Raises, which ends this rollout alone, if it is no finite number."""
+    reward = environment.reward()
+    if reward is None:
+        return None
+    if not isinstance(reward, (int, float, np.generic)) or not math.isfinite(reward):
+        raise ValueError(f"reward() returned {reward!r}, expected a finite number or None (judge the text)")
+    return float(reward)
 
 
 def _close(episode: _Episode) -> None:

@@ -40,7 +40,7 @@ class Connection:
         """Raises ConnectionLostError when nobody is there to read."""
         parts = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
         table = [[name, array.dtype.name, array.size] for name, array in parts.items()]
-        header = json.dumps({"kind": kind, "arrays": table, **values}).encode()
+        header = json.dumps({"kind": kind, "arrays": table, **values}, default=_plain).encode()
         payload = b"".join(array.tobytes() for array in parts.values())
         with self._sending:
             try:
@@ -102,3 +102,10 @@ def _parse(header: bytearray, payload: memoryview) -> dict[str, Any]:
     if offset != len(payload):
         raise ValueError(f"arrays fill {offset} bytes of {len(payload)}")
     return message
+
+
+def _plain(value: object) -> Any:
+    """A number of numpy's as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be sent")

@@ -93,13 +93,17 @@ def pack_groups(groups: Sequence[RolloutGroup]) -> tuple[torch.Tensor, torch.Ten
         [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
         + [r.loss_mask.astype(np.int64) for r in rollouts]
     )  # fmt: skip
-    rewards = np.array([np.nan if r.reward is None else r.reward for r in rollouts], np.float32)
+    rewards = np.array([0.0 if r.reward is None else r.reward for r in rollouts], np.float32)
     floats = np.concatenate([rewards, *(r.log_probs for r in rollouts)]).astype(np.float32)
     return torch.from_numpy(integers), torch.from_numpy(floats)
 
 
-def _header(rollout: Rollout) -> tuple[int, int, int]:
-    return len(rollout.token_ids), _STOP_REASONS.index(rollout.stop_reason), rollout.policy_version
+_HEADER = 4  # integers a rollout
+
+
+def _header(rollout: Rollout) -> tuple[int, int, int, int]:
+    has_reward = rollout.reward is not None  # said by itself: no float has to mean "none"
+    return len(rollout.token_ids), _STOP_REASONS.index(rollout.stop_reason), rollout.policy_version, int(has_reward)
 
 
 def unpack_groups(
@@ -109,9 +113,9 @@ def unpack_groups(
     integers, floats = packed_integers.numpy(), packed_floats.numpy()
     sizes = integers[: len(prompts)]
     total = int(sizes.sum())
-    headers = integers[len(prompts) : len(prompts) + 3 * total].reshape(total, 3)
+    headers = integers[len(prompts) : len(prompts) + _HEADER * total].reshape(total, _HEADER)
     bounds = np.cumsum([0, *headers[:, 0]])
-    tokens = integers[len(prompts) + 3 * total :]
+    tokens = integers[len(prompts) + _HEADER * total :]
     masks = tokens[bounds[-1] :]
     rewards, log_probs = floats[:total], floats[total:]
     rollouts = iter(range(total))
@@ -129,7 +133,7 @@ def unpack_groups(
                     loss_mask=masks[at].astype(bool),
                     stop_reason=_STOP_REASONS[int(headers[i, 1])],
                     policy_version=int(headers[i, 2]),
-                    reward=None if np.isnan(rewards[i]) else float(rewards[i]),
+                    reward=float(rewards[i]) if headers[i, 3] else None,
                 )
             )
         groups.append(RolloutGroup(prompt=prompt, rollouts=tuple(members)))

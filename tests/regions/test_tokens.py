@@ -45,3 +45,9 @@ def test_a_trained_byte_level_bpe_round_trips_any_text() -> None:
     encoding = tokenizer.encode(text)
     assert b"".join(table[i] for i in encoding.ids) == text.encode()
     assert b"<think>" in [table[i] for i in encoding.ids]
+
+
+def test_ids_that_no_token_has_are_empty_bytes() -> None:
+    table = token_bytes_table(_Tokenizer({"a": 0, "b": 2}, {}))
+    assert [table[i] for i in (0, 1, 2, 3, 151_935)] == [b"a", b"", b"b", b"", b""]
+    assert table[1:] == [b"", b"b"] and len(table) == 3

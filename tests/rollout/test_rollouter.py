@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ class ScriptedEnvironment:
     def step(self, answer: Answer) -> Observation:
         self.answers.append(answer)
         match self.script[answer.turn]:
-            case "done":
+            case "done" | "nan" | "numpy" | "text" | "no reward":
                 return Observation(done=True)
             case "slow":
                 time.sleep(SLOW)
@@ -94,7 +95,8 @@ class ScriptedEnvironment:
         return Observation(messages=(Message(role="tool", content="x"),) * 2)
 
     def reward(self) -> float | None:
-        return float(len(self.answers))
+        given: dict[str, Any] = {"nan": math.nan, "numpy": np.float32(0.5), "text": "a lot", "no reward": None}
+        return given.get(self.script[-1], float(len(self.answers)))
 
     def close(self) -> None:
         self.closed.set()
@@ -195,3 +197,19 @@ def test_ends_are_data_and_stay_in_their_rollout(
 def test_context_that_is_full_ends_a_conversation() -> None:
     [rollout], _ = play([[1, 1]], [["go", "done"]], prompt_length=CONTEXT - 8)
     assert rollout.stop_reason is StopReason.CONTEXT and len(rollout.token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "reason", "reward"),
+    [
+        ("numpy", StopReason.EOS, 0.5),
+        ("no reward", StopReason.EOS, None),
+        ("nan", StopReason.TOOL_FAILED, 0.0),
+        ("text", StopReason.TOOL_FAILED, 0.0),
+    ],
+)
+def test_a_reward_is_a_finite_number_or_ends_its_rollout(given: str, reason: StopReason, reward: float | None) -> None:
+    (rollout, neighbour), _ = play([[1, 1], [1, 1]], [["go", given], ["go", "done"]])
+    assert (rollout.stop_reason, rollout.reward) == (reason, reward)
+    assert rollout.reward is None or type(rollout.reward) is float
+    assert (neighbour.stop_reason, neighbour.reward) == (StopReason.EOS, 2.0)
