@@ -94,8 +94,7 @@ def host_script(config: RestConfig, *, gpus: int) -> str:
 run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
 exec >> "$run_dir/logs/engines-$SLURM_PROCID.log" 2>&1
-{shell_environment()}exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" \
-  --gpus "${{REST_GPUS_PER_NODE:-{gpus}}}"
+{shell_environment()}exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" --gpus {gpus}
 """
 
 

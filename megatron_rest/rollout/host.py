@@ -37,7 +37,7 @@ from pathlib import Path
 
 from megatron_rest.config import ConfigError
 from megatron_rest.network import INTERFACE, is_loopback, listen, own_address
-from megatron_rest.preflight import check_gpus
+from megatron_rest.preflight import GPUS_PER_NODE, check_gpus
 from megatron_rest.rollout.devices import visible_devices, without_expandable_segments
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 
@@ -234,15 +234,18 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where ranks look for hosts: RUN_DIR/engines")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this node; 0 on CPU")
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="GPUs of this node; 0 on CPU (REST_GPUS_PER_NODE counts more)"
+    )
     parser.add_argument(
         "--address", default="", help="listen on this one (default: of REST_INTERFACE, or towards MASTER_ADDR)"
     )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        check_gpus(args.gpus)
-        serve(args.folder, num_gpus=args.gpus, address=args.address)
+        gpus = int(os.environ.get(GPUS_PER_NODE, args.gpus))
+        check_gpus(gpus)
+        serve(args.folder, num_gpus=gpus, address=args.address)
     except (ConfigError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -67,17 +67,18 @@ class Cluster:
         python = folder / "stand in"
         python.write_text(STAND_IN)
         python.chmod(0o755)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "REST_"))}
+        # Without PYTHONPATH, which the job would inherit: what runs there is what was shipped.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "REST_", "PYTHONPATH"))}
         self.env = kept | slurm.env | {
-            "NEMORUN_HOME": str(folder / "nemo"), "SLURM_ACCOUNT": "team", "PYTHONPATH": str(ROOT),
+            "NEMORUN_HOME": str(folder / "nemo"), "SLURM_ACCOUNT": "team", 
             "TEST_OUT": str(folder), "REST_PYTHON": str(python),
         }  # fmt: skip
 
     def recipe(self, run_dir: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, str(ROOT / "launch/rest_70b.py"), *SCALED, f"trainer.run_dir={self.folder / run_dir}",
-             *arguments],
-            cwd=self.folder, env=self.env | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            [sys.executable, "-m", "launch.cli", str(ROOT / "launch/rest_70b.py"), *SCALED,
+             f"trainer.run_dir={self.folder / run_dir}", *arguments],
+            cwd=ROOT, env=self.env | env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
             check=False,
         )  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_cancelling_ends_everything_and_what_must_fail_is_refused(cluster: Clust
     [experiment] = {path.name for path in (cluster.folder / "nemo").rglob("rest_70b_*") if path.is_dir()}
     subprocess.run(
         [sys.executable, "-m", "launch.cli", "experiment", "cancel", experiment, "0"],
-        env=cluster.env, cwd=cluster.folder, capture_output=True, timeout=60, check=True, stdin=subprocess.DEVNULL,
+        env=cluster.env, cwd=ROOT, capture_output=True, timeout=60, check=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert cluster.slurm.wait(job, "CANCELLED", seconds=60)
     end = time.monotonic() + 30
@@ -177,7 +178,7 @@ def test_the_trainer_itself_runs_as_it_is_shipped(cluster: Cluster) -> None:
         "rollout.kv_cache_bytes=16777216", "trainer.max_tokens_per_microbatch=1024", "trainer.steps=2",
         "trainer.timeout_minutes=5", "checkpoint.export_hf=false", "checkpoint.save_every=0",
     )  # fmt: skip
-    env = {"REST_PYTHON": str(python), "REST_GPUS_PER_NODE": "0", "PYTHONPATH": ""}
+    env = {"REST_PYTHON": str(python), "REST_GPUS_PER_NODE": "0"}
     [job] = cluster.submit("run", *tiny, **env)
     ended = cluster.slurm.wait(job, "COMPLETED", "FAILED", seconds=600)
     run = cluster.folder / "run"

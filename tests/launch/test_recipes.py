@@ -197,10 +197,7 @@ def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs
     assert nodes == [str(n) for n in (CLUSTER[recipe] // 8, ENGINE_NODES[recipe]) if n]
     if hosts:
         assert "#SBATCH hetjob\n" in scripts["train_sbatch.sh"]
-        assert (
-            '-m megatron_rest.rollout.host "$run_dir/engines" \\\n  --gpus "${REST_GPUS_PER_NODE:-8}"\n'
-            in scripts[expected[1]]
-        )
+        assert '-m megatron_rest.rollout.host "$run_dir/engines" --gpus 8\n' in scripts[expected[1]]
     assert 'MASTER_ADDR=$(scontrol show node "$head_node" | sed -n ' in scripts["train_sbatch.sh"]
 
 
