@@ -33,6 +33,7 @@ from launch.shipping import digests, user_packages
 from launch.trainjob import launch_on_kubernetes
 from launch.version import code_version
 from megatron_rest.config import RestConfig
+from megatron_rest.rollout.devices import without_expandable_segments
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
@@ -44,6 +45,8 @@ __all__ = ["Stages", "launch_training"]
 _MASTER = """MASTER_ADDR=$(scontrol show node "$head_node" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p' | head -n 1)
 export MASTER_ADDR="${MASTER_ADDR:-$head_node_ip}"
 """
+# NeMo-Run's scripts trace every command; the loop that watches a job's groups would add 20,000 lines in 4 hours.
+_QUIET = "set +x\n"
 _CPUS, _GIGABYTES = 8, 96  # of a job that takes a part of a node, for each GPU; without one as with one
 _POLL_SECONDS = 5  # how late the job's script notices that a group has ended; NeMo-Run's own 60 wastes a minute a link
 
@@ -177,6 +180,7 @@ def _light(executor: run.SlurmExecutor, *, gpus: int) -> run.SlurmExecutor:
     one = executor.clone()
     one.nodes, one.ntasks_per_node, one.signal, one.dependency_type = 1, 1, None, "afterok"
     one.gpus_per_node = gpus or None
+    one.env_vars = without_expandable_segments(one.env_vars)  # the trainer's, and engines of several GPUs refuse them
     if gpus < (executor.gpus_per_node or GPUS_PER_NODE):
         one.exclusive, one.cpus_per_task = None, _CPUS * max(gpus, 1)
         one.mem = f"{_GIGABYTES * max(gpus, 1)}G"
@@ -202,8 +206,8 @@ def _check(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int, 
     refuse_folder_in_use(config)
     executor.packager.tops += map(str, user_packages(config))
     check_executor(executor)
-    if "MASTER_ADDR" not in executor.env_vars:
-        executor.setup_lines = _MASTER + (executor.setup_lines or "")
+    master = "" if "MASTER_ADDR" in executor.env_vars else _MASTER
+    executor.setup_lines = master + _QUIET + (executor.setup_lines or "")
     if executor.container_image:  # by name, so that the job's values win over those baked into the image
         executor.container_env = sorted({*(executor.container_env or []), *executor.env_vars, "MASTER_ADDR"})
 

@@ -17,7 +17,7 @@ _END = "END_OF_RUN_YAML"
 _PYTHON = '"${REST_PYTHON:-python}"'
 # For those who look before the trainer has begun; if one is there the trainer compares (megatron_rest/run_folder.py).
 _LEAVE_CONFIGURATION = """  if [ ! -e "$run_dir/run.yaml" ]; then
-    cp "$config" "$run_dir/run.yaml.part"
+    cat "$config" > "$run_dir/run.yaml.part"  # not cp: mktemp's file is for its owner alone
     mv "$run_dir/run.yaml.part" "$run_dir/run.yaml"
   fi"""
 _SAVE_SECONDS = 300  # as long as Slurm gives (launch/executors.py, signal); torchrun's 30 kill a rank while it saves
@@ -29,8 +29,8 @@ def rank_script(
     """``python -m module --config FILE`` on every rank; what a rank needs to know, Slurm says.
 
     The configuration travels inside the script: what was submitted is what runs.  Rank 0 writes the job's log, the
-    others ``logs/rank-N.log``; what is wrong with one node stands in both.  ``code`` says which code was shipped,
-    ``user_code`` what of the user's.
+    others ``logs/rank-N.log``; what is wrong with one node stands in both.  Nothing stays in the node's temporary
+    folder.  ``code`` says which code was shipped, ``user_code`` what of the user's.
     """
     text = as_yaml(config)
     refuse_rewritten(text)
@@ -49,7 +49,9 @@ else
   export REST_JOB_LOG=3
   exec >> "$run_dir/logs/rank-$RANK.log" 2>&1
 fi
-exec {_PYTHON} -m {module} --config "$config"
+exec 4< "$config"
+rm "$config"
+exec {_PYTHON} -m {module} --config /dev/fd/4
 """
 
 
@@ -93,6 +95,8 @@ def host_script(config: RestConfig, *, gpus: int) -> str:
     return f"""set -euo pipefail
 run_dir={shlex.quote(config.trainer.run_dir)}
 mkdir -p "$run_dir/logs"
+exec 3>&2
+export REST_JOB_LOG=3
 exec >> "$run_dir/logs/engines-$SLURM_PROCID.log" 2>&1
 {shell_environment()}exec {_PYTHON} -m megatron_rest.rollout.host "$run_dir/engines" --gpus {gpus}
 """

@@ -8,16 +8,21 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_rest.config import ConfigError, RestConfig
 from megatron_rest.network import check_port
 from megatron_rest.user_code import check_shipped
 
-__all__ = ["GPUS_PER_NODE", "MachineError", "check_gpus", "check_machine"]
+__all__ = ["GPUS_PER_NODE", "JOB_LOG", "MachineError", "check_gpus", "check_machine", "say_in_job_log"]
 
 GPUS_PER_NODE = "REST_GPUS_PER_NODE"
 """Environment variable of a job: GPUs that every node of it shows.  A node that sees none would train on its CPU."""
+
+
+JOB_LOG = "REST_JOB_LOG"
+"""Environment variable: file descriptor of the job's own log, given to processes whose output goes elsewhere."""
 
 
 class MachineError(ConfigError):
@@ -37,6 +42,13 @@ def check_machine(config: RestConfig, *, trains: bool = True, environ: Mapping[s
     if environ.get("RANK") == "0" and "MASTER_PORT" in environ and "TORCHELASTIC_RUN_ID" not in environ:
         check_port(int(environ["MASTER_PORT"]))  # torchrun listens there itself
     check_shipped(config, environ)
+
+
+def say_in_job_log(text: str) -> None:
+    """A line where the user looks first; nothing where the launcher has given no :data:`JOB_LOG`."""
+    if log := os.environ.get(JOB_LOG):
+        with suppress(OSError, ValueError):
+            os.write(int(log), f"{text}\n".encode())
 
 
 def check_gpus(expected: int, environ: Mapping[str, str] | None = None) -> None:

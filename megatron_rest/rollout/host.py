@@ -37,7 +37,7 @@ from pathlib import Path
 
 from megatron_rest.config import ConfigError
 from megatron_rest.network import INTERFACE, is_loopback, listen, own_address
-from megatron_rest.preflight import GPUS_PER_NODE, check_gpus
+from megatron_rest.preflight import GPUS_PER_NODE, JOB_LOG, check_gpus, say_in_job_log
 from megatron_rest.rollout.devices import visible_devices, without_expandable_segments
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 
@@ -56,7 +56,7 @@ _POLL_MILLISECONDS = 200  # how late a hang-up or an exit may be noticed
 _HELLO_SECONDS = 10.0
 _HELLO_BYTES = 4096  # all that is read from somebody who has not shown the key
 # The owner's own rank in its job is none of the engine's business.
-_OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+_OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", JOB_LOG)
 _FOLDER = "REST_ENGINE_FOLDER"
 
 
@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         serve(args.folder, num_gpus=gpus, address=args.address)
     except (ConfigError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        say_in_job_log(f"engines on {socket.gethostname()}: error: {error}")
         return 2
     return 0
 

@@ -404,7 +404,7 @@ def _make_llm(
     else:
         arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
         arguments["enable_sleep_mode"] = config.sleep_level > 0
-        if is_ours and expands_segments():  # the trainer's allocator, whose memory other workers cannot open
+        if expands_segments():  # the trainer's allocator, whose memory other workers cannot open
             arguments["disable_custom_all_reduce"] = True
     arguments |= check_engine_args(config.engine_args)
     return LLM(**arguments), arguments

@@ -17,13 +17,10 @@ import psutil
 
 from megatron_rest.config import ConfigError, RestConfig, load, validate
 from megatron_rest.errors import RunError
-from megatron_rest.preflight import MachineError, check_machine
+from megatron_rest.preflight import MachineError, check_machine, say_in_job_log
 from megatron_rest.run_folder import STALE_SECONDS, claim, hold, job_name, wait_for_owner
 
-__all__ = ["JOB_LOG", "STOPPED_STATUS", "StoppedEarly", "worker_main"]
-
-JOB_LOG = "REST_JOB_LOG"
-"""Environment variable: file descriptor of the job's log, for a rank whose output goes elsewhere."""
+__all__ = ["STOPPED_STATUS", "StoppedEarly", "worker_main"]
 
 _VISIBLE_SECONDS = 15.0  # until others see a file that is new on the storage
 
@@ -147,9 +144,7 @@ def _say_from_here(text: str) -> None:
     """What this rank alone may know; also in the job's own log, where a launcher has given it to this rank."""
     text = text if _rank() == "0" else f"rank {_rank()} {text}"
     print(text, file=sys.stderr, flush=True)
-    if log := os.environ.get(JOB_LOG):
-        with contextlib.suppress(OSError, ValueError):
-            os.write(int(log), f"{text}\n".encode())
+    say_in_job_log(text)
 
 
 def _say(text: str) -> None:

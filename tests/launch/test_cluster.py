@@ -93,3 +93,13 @@ def test_a_path_that_nemo_run_would_rewrite_is_refused(capsys: pytest.CaptureFix
         script(config)
     assert error.value.code == 2
     assert "/nemo_run" in capsys.readouterr().err
+
+
+def test_ranks_leave_no_file_behind_and_a_colleague_may_read_run_yaml(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        run_rank(tmp_path, configuration(tmp_path / "run"))
+    finally:
+        os.umask(before)
+    assert not list(tmp_path.glob("tmp.*"))  # TMPDIR of the script
+    assert (tmp_path / "run/run.yaml").stat().st_mode & 0o777 == 0o644

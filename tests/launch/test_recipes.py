@@ -199,6 +199,8 @@ def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs
         assert "#SBATCH hetjob\n" in scripts["train_sbatch.sh"]
         assert '-m megatron_rest.rollout.host "$run_dir/engines" --gpus 8\n' in scripts[expected[1]]
     assert 'MASTER_ADDR=$(scontrol show node "$head_node" | sed -n ' in scripts["train_sbatch.sh"]
+    batch = scripts["train_sbatch.sh"]
+    assert batch.index("set -evx") < batch.index("\nset +x\n") < batch.index("\nsrun ")  # no trace of every poll
 
 
 @pytest.mark.parametrize("recipe", [*CLUSTER, "qwen"])
