@@ -19,6 +19,8 @@ OUTPUT ?= runs/prompts
 TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
+# A module stays in one process, since its tests share what they made.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos
 
@@ -53,10 +55,10 @@ experiment: $(STAMP) ## ResT's weightings against GRPO and Dr. GRPO, 3 seeds eac
 	@$(BIN)/nemo-run launch/rest_experiment.py --yes $(EXPERIMENT_ARGS)
 
 test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 15 minutes on 2 cores
-	@$(BIN)/python -m pytest -m "not extended" $(TEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m "not extended" $(TEST_ARGS)
 
 test-all: $(STAMP) ## all tests: the same paths over more layouts, seeds, kills and fuzz cases, too
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(TEST_ARGS)
 
 faults: $(STAMP) ## break the code in twenty places, one at a time: which of them does make test notice?
 	@$(BIN)/python -m benchmarks.seeded_faults

@@ -32,7 +32,11 @@ from packaging.version import Version
 from pip._internal.models.index import PyPI  # the index that pip asks by default
 
 PYTHONS = bootstrap.SUPPORTED
-ELSEWHERE = {"torch-cpu.txt": "PyTorch's own index has it, and set-up does without it"}
+ELSEWHERE = {
+    "torch-cpu.txt": "PyTorch's own index has it, and set-up does without it",
+    "gpu.txt": "for the image's Python alone: gpu.py asks",
+    "gpu-source.txt": "for the image's Python alone: gpu.py asks",
+}
 ANY_PYTHON = {"host.txt"}  # installed with --ignore-requires-python
 NOT_DONE = 3
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)\n")

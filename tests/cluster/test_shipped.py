@@ -60,7 +60,7 @@ def users_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.timeout(900)
 def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(users_package.parent))

@@ -28,7 +28,7 @@ from tests.helpers.shipped import bare_python
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.extended,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(why_not()), reason=f"no real Slurm here: {why_not()}"),
 ]
