@@ -50,7 +50,7 @@ def gone(pid: int, seconds: float = 60.0) -> bool:
 @pytest.mark.slow
 def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
     build_tiny_model(tmp_path, with_tokenizer=False)
-    config = RolloutConfig(kv_cache_bytes=16 << 20, engine_timeout_seconds=60, max_concurrent=4)
+    config = RolloutConfig(kv_cache_bytes=16 << 20, engine_timeout_seconds=300, max_concurrent=4)
     engine = RemoteEngine(tmp_path, config, seed=0, max_model_len=256, stop_token_ids=[EOS_ID])
     try:
         prompts = [
@@ -85,7 +85,7 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
         engine._config = RolloutConfig(engine_timeout_seconds=HANG_SECONDS)
         with pytest.raises(EngineLostError, match=f"engine process {pid} gave no sign of life for 10 s during run"):
             engine.run(requests, max_response_tokens=200, on_rollout=take)
-        assert gone(pid, 1) and not engine.is_alive
+        assert gone(pid) and not engine.is_alive
         assert 1 <= len(handed) < 12
         assert all(whole[key].token_ids.tolist() == r.token_ids.tolist() for key, r in handed.items())
         with pytest.raises(EngineLostError, match=f"engine process {pid} ended"):
