@@ -47,7 +47,11 @@ def test_every_rank_has_its_two_chunks_of_every_sequence(chunks, cp_size):
 def test_all_fields_are_cut_alike():
     alignment = PackingAlignment(sequence=4, total=8)
     whole = make_microbatch(random_samples(100, count=5), alignment=alignment)
-    whole = whole.with_scores(old_log_probs=torch.rand(len(whole.token_ids)), token_weights=whole.loss_mask.float())
+    whole = whole.with_scores(
+        old_log_probs=torch.rand(len(whole.token_ids)),
+        token_weights=whole.loss_mask.float(),
+        ref_log_probs=torch.rand(len(whole.token_ids)),
+    )
     order = zigzag_order(whole.cu_seqlens.diff(), 2)
     assert shard(whole, cp_rank=0, cp_size=1) is whole
     for rank in (0, 1):

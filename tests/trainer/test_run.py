@@ -394,7 +394,7 @@ def stop_one_rank(base: Path, run_dir: Path, model: Path) -> str:
             process.kill()
 
 
-def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unbroken):
+def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unbroken, monkeypatch):
     run_dir = base / "stopped"
     said = stop_one_rank(base, run_dir, warm[0])
     assert "is saved; the same command continues" in said
@@ -416,7 +416,10 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     assert timeless(ours)[2] == timeless(theirs)[2], "bit for bit, though only the other one recorded its third step"
     a, b = load_file(run_dir / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    again = call(*rl_arguments(base, run_dir, warm[0]))  # no torchrun: nothing is built
+    # Rank 0 of four, started alone: were anything built, it would wait for the others.
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    again = call(*rl_arguments(base, run_dir, warm[0]))
     assert "finished after 3 steps: nothing to do" in again.stdout
 
 
@@ -477,7 +480,7 @@ def test_nothing_is_left_behind(ending, base):
     ("overrides", "words"),
     [
         (["optimizer.lrr=1"], ["unknown configuration key optimizer.lrr", "did you mean optimizer.lr"]),
-        (["model.path=/nowhere"], ["model.path", "/nowhere/config.json"]),
+        (["model.path=/nowhere"], ["model.path=/nowhere is not a folder"]),
         (["parallel.tensor_parallel=3"], ["world size 1 does not fit"]),
         (["rollout.max_response_tokens=400"], ["exceeds model.max_sequence_length 352"]),
         (["data.train=/nowhere"], ["/nowhere"]),
