@@ -16,7 +16,6 @@ from launch.local import run_stages, show_stages
 from launch.recipe import GIVEN, ROOT, Stage, as_yaml, claim, resolve, stop, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,6 +27,7 @@ from megatron_rest.config import (
     WeightSyncConfig,
     load,
 )
+from megatron_rest.run_folder import is_finished
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
@@ -174,17 +174,6 @@ def evaluate_stage(folder: Path, run_dirs: list[Path]) -> Stage:
             *("--config", str(folder / "experiment.yaml"), "--samples", str(ANSWERS), *sets),
         ),
     )
-
-
-def is_finished(config: RestConfig) -> bool:
-    """Whether the run directory holds the end of exactly this run; another one in its place is an error."""
-    path = Path(config.trainer.run_dir) / "config.yaml"
-    if not path.is_file():
-        return False
-    try:
-        return bool(load(path) == config)
-    except ConfigError:
-        return False
 
 
 @run.cli.entrypoint(type="experiment", name="rest_experiment")

@@ -26,6 +26,7 @@ from megatron_rest.pass_through import OURS
 
 __all__ = [
     "DIALECT_NAMES",
+    "RESOLVED",
     "TRANSPORTS",
     "AdvantageConfig",
     "AdvantageEstimator",
@@ -889,9 +890,14 @@ def _plain(value: Any) -> Any:
 def load(
     path: str | Path | None = None, overrides: typing.Sequence[str] = (), *, base: RestConfig | None = None
 ) -> RestConfig:
-    """``base`` (a recipe; default: the defaults), over it a YAML file (optional), over it ``section.key=value``."""
+    """``base`` (a recipe; default: the defaults), over it a YAML file (optional), over it ``section.key=value``.
+
+    A file's section :data:`RESOLVED`, the record of a run that is finished, is not read.
+    """
     values: dict[str, Any] = to_dict(base) if base is not None else {}
-    _lay_over(values, _read(path) if path is not None else {})
+    given = _read(path) if path is not None else {}
+    given.pop(RESOLVED, None)
+    _lay_over(values, given)
     for item in overrides:
         key, sep, text = item.partition("=")
         section, dot, leaf = key.partition(".")
@@ -926,6 +932,9 @@ def _lay_over(values: dict[str, Any], given: dict[str, Any]) -> None:
         elif value is not None or key not in values or not isinstance(values[key], dict):
             values[key] = value
 
+
+RESOLVED = "resolved"
+"""Section of a finished run's config.yaml that records what libraries were made with; see :func:`load`."""
 
 _LARGEST_INTEGER = 1 << 63
 _DEEPEST = 8  # mappings and lists in settings of vLLM and Megatron

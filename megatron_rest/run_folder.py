@@ -1,4 +1,4 @@
-"""One run, one folder: who writes into it now, and which configuration it belongs to.
+"""One run, one folder: who writes into it now, which configuration it belongs to, and whether it is finished.
 
 ``lock.json`` names the machine, job and process that has the folder, and is touched every few seconds while it lives.
 An owner is dead if its process is gone (where that can be seen: the same machine and process namespace), or if the file
@@ -14,18 +14,31 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from megatron_rest.config import ConfigError, RestConfig, load, to_dict
+from megatron_rest.config import RESOLVED, ConfigError, RestConfig, load, to_dict
 
-__all__ = ["LOCK_FILE", "STALE_SECONDS", "Owner", "claim", "hold", "job_name", "owner_of", "wait_for_owner"]
+__all__ = [
+    "LOCK_FILE",
+    "STALE_SECONDS",
+    "Owner",
+    "claim",
+    "finish",
+    "hold",
+    "is_finished",
+    "job_name",
+    "owner_of",
+    "wait_for_owner",
+]
 
 LOCK_FILE = "lock.json"
+_FINISHED_FILE = "config.yaml"
 STALE_SECONDS = 45.0
 _BEAT_SECONDS = 10.0
 _POLL_SECONDS = 1.0
@@ -141,6 +154,25 @@ def claim(config: RestConfig) -> Path:
             )
     _write(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
     return path
+
+
+def finish(config: RestConfig, resolved: Mapping[str, Any]) -> None:
+    """Write ``config.yaml``: what ran, and that it ran to its end.  The last file of a run; whole or not there.
+
+    ``resolved`` is what vLLM and Megatron-Core were made with: their defaults at that version, and what was given.
+    """
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    text += "\n# What vLLM and Megatron-Core were made with.  A record: nothing reads it.\n"
+    text += yaml.safe_dump({RESOLVED: dict(resolved)}, sort_keys=False, allow_unicode=True)
+    _write(Path(config.trainer.run_dir) / _FINISHED_FILE, text)
+
+
+def is_finished(config: RestConfig) -> bool:
+    """Whether the run folder holds the end of a run with exactly this configuration."""
+    try:
+        return load(Path(config.trainer.run_dir) / _FINISHED_FILE) == config
+    except ConfigError:
+        return False
 
 
 _SAME_RUN = {

@@ -10,11 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch.recipe import refuse_folder_in_use
 from megatron_rest import preflight, run_folder
-from megatron_rest.config import ConfigError, ModelConfig, RestConfig, TrainerConfig
-from megatron_rest.run_folder import LOCK_FILE, Owner, hold, owner_of
+from megatron_rest.config import ConfigError, ModelConfig, RestConfig, TrainerConfig, load
+from megatron_rest.run_folder import LOCK_FILE, Owner, finish, hold, is_finished, owner_of
 
 HOLDER = """
 import sys, time
@@ -83,6 +84,19 @@ def test_of_an_owner_on_another_machine_the_age_of_its_lock_decides(
     monkeypatch.setattr(run_folder, "STALE_SECONDS", 1e9)  # so its lock is not waited for
     with hold(tmp_path) as me:
         assert owner_of(tmp_path) == me
+
+
+def test_the_end_of_a_run_is_told_from_that_of_another(tmp_path: Path) -> None:
+    config = RestConfig(trainer=TrainerConfig(run_dir=str(tmp_path), steps=2))
+    assert not is_finished(config)
+    made = {"engine_args": {"max_num_seqs": 16}, "megatron": {"optimizer": {"lr": 1e-6, "clip": None}}}
+    finish(config, made)
+    assert is_finished(config)
+    assert not is_finished(replace(config, trainer=replace(config.trainer, steps=3)))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["resolved"] == made
+    assert load(tmp_path / "config.yaml") == config, "the record is no setting"
+    (tmp_path / "config.yaml").write_text("trainer: [")
+    assert not is_finished(config)
 
 
 def test_a_file_that_is_no_lock_is_in_nobodys_way(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
-from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
+from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig
 from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.mcore.build import ParallelContext
@@ -23,6 +22,7 @@ from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.host import EngineHost
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.rollout.vllm_engine import VllmEngine
+from megatron_rest.run_folder import finish, is_finished
 from megatron_rest.trainer.console import Console
 from megatron_rest.trainer.engine_nodes import find_hosts, hosted_place
 from megatron_rest.trainer.entry import StoppedEarly
@@ -52,7 +52,6 @@ from megatron_rest.weighting import RestWeighting
 
 __all__ = ["build_trainer", "train"]
 
-_FINISHED = "config.yaml"  # written last: what ran, and that it ran to its end
 _PROGRESS_SECONDS = 60.0  # between two progress lines in a log file: the step lines say enough in between
 
 
@@ -63,7 +62,7 @@ def train(config: RestConfig) -> None:
     alone.  SIGTERM ends it after the step that is running, saved: raises :class:`StoppedEarly` on every rank.
     """
     run_dir = Path(config.trainer.run_dir)
-    if _is_finished(config):
+    if is_finished(config):
         Console(enabled=os.environ.get("RANK", "0") == "0").line(
             f"{run_dir} holds this run, finished after {config.trainer.steps} steps: nothing to do"
         )
@@ -95,10 +94,7 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
             after_step=start,
             world_size=context.world_size,
             user_code=package_digests(config),
-            resolved={
-                "engine_args": trainer.fleet.engine_arguments(),
-                "megatron": trainer.parts.policy.settings(),
-            },
+            resolved=_resolved(trainer),
         )
     if start == 0 and not trainer.is_one_step_off:  # one step off, the first step validates it
         _validate(trainer, 0, console)
@@ -131,6 +127,11 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
         _validate(trainer, config.trainer.steps, console)
     trainer.on_phase(config.trainer.steps, "export")
     _finish(trainer, config, console, writer)
+
+
+def _resolved(trainer: RestTrainer) -> dict[str, Any]:
+    """What vLLM and Megatron-Core were made with, on this rank; plain values."""
+    return {"engine_args": trainer.fleet.engine_arguments(), "megatron": trainer.parts.policy.settings()}
 
 
 def build_trainer(config: RestConfig) -> RestTrainer:
@@ -232,20 +233,6 @@ def _validate(trainer: RestTrainer, version: int, console: Console) -> None:
         console.line(text)
 
 
-def _is_finished(config: RestConfig) -> bool:
-    """Whether the run directory holds the end of a run with exactly this configuration."""
-    path = Path(config.trainer.run_dir) / _FINISHED
-    return path.is_file() and yaml.safe_load(path.read_text(encoding="utf-8")) == to_dict(config)
-
-
-def _mark_finished(config: RestConfig) -> None:
-    """Whole or not at all: a chain's next link takes the file for the end of the run."""
-    path = Path(config.trainer.run_dir) / _FINISHED
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-    partial.replace(path)
-
-
 def _certify(trainer: RestTrainer, console: Console) -> None:
     """Print what FP8 does to the log-probs; end the run if it is too much."""
     section = trainer.config.precision
@@ -276,7 +263,7 @@ def _finish(trainer: RestTrainer, config: RestConfig, console: Console, writer: 
     dist.all_gather_object(peaks, peak_memory_bytes())
     if writer is not None:
         writer.close()
-        _mark_finished(config)
+        finish(config, _resolved(trainer))
         console.summary(run_dir, peak_memory_bytes=sum(p or 0 for p in peaks), files=files)
     dist.barrier()
     trainer.fleet.close()

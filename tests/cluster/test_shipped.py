@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_rest.config import RestConfig, RolloutConfig
 from megatron_rest.user_code import DIGESTS, digest
@@ -109,6 +110,7 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     assert start["user_code"] == {"mypackage": digest(users_package)}
     assert start["resolved"]["engine_args"]["max_num_batched_tokens"] == 1024
     assert start["resolved"]["megatron"]["ddp"]["gradient_reduce_div_fusion"] is False
+    assert yaml.safe_load((run / "config.yaml").read_text())["resolved"] == start["resolved"]
     assert not (run / "lock.json").exists(), "a run that has ended leaves no lock"
     call("megatron_rest.cli", "export", "--config", run / "config.yaml")
     [exported] = run.glob("hf_step*")

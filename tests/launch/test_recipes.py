@@ -411,6 +411,8 @@ def test_a_whole_experiment_converts_warms_up_and_trains_what_came_out(done: dic
     words = shlex.split(run.parts["evaluate/scripts/evaluate.sh"].strip().splitlines()[-1])
     assert words[2:9] == ["-m", "megatron_rest.cli", "eval", "run", "/runs/rest_8b", "--output", "/runs/rest_8b/eval"]
     assert "#SBATCH --nodes=1\n" in run.parts["evaluate_sbatch.sh"]
+    allocator = "expandable_segments:True"  # the trainer's: vLLM's custom all-reduce cannot open such memory
+    assert allocator in run.parts["train-1_sbatch.sh"] and allocator not in run.parts["evaluate_sbatch.sh"]
 
 
 def test_the_evaluation_that_a_recipe_starts_is_one_that_the_command_takes(done: dict[str, Done]) -> None:

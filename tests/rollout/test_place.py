@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_rest.config import ConfigError, RolloutConfig
+from megatron_rest.rollout import host
 from megatron_rest.rollout.devices import expands_segments, visible_devices, without_expandable_segments
 from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.host import worker_environment
@@ -108,3 +109,19 @@ def test_engine_arguments_are_checked_against_vllms_own_class(arguments: dict[st
 def test_what_correctness_or_another_key_decides_is_no_engine_argument(name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=rf"rollout.engine_args.{name} is decided elsewhere: .*{words}"):
         RolloutConfig(engine_args={name: "x"})
+
+
+def test_what_is_wrong_with_an_engines_node_stands_in_the_jobs_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reading, writing = os.pipe()
+    monkeypatch.setenv("REST_JOB_LOG", str(writing))
+    monkeypatch.setenv("REST_GPUS_PER_NODE", "8")
+    monkeypatch.setattr(host.signal, "signal", lambda *_: None)  # this process is pytest's, not a host
+    assert host.main([str(tmp_path / "engines"), "--gpus", "0"]) == 2
+    os.close(writing)
+    with os.fdopen(reading) as log:
+        [line] = log.read().splitlines()
+    assert line.startswith("engines on ") and "should use 8 GPUs" in line
+    assert "should use 8 GPUs" in capfd.readouterr().err, "and in the node's own"
+    assert not (tmp_path / "engines").exists()
