@@ -9,7 +9,7 @@ not asked again.  Every policy answers the same prompts with the same sampling s
 
 from __future__ import annotations
 
-from megatron_rest.rollout.process import has_gpu_driver, prepare_process
+from megatron_rest.rollout.process import cpu_share, has_gpu_driver, prepare_process
 
 prepare_process(cpu=not has_gpu_driver(), allow_late=True)
 
@@ -67,6 +67,8 @@ def sample_run(
     many of each folder (0 = all).  Raises ConfigError when a prompt set is not made for the policy's tokenizer,
     FileNotFoundError without weights.
     """
+    import torch
+
     from megatron_rest.regions import token_bytes_table
     from megatron_rest.rollout.vllm_engine import VllmEngine
 
@@ -80,6 +82,7 @@ def sample_run(
     table = token_bytes_table(tokenizer)
     first = next(iter(sets.values()))[0]
     chat = ChatSettings(dialect=dialect_name(config.model.dialect, first))
+    torch.set_num_threads(config.trainer.threads or cpu_share())
     engine = VllmEngine(
         model,
         dataclasses.replace(config.rollout, replicas=0, tensor_parallel=1, environment=""),
