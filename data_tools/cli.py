@@ -178,7 +178,7 @@ def _add_split(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p = subparsers.add_parser(
         "split",
         help="divide a prepared folder, equal prompts (or tools) on one side",
-        description="Divide by a hash of the prompt, or of the tools on offer, and the seed: rows that are added move none; "
+        description="Divide by a hash of the prompt, or of the tools on offer, and the seed: adding rows moves none; "
         "the same prompt (the same set of tools) never lands on both sides, also of two folders that are divided "
         "alike.  megatron-rest-data split OUT --output PARTS --parts train=0.98 test=0.02",
     )

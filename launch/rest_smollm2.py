@@ -111,12 +111,12 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
             produces=output,
         )
 
-    def heldout(name: str, policy: Path) -> Stage:
+    def heldout(name: str, *arguments: str) -> Stage:
         # Both files are divided by the same hash of the tools' names, so their held-out parts are one.
         sets = (f"heldout={parts / 'heldout'}", str(base / "test-parts" / "heldout"))
         settings = ("--config", str(run_dir / "run.yaml"), "--samples", str(ANSWERS))
         return Stage(
-            name=name, module="megatron_rest.eval.prompt_sets", arguments=(str(policy), *settings, "--set", *sets)
+            name=name, module="megatron_rest.eval.prompt_sets", arguments=(*arguments, *settings, "--set", *sets)
         )
 
     return [
@@ -137,18 +137,18 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
             ranks=RANKS,
             produces=base / "warm-start",
         ),
-        heldout("before", base / "warm-start"),
+        heldout("before", str(base / "warm-start")),
         Stage(
             name="train",
             module="megatron_rest.trainer",
             arguments=("--config", str(run_dir / "run.yaml")),
             ranks=RANKS,
         ),
-        heldout("after", run_dir),
+        heldout("after", str(base / "warm-start"), str(run_dir), "--compare"),
         Stage(
             name="report",
             module="megatron_rest.cli",
-            arguments=("report", str(run_dir), "--before", str(base / "warm-start"), "--no-summary"),
+            arguments=("report", str(run_dir), "--no-summary"),
         ),
     ]
 
