@@ -36,6 +36,8 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "qwen": (["rest_70b", "--dryrun", "family=qwen"], {}),
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
     "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3", "evaluate=true"], {}),
+    "smollm2": (["rest_smollm2", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "no model file": (["rest_smollm2", "--yes", "gguf=nowhere.gguf"], {}),
     "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
     "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
     "no such part": (["rest_experiment", "--dryrun", "only=paper/seed-4"], {}),
