@@ -228,12 +228,16 @@ def test_an_interrupted_installation_leaves_no_stamp(
     version = bootstrap.python_version(sys.executable)
     monkeypatch.setattr(bootstrap, "python_version", lambda path: version)
     monkeypatch.setattr(bootstrap.subprocess, "run", make_venv)
+    compiled: list[Path] = []
+    monkeypatch.setattr(bootstrap, "compile_modules", compiled.append)
+    monkeypatch.setattr(bootstrap.sys, "dont_write_bytecode", True)
     stamp = tmp_path / "venv" / bootstrap.STAMP
     with pytest.raises(KeyboardInterrupt):
         bootstrap.build(tmp_path / "venv", "")
     assert not stamp.exists()
+    assert not compiled
     bootstrap.build(tmp_path / "venv", "")  # taken up again
-    assert stamp.exists()
+    assert stamp.exists() and compiled == [tmp_path / "venv/bin/python"]
     said = capsys.readouterr().out
     assert "torch 2.13.0 (built for CUDA" in said and "GB are fetched" in said
     count = len(installed)
@@ -241,8 +245,20 @@ def test_an_interrupted_installation_leaves_no_stamp(
     assert len(installed) == count  # nothing to do
     monkeypatch.setattr(bootstrap, "INPUTS", (ROOT / "setup.cfg",))
     bootstrap.build(tmp_path / "venv", "")
+    assert len(compiled) == 2, "what is new is compiled, too"
     again = [" ".join(arguments) for arguments in installed[count:]]  # the lists have changed
     assert [any(word in text for word in ("torch-cuda.txt", "cpu.txt", f"-e {ROOT}")) for text in again] == [True] * 3
+
+
+def test_modules_are_compiled_where_no_import_may(bootstrap: ModuleType, tmp_path: Path) -> None:
+    packages = tmp_path / "lib/python3.11/site-packages"
+    packages.mkdir(parents=True)
+    (packages / "fine.py").write_text("x = 1\n")
+    (packages / "template.py").write_text("x = {{ name }\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    bootstrap.compile_modules(tmp_path / "bin/python")
+    assert [path.name.split(".")[0] for path in packages.rglob("*.pyc")] == ["fine"]
 
 
 PYTHONS = ("3.11", "3.12", "3.13")
