@@ -89,9 +89,12 @@ def gradients(parts, batch: TrainBatch, loss) -> dict[str, torch.Tensor]:
     return found
 
 
+TEMPERATURE = 0.7  # in the fused head and in front of the logits
+
+
 def attach_all(parts, form: str) -> None:
     for module in parts.policy.modules:
-        attach(module, vocab_size=parts.shape.vocab_size, form=form)
+        attach(module, vocab_size=parts.shape.vocab_size, temperature=TEMPERATURE, form=form)
 
 
 def both_forms(
