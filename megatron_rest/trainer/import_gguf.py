@@ -301,7 +301,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> Any:
     kind, words = fields.get("tokenizer.ggml.model"), str(fields.get("tokenizer.ggml.pre", ""))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     after_split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    splits = {
+    splits: dict[str, list[Any]] = {
         "gpt-2": [byte_level],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
         "qwen2": [pre_tokenizers.Split(Regex(_GPT4_WORDS % ""), "isolated"), after_split],
@@ -314,7 +314,7 @@ def _tokenizer(fields: Mapping[str, Any]) -> Any:
         )
     tokens, kinds = _tokens(fields)
     try:
-        merges = [tuple(str(merge).split(" ")) for merge in fields.get("tokenizer.ggml.merges", [])]
+        merges = [_pair(str(merge)) for merge in fields.get("tokenizer.ggml.merges", [])]
         vocab = {token: i for i, (token, t) in enumerate(zip(tokens, kinds, strict=True)) if t != _UNUSED}
         tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=words == "llama-bpe"))
     except Exception as error:  # tokenizers raises plain Exception
@@ -343,6 +343,11 @@ def _tokenizer(fields: Mapping[str, Any]) -> Any:
         **{name: token for name, token in names.items() if token is not None},
         **({"chat_template": str(template)} if template else {}),
     )
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, right = merge.split(" ")
+    return left, right
 
 
 _SPECIAL = {
