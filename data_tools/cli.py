@@ -177,14 +177,18 @@ def _add_stats(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_split(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = subparsers.add_parser(
         "split",
-        help="divide a prepared folder, equal prompts on one side",
-        description="Divide by a hash of the prompt and the seed: stable when rows are added, and the same prompt "
-        "never lands on both sides.  megatron-rest-data split OUT --output PARTS --parts train=0.98 test=0.02",
+        help="divide a prepared folder, equal prompts (or tools) on one side",
+        description="Divide by a hash of the prompt, or of the tools on offer, and the seed: adding rows moves none; "
+        "the same prompt (the same set of tools) never lands on both sides, also of two folders that are divided "
+        "alike.  megatron-rest-data split OUT --output PARTS --parts train=0.98 test=0.02",
     )
     p.add_argument("path", metavar="DIR", help="prepared folder")
     p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the parts")
     p.add_argument("--parts", nargs="+", required=True, metavar="NAME=FRACTION", help="fractions that add up to 1")
     p.add_argument("--seed", type=int, default=1, metavar="N", help="another seed, another division (default 1)")
+    p.add_argument(
+        "--by", choices=("prompt", "tools"), default="prompt", help="what stays together (default %(default)s)"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace existing parts")
     p.set_defaults(run=commands.split)
 

@@ -66,7 +66,9 @@ def split(args: argparse.Namespace) -> int:
     """Divide a prepared folder."""
     from data_tools.split import parse_parts, split_folder
 
-    counts = split_folder(args.path, args.output, parse_parts(args.parts), seed=args.seed, overwrite=args.overwrite)
+    counts = split_folder(
+        args.path, args.output, parse_parts(args.parts), seed=args.seed, by=args.by, overwrite=args.overwrite
+    )
     print("\n".join(f"{args.output / name}: {number} rows" for name, number in counts.items()))
     return 0
 

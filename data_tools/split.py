@@ -1,8 +1,9 @@
-"""Split a prepared folder by a hash of the prompt: equal prompts stay on one side, whatever their reference."""
+"""Split a prepared folder by a hash of the prompt or of its tools: what is equal stays on one side."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ def parse_parts(texts: Sequence[str]) -> dict[str, float]:
 
 
 def split_folder(
-    path: str | Path, output: Path, parts: dict[str, float], *, seed: int, overwrite: bool = False
+    path: str | Path, output: Path, parts: dict[str, float], *, seed: int, by: str = "prompt", overwrite: bool = False
 ) -> dict[str, int]:
-    """Write ``output/NAME`` for every part; returns their row counts, which add up to the input's."""
+    """Write ``output/NAME`` for every part; returns their row counts, which add up to the input's.
+
+    ``by``: what stays together: ``prompt``, or ``tools``, the names of the tools on offer.
+    """
     source = PreparedFolder(path)
     bounds = np.cumsum(list(parts.values()))
     bounds[-1] = 1.0
@@ -47,8 +51,9 @@ def split_folder(
             "fraction": fraction,
             "parts": parts,
             "seed": seed,
+            "by": by,
         }
-        chunks = _part(source, bounds, index, seed)
+        chunks = _part(source, bounds, index, seed, by)
         manifest = write_subset(source, output / name, chunks, operation=operation, overwrite=overwrite)
         counts[name] = manifest["counts"]["rows_out"]
     if sum(counts.values()) != source.num_rows:
@@ -57,20 +62,24 @@ def split_folder(
 
 
 def _part(
-    source: PreparedFolder, bounds: np.ndarray, index: int, seed: int
+    source: PreparedFolder, bounds: np.ndarray, index: int, seed: int, by: str
 ) -> Iterator[tuple[pa.RecordBatch, list[Refused]]]:
     for batch in source.batches():
-        parts = np.searchsorted(bounds, prompt_fractions(batch, seed), side="right")
+        parts = np.searchsorted(bounds, fractions(batch, seed, by=by), side="right")
         yield keep_rows(batch, parts == index), []
 
 
-def prompt_fractions(batch: pa.RecordBatch, seed: int) -> np.ndarray:
-    """A number in [0, 1) for every row that depends on its prompt and the seed only."""
+def fractions(batch: pa.RecordBatch, seed: int, *, by: str = "prompt") -> np.ndarray:
+    """A number in [0, 1) for every row that depends on its prompt (or its tools' names) and the seed only.
+
+    A row without tools goes by its prompt.
+    """
     offsets, values = lists(batch, "prompt_token_ids")
-    fractions = np.empty(batch.num_rows)
+    tools = batch.column("tools").to_pylist() if by == "tools" else ["[]"] * batch.num_rows
+    found = np.empty(batch.num_rows)
     for row in range(batch.num_rows):
-        digest = hashlib.blake2b(
-            values[offsets[row] : offsets[row + 1]].tobytes(), key=str(seed).encode(), digest_size=6
-        )
-        fractions[row] = int.from_bytes(digest.digest(), "little") / (1 << 48)
-    return fractions
+        names = sorted({str(tool["name"]) for tool in json.loads(tools[row])})
+        key = json.dumps(names).encode() if names else values[offsets[row] : offsets[row + 1]].tobytes()
+        digest = hashlib.blake2b(key, key=str(seed).encode(), digest_size=6)
+        found[row] = int.from_bytes(digest.digest(), "little") / (1 << 48)
+    return found

@@ -22,6 +22,7 @@ _COMMANDS = {
     ),
     "warm-start": ("megatron_rest.trainer.warm_start", "supervised training on reference answers, on torchrun's ranks"),
     "init-model": ("megatron_rest.trainer.init_model", "a small Qwen3-architecture model with random weights"),
+    "import-gguf": ("megatron_rest.trainer.import_gguf", "a GGUF file (Llama, Qwen2, Qwen3) as an HF folder"),
     "eval": ("megatron_rest.eval.__main__", "ask and score a model on API-Bank and BFCL"),
     "export": ("megatron_rest.trainer.export_checkpoint", "a run's Megatron checkpoint as an HF folder"),
     "report": ("megatron_rest.analysis.report", "summary table and plots of a run"),

@@ -618,6 +618,8 @@ class TrainerConfig:
     """Packed tokens of one pipeline microbatch."""
     save_rollouts_every: int = 0
     """RL steps between files of rollouts in run_dir/rollouts; the first and the last step always leave one."""
+    threads: int = 0
+    """CPU threads of a rank, its engine's included; 0 = the machine's cores divided by its ranks."""
     replay_every: int = 0
     """RL steps between replay bundles in run_dir/replay, one for each optimiser update, weights included; 0 = none."""
     timeout_minutes: int = 30
@@ -626,6 +628,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _at_least("trainer.steps", self.steps, 1)
         _at_least("trainer.seed", self.seed, 0)
+        _at_least("trainer.threads", self.threads, 0)
         _at_least("trainer.timeout_minutes", self.timeout_minutes, 1)
         _at_least("trainer.save_rollouts_every", self.save_rollouts_every, 0)
         _at_least("trainer.replay_every", self.replay_every, 0)

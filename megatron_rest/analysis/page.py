@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rest.analysis.before_after import Answer, read_compared
 from megatron_rest.analysis.samples import REGION_WORDS, SampleRollout, SampleToken, read_samples
 from megatron_rest.analysis.sections import text_sections
 from megatron_rest.analysis.series import RunMetrics
@@ -31,6 +32,7 @@ _COLOURS = {  # the regions' colours of the plots
     TokenRegion.THINK: "0,158,115",
     TokenRegion.RESPONSE: "204,121,167",
 }
+_PROMPT_END = 600  # characters of a prompt that are shown: the question, and the last tools
 _TITLES = {
     "reward": "Reward",
     "entropy": "Entropy by region",
@@ -73,6 +75,9 @@ def _page(run: RunMetrics, pictures: Sequence[Path], tokenizer: Any) -> Iterator
         yield from _section(heading, _text(lines))
     for picture in pictures:
         yield from _section(_TITLES.get(picture.stem, picture.stem), _image(picture))
+    for compared in read_compared(run.run_dir):
+        pairs = "\n".join(_pair(e.prompt, e.before, e.after) for e in compared.examples)
+        yield from _section(f"The same prompts before and after: {compared.name}", f"{_legend()}\n{pairs}")
     yield from _section("Sample rollouts", "\n".join(_samples(run.run_dir, tokenizer)))
     yield "</main></body></html>"
 
@@ -99,9 +104,30 @@ def _samples(run_dir: Path, tokenizer: Any) -> Iterator[str]:
     if not samples:
         yield "<p>The run has saved none.</p>"
         return
-    words = [f'<span style="background:rgba({_COLOURS[r]},.45)">{name}</span>' for r, name in REGION_WORDS.items()]
-    yield f'<p class="legend">{" ".join(words)}; stronger colour, larger weight; point at a token for its numbers.</p>'
+    yield f"{_legend()}<p>Stronger colour, larger weight; point at a token for its numbers.</p>"
     yield from map(_rollout, samples)
+
+
+def _legend() -> str:
+    words = [f'<span style="background:rgba({_COLOURS[r]},.45)">{name}</span>' for r, name in REGION_WORDS.items()]
+    return f'<p class="legend">{" ".join(words)}</p>'
+
+
+def _pair(prompt: str, before: Answer, after: Answer) -> str:
+    """Two answers side by side under the end of their prompt."""
+    sides = "".join(
+        f"<td><b>{name}</b>, reward {answer.reward:.2f}, accuracy {answer.accuracy:.2f}"
+        f'<div class="rollout">{"".join(_run(*run) for run in answer.regions)}</div></td>'
+        for name, answer in (("before", before), ("after", after))
+    )
+    asked = f'<div class="rollout context">{html.escape(prompt[-_PROMPT_END:])}</div>'
+    return f'{asked}<table class="pair"><tr>{sides}</tr></table>'
+
+
+def _run(text: str, region: int) -> str:
+    colour = _COLOURS.get(TokenRegion(region))
+    style = f' style="background:rgba({colour},.45)"' if colour else ""
+    return f"<span{style}>{html.escape(text)}</span>"
 
 
 def _rollout(sample: SampleRollout) -> str:
@@ -139,4 +165,6 @@ img { max-width: 100%; height: auto; display: block; }
 .rollout span, .legend span { border-radius: 3px; }
 .legend span { padding: 0 6px; }
 .context { color: #7a8694; }
+.pair { width: 100%; table-layout: fixed; border-collapse: collapse; margin: 4px 0 20px; }
+.pair td { vertical-align: top; padding: 4px 12px 4px 0; }
 """

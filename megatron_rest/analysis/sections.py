@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_rest.analysis.before_after import read_compared
 from megatron_rest.analysis.evaluations import evaluation_lines
 from megatron_rest.analysis.evidence import evidence_lines
 from megatron_rest.analysis.planned import planned_lines
@@ -16,6 +17,9 @@ __all__ = ["mismatch_lines", "text_sections"]
 def text_sections(run: RunMetrics) -> Iterator[tuple[str, list[str]]]:
     """(title, lines) of every section that the run has something for."""
     yield "What it learned", learning_lines(run)
+    compared = [line for part in read_compared(run.run_dir) for line in (*part.lines(), "")]
+    if compared:
+        yield "Before and after, on prompts of a set (intervals over prompts)", compared[:-1]
     evaluation = evaluation_lines(run.run_dir)
     if evaluation:
         yield "Benchmarks", evaluation

@@ -10,8 +10,6 @@ chunks that a rank holds of a sequence then attends to the keys up to its own en
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,9 +79,15 @@ class PackedCoreAttention(MegatronModule):
             key = key.repeat_interleave(self.heads_per_group, dim=2)
             value = value.repeat_interleave(self.heads_per_group, dim=2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, h, s, d]
-        outs = []
-        for queries, keys in _spans(bounds.tolist(), self.cp_group.rank(), self.cp_group.size()):
-            outs.append(_causal_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], self.scale))
+        # Split, not sliced: the gradient of every slice would be as large as the whole microbatch.
+        lengths = bounds.diff().tolist()
+        chunks = [_chunks(length, self.cp_group.rank(), self.cp_group.size()) for length in lengths]
+        queries = iter(q.split([size for parts in chunks for size, _ in parts], dim=2))
+        outs = [
+            _causal_attention(next(queries), keys[:, :, :end], values[:, :, :end], self.scale)
+            for keys, values, parts in zip(k.split(lengths, dim=2), v.split(lengths, dim=2), chunks, strict=True)
+            for _, end in parts
+        ]
         out = torch.cat(outs, dim=2).permute(2, 0, 1, 3).contiguous()  # [s, b, h, d]
         return out.squeeze(1) if packed else out.view(out.size(0), out.size(1), -1)
 
@@ -99,16 +103,12 @@ class PackedCoreAttention(MegatronModule):
         return {}
 
 
-def _spans(bounds: list[int], cp_rank: int, cp_size: int) -> Iterator[tuple[slice, slice]]:
-    """(local positions of queries, positions of the keys up to the last of them) of every sequence or chunk of it."""
-    for start, end in pairwise(bounds):
-        if cp_size == 1:
-            yield slice(start, end), slice(start, end)
-            continue
-        chunk, local = (end - start) // (2 * cp_size), start // cp_size
-        for i, number in enumerate((cp_rank, 2 * cp_size - 1 - cp_rank)):
-            first = local + i * chunk
-            yield slice(first, first + chunk), slice(start, start + (number + 1) * chunk)
+def _chunks(length: int, cp_rank: int, cp_size: int) -> list[tuple[int, int | None]]:
+    """(queries that this rank has, keys up to the last of them; None = all) of the chunks of one sequence."""
+    if cp_size == 1:
+        return [(length, None)]
+    chunk = length // (2 * cp_size)
+    return [(chunk, (number + 1) * chunk) for number in (cp_rank, 2 * cp_size - 1 - cp_rank)]
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["ProcessNotPreparedError", "has_gpu_driver", "prepare_process"]
+__all__ = ["ProcessNotPreparedError", "cpu_share", "has_gpu_driver", "prepare_process"]
 
 _BEFORE_TORCH = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the core from the rank that has work
@@ -35,6 +35,11 @@ class ProcessNotPreparedError(RuntimeError):
 def has_gpu_driver() -> bool:
     """Whether this machine has an NVIDIA driver; answers without importing torch, which would be too early."""
     return os.path.exists("/dev/nvidiactl")
+
+
+def cpu_share() -> int:
+    """CPU threads of this rank: the cores that this process may use, divided by the ranks that a launcher put here."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def prepare_process(*, threads: int = 1, cpu: bool = True, allow_late: bool = False) -> None:

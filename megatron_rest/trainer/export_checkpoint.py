@@ -36,7 +36,7 @@ def export_checkpoint(config: RestConfig) -> None:
         raise ConfigError(f"{run_dir} has no complete checkpoint: name one with checkpoint.load=")
     if os.environ.get("WORLD_SIZE", "1") == "1":
         config = _on_one_rank(config)
-    set_threads()
+    set_threads(config)
     parts = build_bare_policy(config)
     checkpoint.load_model(path, parts.policy)
     source = weight_source(parts, bucket_bytes=config.weight_sync.bucket_bytes)

@@ -67,7 +67,7 @@ def train(config: RestConfig) -> None:
             f"{run_dir} holds this run, finished after {config.trainer.steps} steps: nothing to do"
         )
         return
-    set_threads()
+    set_threads(config)
     trainer = build_trainer(config)
     context = trainer.context
     limit = 60.0 * config.trainer.timeout_minutes

@@ -29,6 +29,7 @@ from megatron_rest.model_map import ModelShape, parameter_map
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix, find_dialect
 from megatron_rest.rollout.certify import serving_notes
 from megatron_rest.rollout.chat import ChatSettings, dialect_name
+from megatron_rest.rollout.process import cpu_share
 from megatron_rest.types import TrainBatch, TrainSample
 from megatron_rest.weight_sync.source import MegatronWeightSource
 
@@ -259,6 +260,11 @@ class Stopwatch:
         return time.perf_counter() - self._start
 
 
-def set_threads() -> None:
-    """One thread per rank: ranks share the cores, and a fixed thread count keeps reductions in one order."""
-    torch.set_num_threads(1)
+def set_threads(config: RestConfig) -> int:
+    """Give this rank ``trainer.threads`` CPU threads, else its share of the machine's cores; returns how many.
+
+    The number stays the same from run to run on a machine, and with it the order of every reduction.
+    """
+    threads = config.trainer.threads or cpu_share()
+    torch.set_num_threads(threads)
+    return threads

@@ -41,6 +41,7 @@ def record_start(
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "after_step": after_step,
         "world_size": world_size,
+        "threads": torch.get_num_threads(),
         "code": os.environ.get("REST_CODE", "unknown"),
         "user_code": dict(user_code),
         "host": socket.gethostname(),

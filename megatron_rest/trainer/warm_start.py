@@ -52,7 +52,7 @@ def warm_start(config: RestConfig) -> None:
     )
     from megatron_rest.trainer.skips import SkipCount
 
-    set_threads()
+    set_threads(config)
     settings = config.warm_start
     answers = open_prompts(config, settings.answers)
     per_pass = -(-len(answers) // settings.batch_size)

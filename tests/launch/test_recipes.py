@@ -36,6 +36,8 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "qwen": (["rest_70b", "--dryrun", "family=qwen"], {}),
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
     "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3", "evaluate=true"], {}),
+    "smollm2": (["rest_smollm2", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "no model file": (["rest_smollm2", "--yes", "gguf=nowhere.gguf"], {}),
     "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
     "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
     "no such part": (["rest_experiment", "--dryrun", "only=paper/seed-4"], {}),
@@ -241,6 +243,36 @@ def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done]
     ]
     assert run.config.weighting.source == "uniform"
     assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/demo-grpo"))
+    assert not (folder / "runs").exists()
+
+
+def test_the_pretrained_demo_divides_its_rows_and_judges_before_and_after(done: dict[str, Done], folder: Path) -> None:
+    run = done["smollm2"]
+    assert run.returncode == 0, run.stderr
+    assert list(run.parts)[:-1] == [
+        "model",
+        "prompts-sft",
+        "prompts-test",
+        "parts-sft",
+        "parts-test",
+        "warm-start",
+        "before",
+        "train",
+        "after",
+        "report",
+        "plan",
+    ]
+    splits = {run.parts[name].split(" --parts ")[1] for name in ("parts-sft", "parts-test")}
+    assert len(splits) == 1 and "--by tools" in splits.pop(), "what is divided alike shares no set of tools"
+    base = folder / "runs/smollm2-base"
+    config = run.config
+    assert config.data.train == str(base / "parts/rl")
+    assert config.warm_start.answers == str(base / "parts/warm")
+    judged = [run.parts[name].split(" --set ")[1] for name in ("before", "after")]
+    assert judged[0] == judged[1] == f"heldout={base}/parts/heldout {base}/test-parts/heldout\n"
+    assert "--compare" in run.parts["after"]
+    missing = done["no model file"]
+    assert missing.returncode == 2 and "make demo MODEL=toy needs no model" in missing.stderr
     assert not (folder / "runs").exists()
 
 

