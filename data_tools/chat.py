@@ -17,7 +17,8 @@ from data_tools.errors import DataError, RowError
 from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data import prompt_files
 from megatron_rest.data.chat_template import STOCK, ChatTemplate, TemplateError, compiled_template
-from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, dialect_of_template
+from megatron_rest.data.template_dialect import template_dialect, why_unfit
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix
 from megatron_rest.regions.calls import json_text
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
@@ -73,8 +74,13 @@ class ChatTokenizer:
 
     @cached_property
     def template_dialect(self) -> Dialect | None:
-        """The dialect in which the chat template shows calls; None where it shows none."""
-        return dialect_of_template(self._template.tool_text or self.template_text)
+        """The dialect in which the chat template shows tools and calls; None where it shows none that is known."""
+        return template_dialect(self._template)
+
+    @cached_property
+    def why_tools_do_not_fit(self) -> str:
+        """Why rows with tools cannot be asked in the dialect by this template; empty if they can."""
+        return "" if self.dialect is TOOLRL else why_unfit(self._template, self.dialect)
 
     @cached_property
     def generation_prompt(self) -> str:

@@ -108,6 +108,11 @@ def _prepare_native(
     row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions, dialect: Dialect
 ) -> _Ready:
     """Tools and calls by the chat template, the answer in the model's own dialect."""
+    if example.tools and tokenizer.why_tools_do_not_fit:
+        raise RowError(
+            f"{tokenizer.why_tools_do_not_fit}: convert with --dialect toolrl, which lists them in the system message, "
+            "or with a template for tools (--chat-template PATH)"
+        )
     ground_truth, answer = native_ground_truth(example), native_answer(example, dialect)
     why = why_not_earnable(answer, ground_truth, config=DEFAULT_RULES, dialect=dialect)
     if why:

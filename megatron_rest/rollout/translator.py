@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rest.regions import answer_prefix, token_bytes_table
+from megatron_rest.data.chat_template import PROBE_TOOLS
+from megatron_rest.regions import TOOLRL, answer_prefix, token_bytes_table
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.environments.base import Message
 from megatron_rest.rollout.environments.calls import ParsedCalls, parse_calls
@@ -38,6 +39,9 @@ class ChatTranslator:
         self._tokenizer = tokenizer
         self._dialect = chat.reads
         self._template = chat.template(tokenizer)
+        # Prompts in a model's own dialect were rendered with tools, and some templates then write later turns, too,
+        # in another way; which tools makes no difference behind the first turn.
+        self._tools = None if self._dialect is TOOLRL else PROBE_TOOLS
         self._bytes = token_bytes_table(tokenizer)
         added = tokenizer.added_tokens_decoder
         # Not all_special_tokens: that leaves out <|im_start|> and whatever else has no role of its own.
@@ -59,7 +63,7 @@ class ChatTranslator:
 
     def template(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template.render(messages, self._tools, add_generation_prompt=add_generation_prompt)
 
     def text(self, token_ids: np.ndarray) -> str:
         """An answer, what the generation prompt wrote of it included, without its end-of-turn marker."""

@@ -161,6 +161,16 @@ def test_answers_go_on_where_the_prompt_stops(
     assert reward.is_format_valid and reward.accuracy == 1.0
 
 
+def test_tools_that_a_template_leaves_out_are_told_in_tags(trained: Path, tmp_path: Path) -> None:
+    mentions = "{% if messages[-1].tool_calls %}<tool_call>{% endif %}"
+    folder = folder_of(trained, tmp_path / "model", chat_template=mentions + LOOP + SAY)
+    manifest, [row] = convert([ROW], folder, tmp_path)
+    prompt = ChatTokenizer(folder).decode(row["prompt_token_ids"])
+    assert manifest["tokenizer"]["dialect"] == "toolrl" and "Available Tools" in prompt and "Name: w" in prompt
+    with pytest.raises(DataError, match=r"leaves out the tools that it is given: convert with --dialect toolrl"):
+        convert([ROW], folder, tmp_path, dialect="hermes")
+
+
 def test_base_models_stop_at_the_templates_end_and_at_their_own(trained: Path, tmp_path: Path) -> None:
     folder = folder_of(trained, tmp_path / "model", eos_token="<|endoftext|>", chat_template=LOOP + SAY)
     ids = {
