@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rest.data import prompt_files
+from megatron_rest.regions import answer_prefix, is_thought_open
 
 __all__ = [
     "APPEND_ONLY",
@@ -168,7 +169,9 @@ _FIRST_TURNS: tuple[tuple[list[dict[str, str]], list[Any] | None], ...] = tuple(
     (messages, tools)
     for messages in (
         [{"role": "user", "content": "Weather in Bern?"}],
+        [{"role": "user", "content": "\n Weather in Bern? \n"}],  # some families' own trim
         [{"role": "system", "content": "You help."}, {"role": "user", "content": "Weather in Zürich?"}],
+        [{"role": "system", "content": " You help.\n"}, {"role": "user", "content": "Weather in Zürich?"}],
     )
     for tools in (None, PROBE_TOOLS)
 )
@@ -216,19 +219,18 @@ def is_append_only(template: ChatTemplate) -> bool:
 
 
 def _only_grows(template: ChatTemplate, role: str, tools: list[Any] | None) -> bool:
-    thought = "<think>\nhm\n</think>\n\n"
-    opens = template.generation_prompt().rstrip().endswith("<think>")
+    prefix = answer_prefix(template.generation_prompt().encode())
+    first = "hm\n</think>\n\n" if is_thought_open(prefix) else "" if prefix else "<think>\nhm\n</think>\n\n"
+    then = "\n</think>\n\n" if is_thought_open(prefix) else ""
+    call = '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>'
     messages: list[dict[str, str]] = [{"role": "user", "content": "Go."}]
-    before = _first(template, messages, tools)
-    for content in (thought + "One.", thought + '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>', "Two."):
-        content = content if content.startswith("<think>") or not opens else f"<think>\n\n</think>\n\n{content}"
-        messages = [*messages, {"role": "assistant", "content": content}]
-        whole = before + (content.removeprefix("<think>\n") if opens else content)
-        messages = [*messages, {"role": role, "content": "ok"}]
+    whole = _first(template, messages, tools)
+    for said in (first + "One.", first + call, then + "Two."):
+        messages = [*messages, {"role": "assistant", "content": prefix + said}, {"role": role, "content": "ok"}]
         now = _first(template, messages, tools)
-        if not now.startswith(whole):
+        if not now.startswith(whole + said):
             return False
-        before = now
+        whole = now
     return True
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.convert import ConvertOptions, convert_rows
+from data_tools.encode import EncodeOptions
 from tests.helpers.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,12 @@ FAMILIES = {
     "Qwen3.5": Family(
         template="qwen3_5_think.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), dialect="qwen3_coder", ends=("<|im_end|>", "<|endoftext|>"),
-        prefix="<think>\n", is_append_only=False,
+        prefix="<think>\n", is_append_only=False, append_only="qwen3_5",
+    ),
+    "Qwen3.5 without a thought": Family(
+        template="qwen3_5_nothink.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        stops=("<|im_end|>", "<|endoftext|>"), dialect="qwen3_coder", ends=("<|im_end|>", "<|endoftext|>"),
+        prefix="<think>\n\n</think>\n\n", is_append_only=False, append_only="qwen3_5_no_think",
     ),
     "Llama 3": Family(
         template="llama3.jinja", special=_LLAMA, eos="<|eot_id|>", bos="<|begin_of_text|>",
@@ -127,7 +133,7 @@ FAMILIES = {
     "GLM-4.5": Family(
         template="glm4moe.jinja", special=_GLM, text=_CALLS + _THINKS + _GLM_TEXT, eos="<|endoftext|>",
         stops=("<|endoftext|>", "<|user|>", "<|observation|>"), dialect="glm45",
-        ends=("<|user|>", "<|observation|>", "<|endoftext|>"), is_append_only=False,
+        ends=("<|user|>", "<|observation|>", "<|endoftext|>"), is_append_only=False, append_only="glm45",
     ),
     "gpt-oss": Family(
         template="gptoss.jinja", special=(*_HARMONY, "<|message|>", "<|call|>"), eos="<|return|>",
@@ -214,5 +220,12 @@ def convert(rows: Sequence[dict[str, Any]], tokenizer: Path, output: Path) -> di
     source = output.with_suffix(".jsonl")
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return convert_rows(
-        ConvertOptions(inputs=[str(source)], output=output, tokenizer=tokenizer, processes=1, progress_bar=False)
+        ConvertOptions(
+            inputs=[str(source)],
+            output=output,
+            tokenizer=tokenizer,
+            encode=EncodeOptions(prompt_style="slim"),  # of ToolRL's tags; templates write tools as they do
+            processes=1,
+            progress_bar=False,
+        )
     )

@@ -56,10 +56,12 @@ def test_what_the_files_say(name: str, tmp_path: Path) -> None:
 def test_who_may_have_an_environment(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     write_tokenizer(family, tmp_path)
-    stock = ChatTemplate.of_folder(tmp_path)
+    stock, tokenizer = ChatTemplate.of_folder(tmp_path), load_tokenizer(tmp_path)
     assert is_append_only(stock) == family.is_append_only
     if family.append_only:
         assert append_only_template(stock).text == (SHIPPED / f"{family.append_only}.jinja").read_text(encoding="utf-8")
+        chat = ChatSettings(dialect=family.dialect, chat_template="append_only")
+        certify(tokenizer, multi_turn=True, chat=chat, stop_token_ids=chat.stop_token_ids(tmp_path))
     elif not family.is_append_only:
         with pytest.raises(ValueError, match="none of the shipped ones"):
             append_only_template(stock)
