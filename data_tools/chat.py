@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -153,6 +154,12 @@ class ChatTokenizer:
         for token in self.control_tokens:
             if token in text and token not in allowed:
                 raise RowError(f"the text contains the control token {token}: it would start or end a turn")
+
+    def normalised(self, text: str) -> str:
+        """The text that its ids stand for: vocabularies of the Qwen family compose accents (NFC) before they cut."""
+        normalizer = self._spec.get("normalizer") or {}
+        kinds = {part.get("type") for part in normalizer.get("normalizers", [normalizer])}
+        return unicodedata.normalize("NFC", text) if kinds == {"NFC"} else text
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 token ids, nothing added."""

@@ -133,7 +133,7 @@ def _ready(
     rewritten: str,
 ) -> _Ready:
     prefix = tokenizer.answer_prefix(prompt)
-    answer = continued(answer, prefix, tokenizer.dialect)
+    answer = tokenizer.normalised(continued(answer, prefix, tokenizer.dialect))
     tokenizer.check_text(answer, tokenizer.dialect)
     opened = is_thought_open(prefix, tokenizer.dialect)
     return _Ready(row, example, messages, ground_truth, prompt, answer, opened, rewritten)

@@ -171,6 +171,17 @@ def test_tools_that_a_template_leaves_out_are_told_in_tags(trained: Path, tmp_pa
         convert([ROW], folder, tmp_path, dialect="hermes")
 
 
+def test_answers_are_stored_as_a_vocabulary_composes_them(trained: Path, tmp_path: Path) -> None:
+    """Qwen's composes accents: the stored text is what its ids stand for, in the reward's eyes the same."""
+    folder = folder_of(trained, tmp_path / "model", chat_template=LOOP + SAY)
+    spec = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    said = {**ROW["messages"][1], "reasoning_content": "Cafe\u0301."}
+    _, [row] = convert([{**ROW, "messages": [ROW["messages"][0], said]}], folder, tmp_path)
+    assert "Caf\u00e9." in row["answer_text"] and row["answer_token_starts"] is not None
+    assert ChatTokenizer(folder).decode(row["answer_token_ids"][:-1]) == row["answer_text"]
+
+
 def test_base_models_stop_at_the_templates_end_and_at_their_own(trained: Path, tmp_path: Path) -> None:
     folder = folder_of(trained, tmp_path / "model", eos_token="<|endoftext|>", chat_template=LOOP + SAY)
     ids = {
