@@ -44,8 +44,14 @@ class ChatTokenizer:
         try:
             self.template_identity = prompt_files.template_identity(folder)
             self._template = ChatTemplate.of_folder(folder, template)
+            beside = prompt_files.tokens_beside(folder)
         except ValueError as error:
             raise DataError(f"--tokenizer: {error}") from error
+        if beside:
+            raise DataError(
+                f"--tokenizer: {folder} adds tokens beside tokenizer.json ({', '.join(beside[:5])}), so ids would not "
+                "be an engine's: save it again with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         self.template_text = self._template.text
         try:
             self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))

@@ -111,6 +111,8 @@ def test_special_tokens_come_from_any_file(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<b>"}, "eos_token": "<e>"}))
     assert special_tokens(tmp_path) == {"bos_token": "<b>", "eos_token": "<e>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<f>", "add_bos_token": True}))
+    assert special_tokens(tmp_path) == {"bos_token": "<b>", "eos_token": "<e>"}, "as transformers reads old folders"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<f>", "added_tokens_decoder": {}}))
     assert special_tokens(tmp_path) == {"bos_token": "<b>", "eos_token": "<f>"}
 
 

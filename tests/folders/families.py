@@ -1,8 +1,8 @@
 """Folders of real families at toy size: their own chat templates, special tokens and stop ids, random weights.
 
-Templates come from the package ``trl``, which carries those of the hub (``make oracle`` installs it, nobody imports
-it), because some licences would not let them be copied here.  Tokens, roles and stop ids are facts of the families'
-``tokenizer_config.json`` and ``generation_config.json``.  The merges are trained on the rows below, so ids differ.
+Templates come from the package ``trl``, which carries those of the hub (``make oracle`` installs it, no import:
+some licences would not let them be copied here); SmolLM's are short ones that do the same.  Tokens, roles and stop
+ids are facts of ``tokenizer_config.json`` and ``generation_config.json``.  Merges are trained on the rows below.
 """
 
 from __future__ import annotations
@@ -42,6 +42,16 @@ _HARMONY = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "
 _SMOL = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\\nYou are SmolLM"
     "<|im_end|>\\n' }}{% endif %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Its habits in few words: a header with the date, tools by a name that nobody gives, thoughts that stay.
+_SMOL3 = (
+    "{{ '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: /think\\n\\n' }}"
+    "{{ messages[0].content.rstrip() if messages[0].role == 'system' else 'You are SmolLM.' }}"
+    "{% if xml_tools %}{{ '\\n### Tools\\n' + xml_tools | string + 'in <tool_call></tool_call> tags' }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' + "
+    "m.content.lstrip('\\n') + '<|im_end|>\\n' }}{% elif m.role != 'system' %}{{ '<|im_start|>user\\n' + m.content "
+    "+ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -124,6 +134,10 @@ FAMILIES = {
     "SmolLM2": Family(
         template=_SMOL, special=_CHATML, eos="<|im_end|>", bos="<|im_start|>", stops=("<|im_end|>",), arch="llama",
         dialect="toolrl", ends=("<|im_end|>",),
+    ),
+    "SmolLM3": Family(
+        template=_SMOL3, special=(*_LLAMA[:2], *_CHATML[1:]), text=_CALLS + _THINKS, eos="<|im_end|>",
+        bos="<|begin_of_text|>", stops=("<|im_end|>",), arch="llama", dialect="toolrl", ends=("<|im_end|>",),
     ),
     "DeepSeek-R1 distill": Family(
         template="deepseek_r1_distill.jinja", special=_DEEPSEEK, text=_DEEPSEEK_TEXT, eos=_DEEPSEEK[1],

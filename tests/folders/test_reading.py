@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,19 @@ def test_every_template_of_the_package_renders_as_transformers_does(tmp_path: Pa
             assert ours.render([*messages, messages[0]], tools, add_generation_prompt=True) == theirs, path.name
             compared += 1
     assert compared > 60
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(name: str, tmp_path: Path) -> None:
+    """SmolLM2 names the first and cuts numbers into digits; DeepSeek names the second and is byte-level."""
+    write_tokenizer(FAMILIES["SmolLM2"], tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")) | {"tokenizer_class": name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    text = 'It is 2024, "26 Jul".\n  Größe 1,000'
+    ids = load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert ids == ChatTokenizer(tmp_path).encode([text])[0].tolist()
+    assert load_tokenizer(tmp_path).decode(ids) == text
