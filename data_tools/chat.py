@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,8 @@ from data_tools.errors import DataError, RowError
 from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data import prompt_files
 from megatron_rest.data.chat_template import STOCK, ChatTemplate, TemplateError, compiled_template
-from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, dialect_of_template
+from megatron_rest.data.template_dialect import template_dialect, why_unfit
+from megatron_rest.regions import TOOLRL, Dialect, answer_prefix
 from megatron_rest.regions.calls import json_text
 
 _INSTALL = "pip install 'megatron_rest[train]' (or pip install tokenizers jinja2)"
@@ -42,8 +44,14 @@ class ChatTokenizer:
         try:
             self.template_identity = prompt_files.template_identity(folder)
             self._template = ChatTemplate.of_folder(folder, template)
+            beside = prompt_files.tokens_beside(folder)
         except ValueError as error:
             raise DataError(f"--tokenizer: {error}") from error
+        if beside:
+            raise DataError(
+                f"--tokenizer: {folder} adds tokens beside tokenizer.json ({', '.join(beside[:5])}), so ids would not "
+                "be an engine's: save it again with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
         self.template_text = self._template.text
         try:
             self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -73,8 +81,13 @@ class ChatTokenizer:
 
     @cached_property
     def template_dialect(self) -> Dialect | None:
-        """The dialect in which the chat template shows calls; None where it shows none."""
-        return dialect_of_template(self._template.tool_text or self.template_text)
+        """The dialect in which the chat template shows tools and calls; None where it shows none that is known."""
+        return template_dialect(self._template)
+
+    @cached_property
+    def why_tools_do_not_fit(self) -> str:
+        """Why rows with tools cannot be asked in the dialect by this template; empty if they can."""
+        return "" if self.dialect is TOOLRL else why_unfit(self._template, self.dialect)
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -147,6 +160,12 @@ class ChatTokenizer:
         for token in self.control_tokens:
             if token in text and token not in allowed:
                 raise RowError(f"the text contains the control token {token}: it would start or end a turn")
+
+    def normalised(self, text: str) -> str:
+        """The text that its ids stand for: vocabularies of the Qwen family compose accents (NFC) before they cut."""
+        normalizer = self._spec.get("normalizer") or {}
+        kinds = {part.get("type") for part in normalizer.get("normalizers", [normalizer])}
+        return unicodedata.normalize("NFC", text) if kinds == {"NFC"} else text
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 token ids, nothing added."""

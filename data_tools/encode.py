@@ -108,6 +108,11 @@ def _prepare_native(
     row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions, dialect: Dialect
 ) -> _Ready:
     """Tools and calls by the chat template, the answer in the model's own dialect."""
+    if example.tools and tokenizer.why_tools_do_not_fit:
+        raise RowError(
+            f"{tokenizer.why_tools_do_not_fit}: convert with --dialect toolrl, which lists them in the system message, "
+            "or with a template for tools (--chat-template PATH)"
+        )
     ground_truth, answer = native_ground_truth(example), native_answer(example, dialect)
     why = why_not_earnable(answer, ground_truth, config=DEFAULT_RULES, dialect=dialect)
     if why:
@@ -128,7 +133,7 @@ def _ready(
     rewritten: str,
 ) -> _Ready:
     prefix = tokenizer.answer_prefix(prompt)
-    answer = continued(answer, prefix, tokenizer.dialect)
+    answer = tokenizer.normalised(continued(answer, prefix, tokenizer.dialect))
     tokenizer.check_text(answer, tokenizer.dialect)
     opened = is_thought_open(prefix, tokenizer.dialect)
     return _Ready(row, example, messages, ground_truth, prompt, answer, opened, rewritten)

@@ -43,14 +43,20 @@ def refuse_remote_code(folder: str | Path) -> None:
 def load_tokenizer(folder: str | Path) -> Any:
     """Tokenizer of a Hugging Face folder, through transformers; local files only.
 
+    ``tokenizer.json`` decides, as it did when the data was prepared.  The class that ``tokenizer_config.json`` names
+    builds pieces of its own instead in transformers 5: GPT2Tokenizer (SmolLM2) has no rule for digits any more,
+    LlamaTokenizerFast (DeepSeek) loses the spaces.
+
     Raises :class:`ConfigError` for a folder that brings code or that transformers cannot read.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     refuse_remote_code(folder)
     if not Path(folder).is_dir():
         raise ConfigError(f"model.path: {folder} is not a folder on this machine")
     try:
+        if (Path(folder) / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers do: KeyError, TypeError, Rust's own
         raise ConfigError(

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rest.data import prompt_files
+from megatron_rest.regions import answer_prefix, is_thought_open
 
 __all__ = [
     "APPEND_ONLY",
+    "PROBE_TOOLS",
     "STOCK",
     "TEMPLATE_DATE",
     "ChatTemplate",
@@ -119,6 +121,19 @@ class ChatTemplate:
             return ""
         return prompt[len(without) :] if prompt.startswith(without) else prompt.rpartition(_PROBE)[2]
 
+    def shows_tools(self) -> bool:
+        """Whether tools that it is given reach the prompt: some templates ignore them, or ask for another name."""
+        try:
+            return "get_weather" in self.render(
+                [{"role": "user", "content": "q"}], PROBE_TOOLS, add_generation_prompt=True
+            )
+        except TemplateError:
+            return False
+
+    def for_tools(self) -> ChatTemplate:
+        """The one that renders conversations with tools: itself, or a folder's own for them."""
+        return ChatTemplate(self.tool_text, self.special_tokens, self.tool_text) if self.tool_text else self
+
 
 def template_of(stock: ChatTemplate, choice: str) -> ChatTemplate:
     """The template that ``model.chat_template`` names: ``stock``, ``append_only`` or a path.  Raises ValueError."""
@@ -135,21 +150,30 @@ def template_of(stock: ChatTemplate, choice: str) -> ChatTemplate:
     return ChatTemplate(text, stock.special_tokens, text)
 
 
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Say the weather.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
+PROBE_TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Say the weather.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Which one."}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+"""A tool to show a template what it makes of tools."""
 _FIRST_TURNS: tuple[tuple[list[dict[str, str]], list[Any] | None], ...] = tuple(
     (messages, tools)
     for messages in (
         [{"role": "user", "content": "Weather in Bern?"}],
+        [{"role": "user", "content": "\n Weather in Bern? \n"}],  # some families' own trim
         [{"role": "system", "content": "You help."}, {"role": "user", "content": "Weather in Zürich?"}],
+        [{"role": "system", "content": " You help.\n"}, {"role": "user", "content": "Weather in Zürich?"}],
     )
-    for tools in (None, [_TOOL])
+    for tools in (None, PROBE_TOOLS)
 )
 
 
@@ -183,25 +207,30 @@ def _first(template: ChatTemplate, messages: list[dict[str, str]], tools: list[A
 
 
 def is_append_only(template: ChatTemplate) -> bool:
-    """Whether what was said stays as it was when tools or users speak after it: thoughts and calls stay."""
-    thought = "<think>\nhm\n</think>\n\n"
-    said = [thought + "One.", thought + '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>', "Two."]
+    """Whether what was said stays as it was when tools or users speak after it: thoughts, calls and tools stay."""
     try:
-        opens = template.generation_prompt().rstrip().endswith("<think>")
-        for role in ("tool", "user"):
-            messages: list[dict[str, str]] = [{"role": "user", "content": "Go."}]
-            before = template.render(messages, add_generation_prompt=True)
-            for content in said:
-                content = content if content.startswith("<think>") or not opens else f"<think>\n\n</think>\n\n{content}"
-                messages = [*messages, {"role": "assistant", "content": content}]
-                whole = before + (content.removeprefix("<think>\n") if opens else content)
-                messages = [*messages, {"role": role, "content": "ok"}]
-                now = template.render(messages, add_generation_prompt=True)
-                if not now.startswith(whole):
-                    return False
-                before = now
+        return all(
+            _only_grows(template, role, tools)
+            for role in ("tool", "user")
+            for tools in ((None, PROBE_TOOLS) if template.shows_tools() else (None,))
+        )
     except TemplateError:
         return False
+
+
+def _only_grows(template: ChatTemplate, role: str, tools: list[Any] | None) -> bool:
+    prefix = answer_prefix(template.generation_prompt().encode())
+    first = "hm\n</think>\n\n" if is_thought_open(prefix) else "" if prefix else "<think>\nhm\n</think>\n\n"
+    then = "\n</think>\n\n" if is_thought_open(prefix) else ""
+    call = '<tool_call>\n{"name": "w", "arguments": {}}\n</tool_call>'
+    messages: list[dict[str, str]] = [{"role": "user", "content": "Go."}]
+    whole = _first(template, messages, tools)
+    for said in (first + "One.", first + call, then + "Two."):
+        messages = [*messages, {"role": "assistant", "content": prefix + said}, {"role": role, "content": "ok"}]
+        now = _first(template, messages, tools)
+        if not now.startswith(whole + said):
+            return False
+        whole = now
     return True
 
 

@@ -92,11 +92,15 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def special_tokens(folder: str | Path) -> dict[str, Any]:
-    """Tokens with a role (``bos_token`` ...) as templates may name them: from any file of the folder that says."""
+    """Tokens with a role (``bos_token`` ...) as templates may name them: from any file of the folder that says.
+
+    ``tokenizer_config.json`` goes first where it lists the added tokens, as it does for transformers.
+    """
     found: dict[str, Any] = {}
     path = Path(folder) / "special_tokens_map.json"
     values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for source in (values, tokenizer_config(folder)):
+    config = tokenizer_config(folder)
+    for source in (values, config) if "added_tokens_decoder" in config else (config, values):
         if not isinstance(source, dict):
             continue
         extra = source.get("extra_special_tokens")
@@ -105,6 +109,30 @@ def special_tokens(folder: str | Path) -> dict[str, Any]:
             if (name in _ROLES or (name.endswith("_token") and not name.startswith("add_"))) and isinstance(text, str):
                 found[name] = text
     return found
+
+
+def tokens_beside(folder: str | Path) -> list[str]:
+    """Tokens that ``tokenizer_config.json`` or ``added_tokens.json`` add and ``tokenizer.json`` does not know.
+
+    transformers and vLLM would number them behind the others, while whoever reads ``tokenizer.json`` spells them out.
+    """
+    folder = Path(folder)
+    config = tokenizer_config(folder)
+    named: list[Any] = [*(config.get("added_tokens_decoder") or {}).values()]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = config.get(key) or []
+        named += list(extra.values()) if isinstance(extra, dict) else extra
+    path = folder / "added_tokens.json"
+    named += json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
+    try:
+        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []  # for its reader to complain about
+    vocabulary = (spec.get("model") or {}).get("vocab")
+    known = {token.get("content") for token in spec.get("added_tokens") or []}
+    known |= set(vocabulary) if isinstance(vocabulary, dict) else set()
+    return [text for text in dict.fromkeys(texts) if isinstance(text, str) and text not in known]
 
 
 def tokenizer_config(folder: str | Path) -> dict[str, Any]:

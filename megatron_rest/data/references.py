@@ -34,7 +34,9 @@ def without_hopeless_references(
     reasons: list[str] = []
     for index in range(len(dataset)):
         row = dataset.record(index)
-        why = why_not_earnable(prefix + row["answer_text"], row["ground_truth"], config=reward, dialect=dialect)
+        # Some templates open no thought behind a tool's output (DeepSeek's): such an answer opens its own.
+        written = "" if dialect.thought and row["answer_text"].startswith(dialect.thought.open.decode()) else prefix
+        why = why_not_earnable(written + row["answer_text"], row["ground_truth"], config=reward, dialect=dialect)
         if why:
             reasons.append(f"prompt {row['prompt_id']}: {why}")
         else:

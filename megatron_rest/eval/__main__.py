@@ -19,12 +19,15 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_rest.data.chat_template import STOCK  # noqa: E402
 from megatron_rest.data.prompt_style import STYLES  # noqa: E402
 from megatron_rest.eval.answers import read_answers  # noqa: E402
 from megatron_rest.eval.decontamination import decontamination_of  # noqa: E402
 from megatron_rest.eval.scoring import Verdict, judge, read_verdicts, summary_lines, write_scores  # noqa: E402
 from megatron_rest.eval.selection import BENCHMARKS, load_cases  # noqa: E402
 from megatron_rest.eval.statistics import mcnemar, paired_bootstrap  # noqa: E402
+from megatron_rest.regions import DIALECTS  # noqa: E402
+from megatron_rest.rollout.chat import AUTO  # noqa: E402
 
 __all__ = ["compare_lines", "main"]
 
@@ -75,6 +78,13 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--cases", type=int, default=0, metavar="N", help="of each category, drawn by --seed (0 = all)")
     run.add_argument("--seed", type=int, default=0, help="of the draw; answers are greedy (%(default)s)")
     run.add_argument("--step", type=int, help="of a run: the checkpoint of this step (default: export or newest)")
+    run.add_argument(
+        "--dialect", choices=(AUTO, *DIALECTS), default=AUTO,
+        help="how it is asked and read (default auto: as its training data was, else as its chat template shows calls)",
+    )  # fmt: skip
+    run.add_argument(
+        "--chat-template", default=STOCK, metavar="NAME", help="stock, append_only or a path, as model.chat_template"
+    )
     run.add_argument("--prompt-style", choices=STYLES, help="as the training data (default: as a run's, else original)")
     run.add_argument("--max-model-len", type=int, default=0, metavar="N", help="tokens of prompt and answer (model's)")
     run.add_argument("--max-response-tokens", type=int, default=2048, metavar="N", help="longest answer (%(default)s)")
@@ -108,7 +118,10 @@ def _run(args: argparse.Namespace) -> None:
     from megatron_rest.eval.run import RunSettings, evaluate
 
     model = find_model(args.model, step=args.step, training_data=args.train_data)
+    chat = model.chat(args.dialect, args.chat_template)
     settings = RunSettings(
+        dialect=chat.dialect,
+        chat_template=chat.chat_template,
         categories=tuple(args.categories),
         cases=args.cases,
         seed=args.seed,

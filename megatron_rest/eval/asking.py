@@ -21,6 +21,7 @@ from megatron_rest.eval.selection import draw
 from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, in_tags, token_bytes_table
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import Exam
+from megatron_rest.rollout.environments.base import Message
 from megatron_rest.rollout.environments.calls import parse_calls
 from megatron_rest.rollout.translator import ChatTranslator
 from megatron_rest.types import PromptSample, Rollout
@@ -125,9 +126,9 @@ class Interviewer:
 
     def _exam(self, environment: str, cases: Sequence[EvalCase]) -> CaseExam:
         if environment:
-            ChatTranslator(
-                self._tokenizer, chat=self._chat
-            )  # raises for a chat template that no conversation can be appended to
+            translator = ChatTranslator(self._tokenizer, chat=self._chat)
+            for role in ("tool", "user"):  # raises for a chat template that no conversation can be appended to
+                translator.suffix([Message(role=role, content="ok")])
         prompts = tuple(
             PromptSample(prompt_id=case.case_id, token_ids=self._encode(case), ground_truth=case.task) for case in cases
         )

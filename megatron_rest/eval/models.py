@@ -11,8 +11,11 @@ from typing import Any
 
 import yaml
 
+from megatron_rest.data.chat_template import STOCK, ChatTemplate
+from megatron_rest.data.template_dialect import template_dialect, why_unfit
 from megatron_rest.eval.decontamination import Decontamination, decontamination_of
 from megatron_rest.hf_folder import load_tokenizer
+from megatron_rest.regions import TOOLRL, find_dialect
 from megatron_rest.rollout.chat import AUTO, ChatSettings, dialect_name
 
 __all__ = ["Model", "find_model"]
@@ -43,13 +46,22 @@ class Model:
         """Of transformers; only local files, no remote code."""
         return load_tokenizer(self.folder)
 
-    def chat(self) -> ChatSettings:
-        """Template and dialect, as in training: those of its prompts; an exported folder brings its template."""
-        return ChatSettings(dialect=dialect_name(AUTO, self.training_data[0] if self.training_data else ""))
+    def chat(self, dialect: str = AUTO, chat_template: str = STOCK) -> ChatSettings:
+        """How it is asked and read: as in training, where its prompts are known; else as its chat template shows.
 
-    def stop_token_ids(self) -> list[int]:
-        """Ends of a turn, as in training."""
-        return self.chat().stop_token_ids(self.folder)
+        An exported folder brings its template.  Raises ValueError for a dialect that its prompts were not prepared in,
+        or in which its template cannot ask.
+        """
+        if self.training_data:
+            return ChatSettings(dialect=dialect_name(dialect, self.training_data[0]), chat_template=chat_template)
+        template = ChatTemplate.of_folder(self.folder, chat_template)
+        if dialect == AUTO:
+            return ChatSettings(dialect=(template_dialect(template) or TOOLRL).name, chat_template=chat_template)
+        reads = find_dialect(dialect)
+        why = "" if reads is TOOLRL else why_unfit(template, reads)
+        if why:
+            raise ValueError(f"--dialect {dialect}: {why}; toolrl asks in the system message, whatever the template")
+        return ChatSettings(dialect=dialect, chat_template=chat_template)
 
     def identity(self) -> dict[str, Any]:
         """Changes when the weights do: other files, sizes or times."""
@@ -81,15 +93,15 @@ def find_model(path: str | Path, *, step: int | None = None, training_data: str 
     if (folder / "config.json").is_file():
         if step is not None:
             raise ValueError(f"--step: {folder} is an HF folder, not that of a run")
-        return _model(folder, (training_data,) if training_data else ())
+        if training_data or not folder.name.startswith("hf"):
+            return _model(folder, (training_data,) if training_data else ())
+        return _model(folder, _data_of_run(folder.absolute().parent))  # a run's export, named itself
     config = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
     if config is None:
         raise ValueError(
             f"{folder} is neither an HF folder (no config.json) nor the folder of a run (no {' or '.join(_CONFIGS)})"
         )
-    values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    named = (training_data, values["data"]["train"], values["warm_start"]["answers"])
-    data = tuple(dict.fromkeys(name for name in named if name))
+    data = tuple(dict.fromkeys([*([training_data] if training_data else []), *_data_of_run(folder)]))
     checkpoints = _checkpoints(folder)
     newest = checkpoints[max(checkpoints)] if checkpoints else None
     if step is None and (folder / "config.yaml").is_file() and _is_fresh(folder / "hf", newest):
@@ -103,6 +115,15 @@ def find_model(path: str | Path, *, step: int | None = None, training_data: str 
 
 def _model(folder: Path, data: tuple[str, ...]) -> Model:
     return Model(folder=folder, training_data=data, prompt_style=_prompt_style(data))
+
+
+def _data_of_run(run_dir: Path) -> tuple[str, ...]:
+    """The prepared folders that a run was trained on; none where there is no run."""
+    config = next((run_dir / name for name in _CONFIGS if (run_dir / name).is_file()), None)
+    if config is None:
+        return ()
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    return tuple(dict.fromkeys(name for name in (values["data"]["train"], values["warm_start"]["answers"]) if name))
 
 
 def _prompt_style(data: tuple[str, ...]) -> str:

@@ -17,12 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_rest.config import RolloutConfig
+from megatron_rest.data.chat_template import STOCK
 from megatron_rest.eval.answers import ANSWERS_FILE, AnswerLog
 from megatron_rest.eval.asking import Interviewer, choose
 from megatron_rest.eval.cases import EvalCase
 from megatron_rest.eval.models import Model
 from megatron_rest.eval.scoring import judge, summary_lines, write_json, write_scores
 from megatron_rest.eval.selection import draw, find_categories, load_cases
+from megatron_rest.regions import TOOLRL
+from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import RolloutEngine, RolloutRequest
 from megatron_rest.types import Rollout
 
@@ -51,6 +54,13 @@ class RunSettings:
     max_concurrent: int = 256
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int = 1 << 30  # on CPU
+    dialect: str = TOOLRL.name
+    chat_template: str = STOCK  # or append_only, or a path
+
+    @property
+    def chat(self) -> ChatSettings:
+        """How the model is asked and read."""
+        return ChatSettings(dialect=self.dialect, chat_template=self.chat_template)
 
 
 _DEFAULT_CONTEXT = 32_768
@@ -67,7 +77,7 @@ def evaluate(model: Model, output: Path, settings: RunSettings) -> None:
         prompt_style=settings.prompt_style,
         max_model_len=context,
         max_response_tokens=settings.max_response_tokens,
-        chat=model.chat(),
+        chat=settings.chat,
     )
     asked: dict[str, list[EvalCase]] = {}
     left_out: dict[str, list[EvalCase]] = {}
@@ -135,7 +145,11 @@ def _answer_all(
     total, done = sum(map(len, asked.values())), sum(known.values())
     if done == total:
         return
-    print(f"{model.folder}: {total - done} of {total} answers to give", file=sys.stderr, flush=True)
+    print(
+        f"{model.folder}: {total - done} of {total} answers to give, in the dialect {settings.dialect}",
+        file=sys.stderr,
+        flush=True,
+    )
     engine = _start_engine(model, settings, context)
     try:
         with tqdm(total=total, initial=done, unit="case", desc="eval", disable=None, smoothing=0.05) as progress:
@@ -162,8 +176,8 @@ def _start_engine(model: Model, settings: RunSettings, context: int) -> RolloutE
         config,
         seed=0,
         max_model_len=context,
-        stop_token_ids=model.stop_token_ids(),
-        chat=model.chat(),
+        stop_token_ids=settings.chat.stop_token_ids(model.folder),
+        chat=settings.chat,
         in_process=settings.tensor_parallel == 1,
     )
 

@@ -17,7 +17,7 @@ calls are spelled) are data: one small file each under ``dialects/``.
 
 from megatron_rest.regions.calls import Schemas, ToolCall, ToolCallError
 from megatron_rest.regions.dialect import Dialect, Section
-from megatron_rest.regions.dialects import DIALECTS, dialect_of_template, find_dialect
+from megatron_rest.regions.dialects import DIALECTS, dialects_named_in, find_dialect
 from megatron_rest.regions.dialects.deepseek import DEEPSEEK, DEEPSEEK_V31
 from megatron_rest.regions.dialects.glm45 import GLM45
 from megatron_rest.regions.dialects.harmony import HARMONY
@@ -55,7 +55,7 @@ __all__ = [
     "ToolCallError",
     "Turn",
     "answer_prefix",
-    "dialect_of_template",
+    "dialects_named_in",
     "find_dialect",
     "in_tags",
     "is_thought_open",

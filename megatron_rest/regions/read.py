@@ -135,7 +135,8 @@ _LINE_ENDS = dict.fromkeys(map(ord, "\x1c\x1d\x1e\x85\u2028\u2029\xa0"), " ")  #
 def answer_prefix(prompt: bytes, dialect: Dialect = TOOLRL) -> str:
     """What the generation prompt has already written of the answer: an opened thought, or an empty one, else nothing.
 
-    The first is what Qwen3-Thinking and DeepSeek-R1's distills do, the second Qwen3 with its thinking switched off.
+    The first is what Qwen3-Thinking and DeepSeek-R1's distills do, the second Qwen3 with its thinking switched off;
+    DeepSeek-V3.1 and GLM-4.7 write the closing tag alone, which says the same as an empty thought and is given as one.
     """
     for section in dialect.sections:
         if section.region is not TokenRegion.THINK or section.close is None:
@@ -147,6 +148,7 @@ def answer_prefix(prompt: bytes, dialect: Dialect = TOOLRL) -> str:
             opening = body[: -len(section.close)].rstrip()
             if opening.endswith(section.open):
                 return prompt[len(opening) - len(section.open) :].decode("utf-8", "replace")
+            return (section.open + prompt[len(body) - len(section.close) :]).decode("utf-8", "replace")
     return ""
 
 

@@ -189,7 +189,7 @@ def _append_only(translator: ChatTranslator, samples: Sequence[tuple[str, tuple[
             said = Message(role=role, content='{"ok": true, "größe": 3}')
             whole = _behind(translator.prefix, text)
             try:
-                ours += whole.removeprefix(translator.prefix) + translator.end + translator.suffix([said])
+                ours += whole.removeprefix(translator.prefix) + "".join(translator.end_and_suffix([said]))
                 messages += [{"role": "assistant", "content": whole}, {"role": role, "content": said.content}]
                 theirs = translator.template(messages, add_generation_prompt=True)
             except Exception as error:  # noqa: BLE001  as above

@@ -111,6 +111,8 @@ def test_special_tokens_come_from_any_file(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<b>"}, "eos_token": "<e>"}))
     assert special_tokens(tmp_path) == {"bos_token": "<b>", "eos_token": "<e>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<f>", "add_bos_token": True}))
+    assert special_tokens(tmp_path) == {"bos_token": "<b>", "eos_token": "<e>"}, "as transformers reads old folders"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<f>", "added_tokens_decoder": {}}))
     assert special_tokens(tmp_path) == {"bos_token": "<b>", "eos_token": "<f>"}
 
 
@@ -162,12 +164,12 @@ def test_what_is_append_only_stays_and_what_nobody_ships_is_refused(tmp_path: Pa
         template_of(stock, str(tmp_path / "none.jinja"))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking", "deepseek_r1"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking", "deepseek_r1", "glm45", "qwen3_5", "qwen3_5_no_think"])
 def test_shipped_templates_write_structured_messages_as_their_text(name: str) -> None:
     """A server that has parsed thoughts and calls renders what the policy wrote, in its dialect."""
-    from megatron_rest.regions import DEEPSEEK, HERMES
+    from megatron_rest.regions import DEEPSEEK, GLM45, HERMES, QWEN3_CODER
 
-    dialect = DEEPSEEK if name == "deepseek_r1" else HERMES
+    dialect = {"deepseek_r1": DEEPSEEK, "glm45": GLM45}.get(name, QWEN3_CODER if "3_5" in name else HERMES)
     text = (module._SHIPPED / f"{name}.jinja").read_text()
     template = ChatTemplate(text, {"bos_token": "<b>"})
     calls = [("f", {"a": "ü"}), ("g", {})]

@@ -161,6 +161,67 @@ def test_answers_go_on_where_the_prompt_stops(
     assert reward.is_format_valid and reward.accuracy == 1.0
 
 
+def test_tools_that_a_template_leaves_out_are_told_in_tags(trained: Path, tmp_path: Path) -> None:
+    mentions = "{% if messages[-1].tool_calls %}<tool_call>{% endif %}"
+    folder = folder_of(trained, tmp_path / "model", chat_template=mentions + LOOP + SAY)
+    manifest, [row] = convert([ROW], folder, tmp_path)
+    prompt = ChatTokenizer(folder).decode(row["prompt_token_ids"])
+    assert manifest["tokenizer"]["dialect"] == "toolrl" and "Available Tools" in prompt and "Name: w" in prompt
+    with pytest.raises(DataError, match=r"leaves out the tools that it is given: convert with --dialect toolrl"):
+        convert([ROW], folder, tmp_path, dialect="hermes")
+
+
+def test_a_prompt_behind_a_tools_output_may_open_no_thought(trained: Path, tmp_path: Path) -> None:
+    """DeepSeek's templates write no generation prompt there; the helper validates what was converted."""
+    say = THINKS.replace("add_generation_prompt", "add_generation_prompt and messages[-1].role != 'tool'")
+    assert say != THINKS
+    folder = folder_of(trained, tmp_path / "model", chat_template=LOOP + say)
+    told = [*ROW["messages"], {"role": "tool", "content": "sunny"}, {**ROW["messages"][1], "tool_calls": None}]
+    told[-1] |= {"content": "It is sunny.", "reasoning_content": "So."}
+    _, rows = convert([ROW, {**ROW, "messages": told}], folder, tmp_path)
+    assert [row["answer_region_ids"][0] == TokenRegion.THINK for row in rows] == [True, False]
+    assert list(validate_prepared(tmp_path / "out")) == []
+
+
+def test_answers_are_stored_as_a_vocabulary_composes_them(trained: Path, tmp_path: Path) -> None:
+    """Qwen's composes accents: the stored text is what its ids stand for, in the reward's eyes the same."""
+    folder = folder_of(trained, tmp_path / "model", chat_template=LOOP + SAY)
+    spec = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": "NFC"}}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    said = {**ROW["messages"][1], "reasoning_content": "Cafe\u0301."}
+    _, [row] = convert([{**ROW, "messages": [ROW["messages"][0], said]}], folder, tmp_path)
+    assert "Caf\u00e9." in row["answer_text"] and row["answer_token_starts"] is not None
+    assert ChatTokenizer(folder).decode(row["answer_token_ids"][:-1]) == row["answer_text"]
+
+
+EXTRA = {"content": "<extra>", "special": False}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"<extra>": 400}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"400": EXTRA}}},
+        {"tokenizer_config.json": {"additional_special_tokens": ["<extra>"]}},
+    ],
+    ids=["added_tokens.json", "added_tokens_decoder", "additional_special_tokens"],
+)
+def test_tokens_that_only_side_files_add_are_refused(
+    trained: Path, tmp_path: Path, files: dict[str, dict[str, Any]]
+) -> None:
+    """transformers gives them ids of their own; the same names in tokenizer.json are no reason to refuse."""
+    from transformers import AutoTokenizer
+
+    folder = folder_of(trained, tmp_path / "model", chat_template=LOOP + SAY)
+    for name, values in files.items():
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | values))
+    with pytest.raises(DataError, match=r"adds tokens beside tokenizer.json \(<extra>\)"):
+        convert([ROW], folder, tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    convert([ROW], folder, tmp_path)
+
+
 def test_base_models_stop_at_the_templates_end_and_at_their_own(trained: Path, tmp_path: Path) -> None:
     folder = folder_of(trained, tmp_path / "model", eos_token="<|endoftext|>", chat_template=LOOP + SAY)
     ids = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from megatron_rest.config import RestConfig, to_dict
 from megatron_rest.eval import models
 from megatron_rest.eval import run as run_module
 from megatron_rest.eval.answers import AnswerLog, read_answers
+from megatron_rest.eval.asking import Interviewer
+from megatron_rest.eval.cases import EvalCase
 from megatron_rest.eval.scoring import judge
 from megatron_rest.eval.selection import draw, find_categories, load_cases
 from tests.helpers.tiny_model import build_tiny_model
@@ -120,6 +123,56 @@ def test_what_would_mix_or_does_not_fit_is_one_line(
     arguments = ["eval", "run", str(model), "--output", str(tmp_path / "new"), *short, "--max-model-len", "700"]
     assert main(arguments) == 2
     assert "or say --leave-out-long" in capsys.readouterr().err
+
+
+SHOWN = (
+    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ 'Call in <tool_call></tool_call>.<|im_end|>\\n' }}{% endif %}"
+)
+
+
+def test_a_stock_folder_is_asked_as_its_template_shows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(SHOWN + CHATML)
+    asked: dict[str, str] = {}
+    encode = Interviewer._encode
+
+    def remember(self: Interviewer, case: EvalCase) -> Any:
+        ids = encode(self, case)
+        asked[case.case_id] = self._text(ids)
+        return ids
+
+    monkeypatch.setattr(Interviewer, "_encode", remember)
+    options = ["--categories", "level-2", "live_parallel", "--cases", "1", *OPTIONS[6:]]
+    assert main(["eval", "run", str(folder), "--output", str(tmp_path / "auto"), *options]) == 0
+    assert "in the dialect hermes" in capsys.readouterr().err
+    assert json.loads((tmp_path / "auto" / "run.json").read_text())["settings"]["dialect"] == "hermes"
+    answers = {name: read_answers(tmp_path / "auto" / name / "answers.jsonl") for name in ("bfcl", "api-bank")}
+    [case], [other] = answers["bfcl"], answers["api-bank"]
+    assert "Call in <tool_call>" in asked[case] and "**Available Tools**" not in asked[case]
+    assert "Call in" not in asked[other], "API-Bank's own text asks for tags"
+    # answers of two dialects never mix, and a template that shows no tools cannot be asked for its own calls
+    command = ["eval", "run", str(folder), "--output", str(tmp_path / "auto"), *options, "--dialect"]
+    assert main([*command, "toolrl"]) == 2 and "differs in settings.dialect" in capsys.readouterr().err
+    assert main(["eval", "run", str(model), "--output", str(tmp_path / "no"), *options, "--dialect", "hermes"]) == 2
+    error = capsys.readouterr().err
+    assert "--dialect hermes: the chat template leaves out the tools" in error and len(error.splitlines()) == 1
+
+
+def test_an_export_is_asked_as_its_run_was(model: Path, tmp_path: Path) -> None:
+    """Its template may show calls in another form than it was trained on."""
+    export = shutil.copytree(model, tmp_path / "run" / "hf")
+    (export / "chat_template.jinja").write_text(SHOWN + CHATML)
+    assert models.find_model(export).chat().dialect == "hermes"
+    (tmp_path / "train").mkdir()
+    manifest = {"schema_version": 2, "outputs": [], "tokenizer": {"dialect": "toolrl"}}
+    (tmp_path / "train" / "manifest.json").write_text(json.dumps(manifest))
+    config = {"data": {"train": str(tmp_path / "train")}, "warm_start": {"answers": ""}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    found = models.find_model(export)
+    assert found.chat().dialect == "toolrl" and found.training_data == (str(tmp_path / "train"),)
 
 
 def test_answers_survive_half_lines_and_any_text(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rest.config import DIALECT_NAMES
-from megatron_rest.regions import DIALECTS, Dialect, TokenRegion, dialect_of_template, label_regions, read_turn
+from megatron_rest.regions import DIALECTS, Dialect, TokenRegion, dialects_named_in, label_regions, read_turn
 from megatron_rest.regions.calls import ToolCallError
 from megatron_rest.regions.read import answer_prefix, is_thought_open
 
@@ -126,6 +126,7 @@ def test_the_prompt_may_have_opened_the_thought(dialect: Dialect) -> None:
     assert prefix == opening.decode() + "\n" and is_thought_open(prefix, dialect)
     empty = answer_prefix(b"header" + opening + b"\n\n" + closing.encode() + b"\n\n", dialect)
     assert empty == f"{opening.decode()}\n\n{closing}\n\n" and not is_thought_open(empty, dialect)
+    assert answer_prefix(b"header" + closing.encode(), dialect) == f"{opening.decode()}{closing}"  # as DeepSeek-V3.1's
     assert answer_prefix(b"header", dialect) == ""
     calls = dialect.write([("f", {"a": 1})])
     text = f"hm{closing}{calls}"
@@ -253,8 +254,8 @@ def test_harmony_by_its_own_rules() -> None:
     ],
 )
 def test_templates_tell_the_dialect(template: str, name: str | None) -> None:
-    found = dialect_of_template(template)
-    assert (found.name if found else None) == name
+    found = dialects_named_in(template)
+    assert (found[0].name if found else None) == name
 
 
 def test_a_dialect_of_ones_own_is_one_value() -> None:

@@ -13,7 +13,7 @@ from megatron_rest.regions.dialects.pythonic import PYTHONIC
 from megatron_rest.regions.dialects.qwen3_coder import QWEN3_CODER
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 
-__all__ = ["DIALECTS", "dialect_of_template", "find_dialect"]
+__all__ = ["DIALECTS", "dialects_named_in", "find_dialect"]
 
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
@@ -56,6 +56,10 @@ def find_dialect(name: str) -> Dialect:
     return DIALECTS[name]
 
 
-def dialect_of_template(template: str) -> Dialect | None:
-    """The dialect in which a chat template's text shows calls to a model; None where it shows none."""
-    return next((dialect for dialect, signs in _SIGNS if all(sign in template for sign in signs)), None)
+def dialects_named_in(template: str) -> tuple[Dialect, ...]:
+    """The dialects whose own words stand in a chat template's text, the most particular first.
+
+    Words are a hint only: :func:`megatron_rest.data.template_dialect.template_dialect` looks at what it renders.
+    """
+    found = (dialect for dialect, signs in _SIGNS if all(sign in template for sign in signs))
+    return tuple({dialect.name: dialect for dialect in found}.values())

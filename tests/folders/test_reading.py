@@ -1,0 +1,114 @@
+"""What is read from the folders of real families, compared with what is known of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_tools.chat import ChatTokenizer
+from data_tools.validate import open_as_prepared, validate_prepared
+from megatron_rest.data.chat_template import ChatTemplate, append_only_template, is_append_only
+from megatron_rest.data.prompt_files import map_shard
+from megatron_rest.hf_folder import load_tokenizer, stop_token_ids
+from megatron_rest.regions import find_dialect
+from megatron_rest.rewards import tool_call_reward
+from megatron_rest.rollout.certify import certify
+from megatron_rest.rollout.chat import ChatSettings
+from megatron_rest.token_region import TokenRegion
+from tests.folders.families import FAMILIES, MISSING, ROWS, TEMPLATES, convert, write_tokenizer
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+SHIPPED = Path(__file__).resolve().parents[2] / "megatron_rest" / "templates"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_the_files_say(name: str, tmp_path: Path) -> None:
+    family, folder = FAMILIES[name], tmp_path / "model"
+    write_tokenizer(family, folder)
+    manifest = convert(ROWS[:2], folder, tmp_path / "out")
+    made = manifest["tokenizer"]
+    dialect = find_dialect(made["dialect"])
+    assert dialect.name == family.dialect and made["end_of_turn"] == family.ends[0]
+    tokenizer = load_tokenizer(folder)
+    stops = stop_token_ids(folder, dialect=dialect, end_of_turn=made["end_of_turn"])
+    assert [tokenizer.convert_ids_to_tokens(i) for i in stops] == list(family.ends)
+    certify(tokenizer, multi_turn=False, chat=ChatSettings(dialect=dialect.name), stop_token_ids=stops)
+    assert list(validate_prepared(tmp_path / "out", tokenizer=open_as_prepared(tmp_path / "out", folder))) == []
+    rows = [
+        row
+        for entry in manifest["outputs"]
+        for batch in map_shard(tmp_path / "out", entry)
+        for row in batch.to_pylist()
+    ]
+    for row in rows:
+        chat = ChatTokenizer(folder, dialect=dialect)
+        prompt = chat.decode(row["prompt_token_ids"])
+        assert "weather_of" in prompt and chat.answer_prefix(prompt) == family.prefix
+        reward = tool_call_reward(
+            row["answer_text"], row["ground_truth"], step=1, dialect=dialect, prefix=family.prefix
+        )
+        assert reward.is_format_valid and reward.accuracy == 1.0
+        assert row["answer_token_ids"][-1] in stops and TokenRegion.TOOL_NAME in row["answer_region_ids"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_who_may_have_an_environment(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    write_tokenizer(family, tmp_path)
+    stock, tokenizer = ChatTemplate.of_folder(tmp_path), load_tokenizer(tmp_path)
+    assert is_append_only(stock) == family.is_append_only
+    if family.append_only:
+        assert append_only_template(stock).text == (SHIPPED / f"{family.append_only}.jinja").read_text(encoding="utf-8")
+        chat = ChatSettings(dialect=family.dialect, chat_template="append_only")
+        certify(tokenizer, multi_turn=True, chat=chat, stop_token_ids=chat.stop_token_ids(tmp_path))
+    elif not family.is_append_only:
+        with pytest.raises(ValueError, match="none of the shipped ones"):
+            append_only_template(stock)
+
+
+def test_every_template_of_the_package_renders_as_transformers_does(tmp_path: Path) -> None:
+    """Also those of families that have no dialect here."""
+    from transformers import PreTrainedTokenizerFast
+
+    write_tokenizer(FAMILIES["Qwen3"], tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    messages = [{"role": "user", "content": "Zürich?"}, {"role": "assistant", "content": "a<b"}]
+    compared = 0
+    for path in sorted(TEMPLATES.glob("*.jinja")):
+        text = path.read_text(encoding="utf-8")
+        if "strftime_now" in text:
+            continue  # the day is fixed here
+        for tools in (None, ROWS[0]["tools"]):
+            try:
+                theirs = tokenizer.apply_chat_template(
+                    [*messages, messages[0]],
+                    tools=tools,
+                    chat_template=text,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            except Exception:  # noqa: BLE001  a template is a program
+                continue
+            ours = ChatTemplate(text, dict(tokenizer.special_tokens_map))
+            assert ours.render([*messages, messages[0]], tools, add_generation_prompt=True) == theirs, path.name
+            compared += 1
+    assert compared > 60
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(name: str, tmp_path: Path) -> None:
+    """SmolLM2 names the first and cuts numbers into digits; DeepSeek names the second and is byte-level."""
+    write_tokenizer(FAMILIES["SmolLM2"], tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, spec["pre_tokenizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8")) | {"tokenizer_class": name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    text = 'It is 2024, "0 1  2".\n  Größe 1,000'
+    ids = load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert ids == ChatTokenizer(tmp_path).encode([text])[0].tolist()
+    assert load_tokenizer(tmp_path).decode(ids) == text
