@@ -17,7 +17,7 @@ import pytest
 
 from data_tools.answers import PLACEHOLDER_THOUGHT
 from data_tools.cli import main
-from data_tools.layouts import normalise
+from data_tools.examples import normalise
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
 from tests.data_tools.test_forms import LINES, ROWS, TABLE, write_ipc
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import normalise
+from data_tools.examples import normalise
 from data_tools.readers import chunk as chunk_module
 from data_tools.readers import count_rows, read_chunks, resolve_inputs
 from data_tools.readers import sources as sources_module
