@@ -25,8 +25,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import megatron_rest
-from data_tools.chat import ChatTokenizer
 from data_tools.adapter import describe_adapter, load_adapter
+from data_tools.chat import ChatTokenizer
 from data_tools.checks import POLICIES
 from data_tools.encode import DEFAULT_RULES, EncodedChunk, EncodeOptions, encode_chunk, examples_of_row
 from data_tools.errors import DataError, RowError

@@ -300,7 +300,7 @@ def _of_answer(value: Any, paths: tuple[str, ...], layout: Layout, tools: list[T
             f"{name} is a list of texts, expected one reference answer", "give one with --column answer=PATH[0]"
         )
     if isinstance(found, (list, dict)):
-        if isinstance(found, dict) and not _is_calls(found) or layout.name == "rlla" and not isinstance(value, str):
+        if (isinstance(found, dict) and not _is_calls(found)) or (layout.name == "rlla" and not isinstance(value, str)):
             raise RowError(f"{name} is {type(found).__name__}, expected text")
         return None
     if not isinstance(value, str) or not value.strip():
@@ -338,7 +338,7 @@ def _of_column(row: Row, column: str, layout: Layout, tools: list[Tool]) -> list
         return [_of_text(found, (column,), replace(layout, tagged=False, name=""), tools)]
     items = found if isinstance(found, list) else [found]
     if all(
-        isinstance(m := parsed(item), dict) and ("role" in m or "from" in m or "type" in m and "function" not in m)
+        isinstance(m := parsed(item), dict) and ("role" in m or "from" in m or ("type" in m and "function" not in m))
         for item in items
     ):
         turns = read_messages(items, tools, layout.where.form)

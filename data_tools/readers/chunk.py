@@ -76,10 +76,8 @@ def parse_line(line: bytes) -> Any:
 
 
 def arrow_rows(batch: pa.RecordBatch, source: str) -> list[Any]:
-    """Rows of a record batch as dictionaries, by what the schema says: JSON text and maps are objects.
-
-    Nulls stay: only the reader of calls and tools knows which are gaps that Arrow filled.
-    """
+    """Rows of a record batch as dictionaries, by what the schema says: JSON text and maps are objects, nulls in structs
+    are gaps that Arrow filled (those in JSON text and in maps were meant)."""
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
@@ -119,8 +117,7 @@ def _decoder(field: pa.Field) -> Decoder | None:
         return _of_map(_decoder(kind.item_field))
     if pa.types.is_struct(kind):
         inner = [kind.field(i) for i in range(kind.num_fields)]
-        decoders = [(part.name, decoder) for part in inner if (decoder := _decoder(part)) is not None]
-        return _of_struct(decoders) if decoders else None
+        return _of_struct({part.name: decoder for part in inner if (decoder := _decoder(part)) is not None})
     if _is_list(kind):
         item = _decoder(kind.value_field)
         return (lambda value: value and [item(part) for part in value]) if item else None
@@ -148,9 +145,15 @@ def _of_map(item: Decoder | None) -> Decoder:
     return decode
 
 
-def _of_struct(decoders: list[tuple[str, Decoder]]) -> Decoder:
+def _of_struct(decoders: dict[str, Decoder]) -> Decoder:
+    """Arrow unites the keys of all objects of a column and fills the gaps with null: undone here."""
+
     def decode(value: Any) -> Any:
-        return {**value, **{name: part(value[name]) for name, part in decoders}} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: decoders[key](item) if key in decoders else item for key, item in value.items() if item is not None
+        }
 
     return decode
 

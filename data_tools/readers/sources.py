@@ -216,8 +216,9 @@ def _check_splits(path: Path, splits: list[str], split: str) -> None:
         if split not in splits:
             raise DataError(f"{path} has no split {split!r}, it has {', '.join(splits)}")
     elif len(splits) > 1 and not split:
+        first = next((name for name in splits if name.startswith("train")), splits[0])
         raise DataError(
-            f"{path} has the splits {', '.join(splits)}: say which, --split {splits[-1]}, or --split {ALL_SPLITS}"
+            f"{path} has the splits {', '.join(splits)}: say which, --split {first}, or --split {ALL_SPLITS}"
         )
 
 
