@@ -157,9 +157,9 @@ def _react(raw: bytes, start: int, end: int, opened: Section | None, dialect: Di
     """``Thought: ... Action: name, Action Input: {...}`` or ``Thought: ... Final Answer: ...``."""
     parts = _REACT_PARTS.finditer(raw, start, end)
     labels = [(part.start(), part.end(), part[1]) for part in parts]
-    if labels and raw[start : labels[0][0]].strip():
-        yield Segment(start, labels[0][0], TokenRegion.RESPONSE)
-    for (_, first, label), (last, _, _) in zip(labels, [*labels[1:], (end, end, b"")], strict=True):
+    if raw[start : labels[0][0] if labels else end].strip():
+        yield Segment(start, labels[0][0] if labels else end, TokenRegion.RESPONSE)
+    for (_, first, label), (last, _, _) in zip(labels, [*labels[1:], (end, end, b"")], strict=False):
         regions = {b"Thought": TokenRegion.THINK, b"Final Answer": TokenRegion.RESPONSE}
         yield Segment(first, last, regions.get(label))
 
@@ -245,13 +245,12 @@ _SPELLINGS: tuple[tuple[re.Pattern[str], str, tuple[Dialect, ...]], ...] = tuple
         (r"\bto=functions\.", "harmony", ()),
     )
 )
-_MARKS = re.compile(r"[<\[{(✿]|^[ \t]*(?:Action|Final Answer|API-Request)\b|to=functions\.", re.MULTILINE)
+_MARKS = re.compile(r"[<\[{(✿=:]|`")
 _ENDS = re.compile(
     r"(?:\s*(?:<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end|return|call)\|>|</s>|<｜end▁of▁sentence｜>))+\s*$"
 )
 _FENCE = re.compile(r"\s*```[\w-]*\n(.*?)\n?```\s*", re.DOTALL)
 _CALL_OBJECT = re.compile(r"\{\s*[\"'](?:name|function|tool_name|tool|action|type|id)[\"']\s*:")
-_NAMED = re.compile(r"[\"'](?:name|function|tool_name|tool|action)[\"']\s*:")
 _HAS_ARGUMENTS = re.compile(rf"[\"'](?:{'|'.join(_ARGUMENTS)})[\"']\s*:")
 _BARE_PYTHON = re.compile(r"\s*\[\s*[^\s\[\](){}=,;:'\"][^\[\](){}=,;'\"\n]*\(")
 _KEYWORDS = re.compile(r"\(\s*(?:\)|[A-Za-z_]\w*\s*=)")
@@ -260,12 +259,12 @@ _KEYWORDS = re.compile(r"\(\s*(?:\)|[A-Za-z_]\w*\s*=)")
 def read_text(text: str, tools: list[Tool], calls_in_text: str = "auto") -> Said:
     """The calls that a message's text makes in any dialect, and what it says beside.
 
-    Text that looks like a call and cannot be read as one is a :class:`RowError` that names the dialect: as an answer for
-    the user it would teach a policy not to call.
+    Text that looks like a call and cannot be read as one is a :class:`RowError` that names the dialect: as an answer
+    for the user it would teach a policy not to call.
     """
     text = _ENDS.sub("", text)
     if calls_in_text == "none" or not _MARKS.search(text):
-        return Said(text, [])
+        return Said(text, [])  # without a bracket, a quote or a label nothing can be a call
     schemas = {tool["name"]: fields_of(tool["parameters"])[0] for tool in tools}
     for sign, name, dialects in _SPELLINGS:
         if not sign.search(text):
@@ -279,11 +278,12 @@ def read_text(text: str, tools: list[Tool], calls_in_text: str = "auto") -> Said
             why = why or wrong
             if not wrong:
                 calls = [read_call(call.raw) for call in turn.calls]
+                _check_text(turn.response or "", tools)
                 said = "\n".join(part for part in (_thought(turn), turn.response or "") if part)
                 return Said(said, calls, name)
         raise RowError(
             f"the text looks like a call as {name} writes it, and none can be read: {why or 'no parser knows it'}",
-            "mend the text, or give --adapter; calls_in_text: none in a --mapping keeps all text as it is",
+            _KEEP_TEXT,
         )
     return _read_bare(text, tools)
 
@@ -315,7 +315,7 @@ def _read_bare(text: str, tools: list[Tool]) -> Said:
     body = fenced[1].strip() if fenced else text.strip()
     names = {tool["name"] for tool in tools}
     if body.startswith(("{", "[")) and _CALL_OBJECT.search(body):
-        calls = _bare_objects(body)
+        calls = _bare_objects(body, names)
         if calls is not None:
             return _listed(text, calls, names, "llama3_json")
     if _BARE_PYTHON.match(body) or any(body.startswith(f"{name}(") for name in names):
@@ -323,20 +323,16 @@ def _read_bare(text: str, tools: list[Tool]) -> Said:
         turn = read_turn(in_list, dialect=_ANY_PYTHON, limits=REFERENCE_LIMITS)
         if turn.calls and not turn.errors and turn.response is None and in_list.endswith("]"):
             return _listed(text, [read_call(call.raw) for call in turn.calls], names, "pythonic")
-    if _looks_like_calls(body, names):
-        raise RowError(
-            f"the text looks like a call, and none can be read: {body[:80]!r}",
-            "mend the text, or give --adapter; calls_in_text: none in a --mapping keeps all text as it is",
-        )
+    _check_text(text, tools)
     return Said(text, [])
 
 
-def _bare_objects(body: str) -> list[Call] | None:
+def _bare_objects(body: str, names: set[str]) -> list[Call] | None:
     turn = read_turn(f"<|python_tag|>{body}", dialect=_OBJECTS, limits=REFERENCE_LIMITS)
     objects = [call.raw for call in turn.calls]
-    if not turn.errors and objects and not any(_is_call(item) for item in objects):
+    if not turn.errors and objects and not any(_is_call(item, names) for item in objects):
         return None  # JSON of another kind
-    if turn.errors or not objects or not all(_is_call(item) for item in objects):
+    if turn.errors or not objects or not all(_is_call(item, names) for item in objects):
         if _HAS_ARGUMENTS.search(body):
             why = turn.errors[0] if turn.errors else "some objects are none"
             raise RowError(f"the text looks like a call as llama3_json writes it, and none can be read: {why}")
@@ -344,10 +340,11 @@ def _bare_objects(body: str) -> list[Call] | None:
     return [read_call(item) for item in objects]
 
 
-def _is_call(value: dict[str, Any]) -> bool:
+def _is_call(value: dict[str, Any], names: set[str]) -> bool:
     inner = value.get("function")
     value = inner if isinstance(inner, dict) else value
-    return any(isinstance(value.get(key), str) for key in _NAMES) and any(key in value for key in _ARGUMENTS)
+    called = [value[key] for key in _NAMES if isinstance(value.get(key), str)]
+    return bool(called) and (called[0] in names or any(key in value for key in _ARGUMENTS))
 
 
 def _listed(text: str, calls: list[Call], names: set[str], dialect: str) -> Said:
@@ -359,14 +356,52 @@ def _listed(text: str, calls: list[Call], names: set[str], dialect: str) -> Said
     return Said("", calls, dialect)
 
 
-def _looks_like_calls(body: str, names: set[str]) -> bool:
-    if _HAS_ARGUMENTS.search(body) and _NAMED.search(body) and _CALL_OBJECT.search(body):
+def _check_text(text: str, tools: list[Tool]) -> None:
+    """Refuse text for the user that looks like a call: a spelling that is not known, or one that is damaged."""
+    body = text.strip()
+    if body and _looks_like_calls(body, tools):
+        raise RowError(f"the text looks like a call, and none can be read: {body[:80]!r}", _KEEP_TEXT)
+
+
+def _looks_like_calls(body: str, tools: list[Tool]) -> bool:
+    names = {tool["name"] for tool in tools}
+    if _REMAINS.search(body):
         return True
-    if _BARE_PYTHON.match(body) and _KEYWORDS.search(body):
+    if body.startswith(("{", "[{", '["', "['", "[[")):
+        value = parsed(body)
+        if not isinstance(value, str):  # JSON for the user, unless it names a tool or has arguments
+            items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+            return any(_ARGUMENTS_KEYS & item.keys() or names & {str(v) for v in item.values()} for item in items)
+        if body.startswith(("{", "[{")):
+            return True  # broken JSON
+    if _HAS_ARGUMENTS.search(body) or (_BARE_PYTHON.match(body) and _KEYWORDS.search(body)):
         return True
-    return any(
-        body.find(f"{name}(") >= 0 and _KEYWORDS.match(body, body.index(f"{name}(") + len(name)) for name in names
-    )
+    if _ENDS_AS_CALLS.search(body) and len(_PROSE.findall(body)) < FEWEST_PROSE_WORDS:
+        return True
+    if _PYTHON_ARGUMENT.search(_CODE.sub("", body)):
+        return True
+    if any(re.search(rf"(?<!\w){re.escape(name)}\((?!s\))", body) for name in names):
+        return True
+    keys = {key for tool in tools for key in fields_of(tool["parameters"])[0]}
+    if not keys:
+        return False
+    any_key = "|".join(map(re.escape, sorted(keys)))
+    return re.search(rf"(?:^|\W)(?:{any_key})\s*=\s*[\"'\[{{\d]|[\"'](?:{any_key})[\"']\s*:", body) is not None
+
+
+FEWEST_PROSE_WORDS = 6  # that an answer has which ends in brackets and quotes by chance
+_PROSE = re.compile(r"(?:^|\s)[^\W\d_]+(?=[\s.,;:!?]|$)")
+_ENDS_AS_CALLS = re.compile(r"[\"'\]}]\s*[)}\]]+[\s`\"']*$")
+_ARGUMENTS_KEYS = frozenset(_ARGUMENTS) - {"input"}
+_KEEP_TEXT = "mend the text, or give --adapter; calls_in_text: none in a --mapping keeps all text as it is"
+_CODE = re.compile(r"```(?!tool).*?(?:```|$)", re.DOTALL)
+_PYTHON_ARGUMENT = re.compile(r"[(,]\s*\w+\s*=\s*[\"'\[{]")
+# What is left of a call's marks where some of them are damaged.
+_REMAINS = re.compile(
+    r"tool_?calls?>|toolcall>|</?tool[_ ]?call|functioncall|function_calls?>|arg_key>|arg_value>|</?parameter|<function"
+    r"|Action Input|API-?Request:|```tool|python_tag|tool▁|<\|tool|\[TOOL_CALLS|\[ARGS\]|invoke name",
+    re.IGNORECASE,
+)
 
 
 # --- thoughts ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What is suspicious about a reference beside its reward: calls of tools that are not there, arguments that do not fit.
 
-A row with such a problem may be right (a set without tool lists) or useless; ``--on-problem`` decides, and the counts are
-printed and kept in the manifest.
+A row with such a problem may be right (a set without tool lists) or useless; ``--on-problem`` decides, and the counts
+are printed and kept in the manifest.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ name's ending, and so is the layout of the rows.  docs/data.md is a guide, with 
 _CONVERT = """\
 Convert rows into a folder of memory-mappable Arrow files (manifest.json, data-*.arrow, quarantine.jsonl).
 
-Rows that cannot be used go to quarantine.jsonl with the reason; rows in = rows out + rows quarantined, always.  More than
-5 % of them there is exit status 1 (--max-lost).  An interrupted conversion goes on where it stopped when the same command
-is given again.  Same input, same bytes.
+Rows that cannot be used go to quarantine.jsonl with the reason; rows in = rows out + rows quarantined, always.  More
+than 5 % of them there is exit status 1 (--max-lost).  An interrupted conversion goes on where it stopped when the same
+command is given again.  Same input, same bytes.
 
   megatron-rest-data convert --input data_tools/samples/test.parquet --output OUT --tokenizer TOK
   megatron-rest-data convert --input 'shards/*.jsonl.gz' --output OUT --tokenizer TOK \\
@@ -117,8 +117,8 @@ def _add_convert_options(p: argparse.ArgumentParser) -> None:
         "--on-problem",
         choices=("keep", "quarantine", "stop"),
         default="keep",
-        help="rows whose reference calls tools that the row does not list, or with arguments that do not fit their schema "
-        "(default keep: they are counted, printed and kept)",
+        help="rows whose reference calls tools that the row does not list, or with arguments that do not fit their "
+        "schema (default keep: they are counted, printed and kept)",
     )
     p.add_argument(
         "--max-lost",
@@ -151,16 +151,16 @@ def _add_input_options(p: argparse.ArgumentParser) -> None:
         "--reference",
         default="",
         metavar="WHICH",
-        help="of a conversation: last (its last message, default), each (a row for every turn of the assistant), last-call "
-        "(the last turn that makes a call), or a column that holds the reference",
+        help="of a conversation: last (its last message, default), each (a row for every turn of the assistant), "
+        "last-call (the last turn that makes a call), or a column that holds the reference",
     )
     p.add_argument(
         "--column",
         action="append",
         default=[],
         metavar="NAME=COLUMN",
-        help="for an own layout: where system, user, messages, tools, answer, calls, response or think are (a path goes "
-        "through JSON text: tools=metadata.tools[0])",
+        help="for an own layout: where system, user, messages, tools, answer, calls, response or think are (a path "
+        "goes through JSON text: tools=metadata.tools[0])",
     )
     p.add_argument(
         "--mapping",
@@ -172,7 +172,8 @@ def _add_input_options(p: argparse.ArgumentParser) -> None:
         "--adapter",
         default="",
         metavar="FILE.py:FUNCTION",
-        help="a function of yours that rows go through first: row -> row of any layout, list of rows, or None to leave it out",
+        help="a function of yours that rows go through first: row -> row of any layout, list of rows, or None to "
+        "leave it out",
     )
 
 

@@ -32,8 +32,8 @@ _STEP = re.compile(r"[^.\[\]]+|\[\d+\]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """Every place is a column or a path (``meta.answer``, ``metadata.tools[0]``), which goes through JSON text, or a list
-    of such of which the first that is there counts.  A place that a row lacks is empty."""
+    """Every place is a column or a path (``meta.answer``, ``metadata.tools[0]``), which goes through JSON text, or a
+    list of such of which the first that is there counts.  A place that a row lacks is empty."""
 
     system: Paths = ()
     """System message."""
@@ -56,7 +56,7 @@ class Columns:
     think: Paths = ()
     """Reference thought."""
     reference: str = "last"
-    """last, each (a row for every turn of the assistant), last-call, or the place of a message, of messages or calls."""
+    """last, each (a row for every turn of the assistant), last-call, or the place of a message, messages or calls."""
     message: dict[str, str] = field(default_factory=dict)
     """Keys of a message: ``{role: from, content: value}``."""
     roles: dict[str, str] = field(default_factory=dict)

@@ -144,8 +144,8 @@ def convert(args: argparse.Namespace) -> int:
     lost = lost_share(manifest)
     if lost > args.max_lost:
         print(
-            f"megatron-rest-data convert: {lost:.0%} of the rows are lost, more than --max-lost {args.max_lost:g} allows: "
-            f"mend them ({args.output}/quarantine.jsonl has rows and reasons), or give --max-lost 1",
+            f"megatron-rest-data convert: {lost:.0%} of the rows are lost, more than --max-lost {args.max_lost:g} "
+            f"allows: mend them ({args.output}/quarantine.jsonl has rows and reasons), or give --max-lost 1",
             file=sys.stderr,
         )
         return 1

@@ -126,8 +126,8 @@ def _benchmark_texts(paths: Sequence[str], index: BenchmarkIndex) -> Iterator[tu
             yield name, text
     if not usable:
         raise DataError(
-            f"--against holds no benchmark item; the first row is {index.first_unreadable or 'missing'}: give files of a "
-            "layout that convert reads, or with `question`"
+            f"--against holds no benchmark item; the first row is {index.first_unreadable or 'missing'}: give files "
+            "of a layout that convert reads, or with `question`"
         )
 
 

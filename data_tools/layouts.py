@@ -1,8 +1,8 @@
 """The layouts that public tool-use sets and trainers have, by name: one table entry each.
 
-An entry says how the layout is recognised, and where its parts are (:class:`~data_tools.columns.Columns`, the same that a
-``--mapping`` file says); what they are is read alike for all of them (:mod:`data_tools.conversation`).  ``reshape`` is for
-the few whose rows have no messages as they are.
+An entry says how the layout is recognised, and where its parts are (:class:`~data_tools.columns.Columns`, the same that
+a ``--mapping`` file says); what they are is read alike for all of them (:mod:`data_tools.conversation`).  ``reshape``
+is for the few whose rows have no messages as they are.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="id, question, function / id, ground_truth",
         reference="",
         is_it=_is_bfcl,
-        refusal="this is evaluation data of BFCL: run `megatron-rest eval` on it (docs/evaluation.md), train on other data",
+        refusal="this is evaluation data of BFCL: evaluate on it (docs/evaluation.md), train on other data",
     ),
     Layout(
         name="stabletoolbench",
@@ -441,7 +441,8 @@ def layout_of(row: Row, name: str = "") -> Layout:
         if layout.is_it(row):
             return layout
     raise RowError(
-        f"no known layout has the columns {', '.join(sorted(map(str, row))[:12])}: name them with --column or --mapping",
+        f"no known layout has the columns {', '.join(sorted(map(str, row))[:12])}: "
+        "name them with --column or --mapping",
         _guess(row),
     )
 
@@ -475,3 +476,17 @@ def _guess(row: Row) -> str:
     question = next((name for name in _QUESTIONS if name in row), "QUESTION")
     answer = next((name for name in _ANSWERS if name in row), lists or "CALLS")
     return f"for example --column user={question} --column calls={answer} (docs/data.md has a page on mappings)"
+
+
+def table() -> str:
+    """The layouts as docs/data.md lists them (``python -m data_tools.layouts`` prints it)."""
+    lines = ["| `--layout` | whose | columns | reference |", "|---|---|---|---|"]
+    for layout in LAYOUTS:
+        reference = f"refused: {layout.refusal}" if layout.refusal else layout.reference
+        cells = (f"`{layout.name}`", layout.who, layout.columns, reference)
+        lines.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

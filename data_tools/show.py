@@ -26,7 +26,7 @@ _NAMES = ("context", "format", "think", "tool name", "tool args", "response")
 def show_rows(
     path: str, *, first: int, count: int, colour: bool, reading: Reading, split: str = "", sources: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Texts of ``count`` rows from row ``first``, of a prepared folder or of raw rows, each beside the row it came from.
+    """Texts of ``count`` rows from row ``first``, of a prepared folder or of raw rows, each beside its source row.
 
     ``sources``: what a prepared folder was made of, which it does not hold.
     """

@@ -208,7 +208,8 @@ _ASKS = re.compile(
     r"|\band nothing else\b|Action Input|<\|python_tag\|>|pydantic|each (?:function|tool) call\b",
     re.IGNORECASE,
 )
-_MENTIONS_LIST = re.compile(r"[^.\n]*</?tools>[^.\n]*[.:\n]?\s*$")
+_MENTIONS_LIST = re.compile(r"[^.\n]*</?tools>[^.\n]*\.?")
+_HEADING = re.compile(r"[^.\n]*:\s*$")  # of the list
 _SHORT_REST = 80  # of what follows the last instruction: its own end, not a policy
 
 
@@ -263,7 +264,7 @@ def _is_tool(item: Any) -> bool:
 
 
 def _without_instructions(before: str, after: str) -> str:
-    before = _MENTIONS_LIST.sub("", before.rstrip()).rstrip()
+    before = _HEADING.sub("", _MENTIONS_LIST.sub("", before).rstrip()).strip()
     asks = [found.end() for found in _ASKS.finditer(after)]
     rest = after
     if asks:

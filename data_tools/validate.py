@@ -181,7 +181,7 @@ def validate_raw(
     split: str = "",
     tokenizer: ChatTokenizer | None = None,
 ) -> RawFindings:
-    """What ``convert`` would say of these rows; what needs the tokenizer (control tokens, the template) with one only."""
+    """What ``convert`` would say of these rows; what needs the tokenizer (control tokens, template) with one only."""
     options = options or EncodeOptions()
     found = RawFindings()
     for chunk in read_chunks(resolve_inputs(paths, split=split)):

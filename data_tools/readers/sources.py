@@ -90,6 +90,10 @@ class Growth:
             )
 
 
+def _stream(raw: pa.NativeFile, compression: str) -> Any:
+    return lzma.LZMAFile(raw) if compression == "xz" else pa.CompressedInputStream(raw, compression)
+
+
 class _Decompressed(io.RawIOBase):
     """pyarrow's decompressor as a Python file that counts what comes out."""
 
@@ -97,7 +101,7 @@ class _Decompressed(io.RawIOBase):
         self._path = path
         self._growth = Growth(path)
         raw = pa.OSFile(str(path))
-        self._stream: Any = lzma.LZMAFile(raw) if compression == "xz" else pa.CompressedInputStream(raw, compression)
+        self._stream: Any = _stream(raw, compression)
 
     def readable(self) -> bool:
         return True
@@ -153,7 +157,7 @@ def _why_missing(path: Path) -> str:
     if glob.has_magic(str(path)):
         return " (no file matches)"
     if _HUB_NAME.fullmatch(str(path)) and not path.parent.exists():
-        return f" (a name on the Hugging Face hub? `hf download --repo-type dataset {path} --local-dir DIR`, then give DIR)"
+        return f" (a name on the hub? `hf download --repo-type dataset {path} --local-dir DIR`, then give DIR)"
     return ""
 
 
