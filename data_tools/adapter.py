@@ -37,7 +37,7 @@ def load_adapter(name: str) -> Adapter:
     found = getattr(module, function, None)
     if not callable(found):
         raise DataError(f"--adapter: {path} has no function {function}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def adapted(row: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -365,13 +365,13 @@ def _check_text(text: str, tools: list[Tool]) -> None:
 
 def _looks_like_calls(body: str, tools: list[Tool]) -> bool:
     names = {tool["name"] for tool in tools}
-    if _REMAINS.search(body):
+    if _REMAINS.search(body) or _BROKEN_FENCE.match(body):
         return True
     if body.startswith(("{", "[{", '["', "['", "[[")):
         value = parsed(body)
         if not isinstance(value, str):  # JSON for the user, unless it names a tool or has arguments
             items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
-            return any(_ARGUMENTS_KEYS & item.keys() or names & {str(v) for v in item.values()} for item in items)
+            return any(_is_near_call(item, names) for item in items)
         if body.startswith(("{", "[{")):
             return True  # broken JSON
     if _HAS_ARGUMENTS.search(body) or (_BARE_PYTHON.match(body) and _KEYWORDS.search(body)):
@@ -389,7 +389,16 @@ def _looks_like_calls(body: str, tools: list[Tool]) -> bool:
     return re.search(rf"(?:^|\W)(?:{any_key})\s*=\s*[\"'\[{{\d]|[\"'](?:{any_key})[\"']\s*:", body) is not None
 
 
+def _is_near_call(item: dict[str, Any], names: set[str]) -> bool:
+    """JSON that names a tool, or has arguments, or a name and nothing else but an object."""
+    if _ARGUMENTS_KEYS & item.keys() or names & {str(value).strip() for value in item.values()}:
+        return True
+    others = [value for key, value in item.items() if key not in _NAMES]
+    return bool(names) and len(others) < len(item) and all(isinstance(value, dict) for value in others)
+
+
 FEWEST_PROSE_WORDS = 6  # that an answer has which ends in brackets and quotes by chance
+_BROKEN_FENCE = re.compile(r"`{2,3}[\w`]*\n\s*[{\[](?!.*[}\]]\s*```\s*$)", re.DOTALL)
 _PROSE = re.compile(r"(?:^|\s)[^\W\d_]+(?=[\s.,;:!?]|$)")
 _ENDS_AS_CALLS = re.compile(r"[\"'\]}]\s*[)}\]]+[\s`\"']*$")
 _ARGUMENTS_KEYS = frozenset(_ARGUMENTS) - {"input"}

@@ -35,10 +35,10 @@ command is given again.  Same input, same bytes.
 
 Rows of an own layout, from the shell (a mapping names places, an adapter is a function of yours):
 
-  printf '%s\n' 'user: chat.question' 'calls: gold' 'tools: meta.tools[0]' 'roles: {customer: user}' > map.yaml
+  printf '%s\\n' 'user: chat.question' 'calls: gold' 'tools: meta.tools[0]' 'roles: {customer: user}' > map.yaml
   megatron-rest-data convert --input rows.jsonl --output OUT --tokenizer TOK --mapping map.yaml
 
-  printf '%s\n' 'def convert(row):' '    call = {"name": row["tool"], "arguments": row["args"]}' \
+  printf '%s\\n' 'def convert(row):' '    call = {"name": row["tool"], "arguments": row["args"]}' \\
       '    return {"query": row["q"], "answers": [call], "tools": row["tools"]}' > rows.py
   megatron-rest-data convert --input rows.jsonl --output OUT --tokenizer TOK --adapter rows.py:convert
 """

@@ -14,7 +14,7 @@ from data_tools.calls import Call, read_calls, without_meaningless_nulls
 from data_tools.checks import problems_of
 from data_tools.columns import REFERENCES, TOOL_PATHS, Columns, Row, look_up, missing
 from data_tools.conversation import Conversation, Turn, assistant_turn, read_messages, user_turn, without_stop
-from data_tools.errors import RowError
+from data_tools.errors import DataError, RowError
 from data_tools.layouts import LAYOUTS, OWN, Layout, layout_of
 from data_tools.tool_lists import TOOL_LIST, Tool, read_tools, tools_of_system, without_list
 from data_tools.values import dumps, parsed
@@ -72,7 +72,7 @@ def examples_of(row: Any, reading: Reading = _AS_IT_IS) -> list[Example]:
     try:
         rows = adapted(row, reading.adapter) if reading.adapter else [row]
         return [example for made in rows for example in _examples(made, reading)]
-    except RowError:
+    except (RowError, DataError):
         raise
     except UnicodeEncodeError as error:  # JSON can smuggle in half a surrogate pair, which no UTF-8 file can hold
         raise RowError(f"the text is not valid Unicode: {error.reason}") from error

@@ -80,7 +80,7 @@ def _tool(item: Any) -> Tool:
     if not name:
         raise RowError(f"a tool has no name: {str(item)[:120]}")
     description = next((function[key] for key in _DESCRIPTIONS if function.get(key) is not None), "")
-    given = next((function[key] for key in _PARAMETERS if function.get(key) is not None), {})
+    given: Any = next((function[key] for key in _PARAMETERS if function.get(key) is not None), {})
     parameters = _parameters(given, name)
     required = parsed(function.get("required"))
     if isinstance(required, list) and isinstance(parameters, dict):  # beside the parameters: ToolACE, BFCL's relatives

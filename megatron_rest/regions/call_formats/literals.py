@@ -35,7 +35,7 @@ _PYTHON = re.compile(r"'|\b(?:True|False|None)\b")
 class LiteralCalls:
     """One object a call, alone or in lists.  ``raw`` of a call is the object; its other fields are not to be used."""
 
-    glue: re.Pattern[bytes] = re.compile(rb"(?:[\s\[\],;]|<\|/tool_call\|>)*")
+    glue: re.Pattern[bytes] = re.compile(rb"(?:[\s\[\],;]|<\|/tool_call\|>|<functioncall>)*")
 
     def scan(self, text: bytes, start: int, end: int) -> Iterator[CallSpan]:
         position = start
