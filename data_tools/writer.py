@@ -139,13 +139,12 @@ class OutputFolder:
             reason = kind_of(refused.reason)
             progress.reasons[reason] = progress.reasons.get(reason, 0) + 1
             progress.examples.setdefault(reason, f"{refused.place}: {refused.reason}"[:500])
-        counted = (
-            *((progress.rewritten, chunk.rewritten), (progress.layouts, chunk.layouts)),
-            *((progress.notes, chunk.notes), (progress.problems, chunk.problems)),
-        )
-        for totals, found in counted:
-            for name, number in found.items():
-                totals[kind_of(name)] = totals.get(kind_of(name), 0) + number
+        for reason, number in chunk.rewritten.items():
+            progress.rewritten[kind_of(reason)] = progress.rewritten.get(kind_of(reason), 0) + number
+        for name in ("layouts", "notes", "problems"):
+            totals = getattr(progress, name)
+            for what, number in getattr(chunk, name).items():
+                totals[what] = totals.get(what, 0) + number
         progress.num_chunks += 1
         progress.num_source += chunk.num_source
         progress.with_calls += sum(calls != "[]" for calls in chunk.batch.column("calls").to_pylist())
