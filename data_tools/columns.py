@@ -35,13 +35,13 @@ class Columns:
     """Every place is a column or a path (``meta.answer``, ``metadata.tools[0]``), which goes through JSON text, or a
     list of such of which the first that is there counts.  A place that a row lacks is empty."""
 
-    system: Paths = ()
+    system: Paths = ("system",)
     """System message."""
     user: Paths = ()
     """User message."""
     input: Paths = ()
     """Text that belongs behind the user message."""
-    history: Paths = ()
+    history: Paths = ("history",)
     """Earlier turns, as pairs of texts or as messages."""
     messages: Paths = ()
     """List of messages, instead of user; without a reference of its own, ``reference`` says which is the reference."""

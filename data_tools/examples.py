@@ -271,20 +271,21 @@ def _of_parts(row: Row, layout: Layout, tools: list[Tool]) -> tuple[Turn, list[s
 def _no_answer(row: Row, name: str, paths: tuple[str, ...]) -> RowError:
     if look_up(row, paths) is None and not any(path.split(".")[0] in row for path in paths):
         return missing(row, name, paths)
-    if "." in paths[0] or "[" in paths[0]:
-        last = paths[0].rpartition(".")[2]
-        return RowError(f"{last} is NoneType, expected text")
-    return RowError(
-        "the reference answer has neither tool calls nor a response"
-        if name == "calls"
-        else f"{paths[0]} is NoneType, expected text"
-    )
+    last = paths[0].rpartition(".")[2]
+    if name == "calls":
+        return RowError(
+            "the reference answer has neither tool calls nor a response",
+            f"{last} is null: --column response=COLUMN says where its text is",
+        )
+    return RowError(f"{last} is NoneType, expected text")
 
 
 def _of_answer(value: Any, paths: tuple[str, ...], layout: Layout, tools: list[Tool]) -> Turn | None:
     """A reference that is text, or a message; None where it is a list of calls."""
     name = paths[0].rpartition(".")[2]
     found = parsed(value)
+    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], dict) and "role" in found[0]:
+        found = found[0]
     if isinstance(found, dict) and ("role" in found or "from" in found):
         turns = read_messages([found], tools, layout.where.form)
         if turns[-1].role != "assistant":

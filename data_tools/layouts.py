@@ -231,7 +231,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="expected_action",
         is_it=_has("responses_create_params"),
         reshape=_nemo_gym,
-        where=Columns(messages=("messages",), system=("system",), reference="reference"),
+        where=Columns(messages=("messages",), reference="reference"),
     ),
     Layout(
         name="tau2",
@@ -240,7 +240,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="`--reference`",
         is_it=lambda row: isinstance(parsed(row.get("simulations")), list),
         reshape=_tau2,
-        where=Columns(messages=("messages",), system=("system",)),
+        where=Columns(messages=("messages",)),
     ),
     Layout(
         name="tau-bench",
@@ -315,7 +315,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="messages (JSON text), tools, target_tools",
         reference="`--reference`",
         is_it=lambda row: _is_messages(row, "messages") and "target_tools" in row,
-        where=Columns(messages=("messages",), system=("system",)),
+        where=Columns(messages=("messages",)),
     ),
     Layout(
         name="nemotron",
@@ -323,7 +323,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="messages, metadata.tools | tools",
         reference="`--reference`",
         is_it=lambda row: _is_messages(row, "messages") and ("metadata" in row and "tools" not in row),
-        where=Columns(messages=("messages",), system=("system",)),
+        where=Columns(messages=("messages",)),
     ),
     Layout(
         name="openai",
@@ -331,7 +331,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="messages [, tools]",
         reference="`--reference`",
         is_it=lambda row: "messages" in row,
-        where=Columns(messages=("messages",), system=("system",)),
+        where=Columns(messages=("messages",)),
     ),
     Layout(
         name="glaive-v2",
@@ -340,7 +340,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="`--reference`",
         is_it=lambda row: isinstance(row.get("chat"), str) and _SPEAKERS.search(row["chat"]) is not None,
         reshape=_glaive,
-        where=Columns(messages=("messages",), system=("system",)),
+        where=Columns(messages=("messages",)),
     ),
     Layout(
         name="toolbench",
@@ -348,7 +348,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="conversations with Thought, Action, Action Input",
         reference="`--reference`",
         is_it=lambda row: _is_sharegpt(row) and _any_text(row, r"Action Input:"),
-        where=Columns(messages=("conversations",), system=("system",)),
+        where=Columns(messages=("conversations",)),
     ),
     Layout(
         name="hermes-v1",
@@ -356,7 +356,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="conversations with <tool_call> [, tools]",
         reference="`--reference`",
         is_it=lambda row: _is_sharegpt(row) and _any_text(row, r"<tool_call>"),
-        where=Columns(messages=("conversations",), system=("system",)),
+        where=Columns(messages=("conversations",)),
     ),
     Layout(
         name="toolace",
@@ -364,7 +364,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="system, conversations with [f(a=b)]",
         reference="`--reference`",
         is_it=lambda row: _is_sharegpt(row) and "system" in row and not any(path in row for path in TOOL_PATHS),
-        where=Columns(messages=("conversations",), system=("system",)),
+        where=Columns(messages=("conversations",)),
     ),
     Layout(
         name="sharegpt",
@@ -372,7 +372,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="conversations [, system, tools]",
         reference="`--reference`",
         is_it=_is_sharegpt,
-        where=Columns(messages=("conversations",), system=("system",)),
+        where=Columns(messages=("conversations",)),
     ),
     Layout(
         name="toolmind",
@@ -380,7 +380,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="conversations | conversation | dialogue | trajectory | turns | chat",
         reference="`--reference`",
         is_it=lambda row: _is_messages(row, *MESSAGES[1:]),
-        where=Columns(messages=MESSAGES[1:], system=("system",)),
+        where=Columns(messages=MESSAGES[1:]),
     ),
     Layout(
         name="rlla",
@@ -401,7 +401,6 @@ LAYOUTS: tuple[Layout, ...] = (
             user=("instruction",),
             input=("input",),
             answer=("output", "expected_output"),
-            system=("system",),
             history=("history",),
         ),
     ),
@@ -411,7 +410,7 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="query, answers, tools",
         reference="answers: calls",
         is_it=_has("query", "answers"),
-        where=Columns(user=("query",), calls=("answers",), system=("system",)),
+        where=Columns(user=("query",), calls=("answers",)),
     ),
     Layout(
         name="api_bank",
