@@ -18,7 +18,6 @@ from data_tools.errors import DataError, RowError
 Adapter = Callable[[dict[str, Any]], Any]
 
 
-@lru_cache(maxsize=4)
 def load_adapter(name: str) -> Adapter:
     """The function of ``FILE.py:FUNCTION``."""
     path, colon, function = name.rpartition(":")
@@ -26,6 +25,12 @@ def load_adapter(name: str) -> Adapter:
         raise DataError(f"--adapter {name!r} is not of the form FILE.py:FUNCTION, for example rows.py:convert")
     if not Path(path).is_file():
         raise DataError(f"--adapter: {path} does not exist")
+    file = Path(path).resolve()
+    return _load(file, file.stat().st_mtime_ns, function)
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, _changed: int, function: str) -> Adapter:
     spec = importlib.util.spec_from_file_location("data_tools_adapter", path)
     if spec is None or spec.loader is None:
         raise DataError(f"--adapter: {path} is no Python file")
