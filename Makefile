@@ -70,7 +70,7 @@ HOST_TESTS := tests/mcore/test_host_contract.py tests/mcore/test_head.py tests/m
 
 $(HOST): requirements/host.txt | $(STAMP)
 	@rm -rf $@ $@.part && mkdir -p $@.part
-	@$(BIN)/python -m pip install -q --no-deps --no-compile --ignore-requires-python --target $@.part -r requirements/host.txt
+	@$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --target $@.part -r requirements/host.txt
 	@mv $@.part $@ && touch $@
 
 test-host: $(HOST) ## the Megatron layer on the second supported line, megatron-core 0.19.2 (docs/embedding.md)

@@ -75,6 +75,13 @@ FAULTS = (
     Fault(
         "temperature not applied in the fused head",
         "megatron_rest/mcore/head.py",
+        '"temperature": self.temperature,',
+        '"temperature": 1.0,',
+        "tests/mcore/test_head.py tests/mcore/test_policy.py",
+    ),
+    Fault(
+        "temperature not applied to the logits",
+        "megatron_rest/mcore/head.py",
         "temperature=self.temperature,",
         "temperature=1.0,",
         "tests/mcore/test_head.py tests/mcore/test_policy.py",

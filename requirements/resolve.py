@@ -1,4 +1,7 @@
-"""Whether the public package index has every pin of every list, for every supported Python: `make resolve`.
+"""Whether the public package index has every pin of every list, for each Python that the list is for: `make resolve`.
+
+The lists of .venv are for every supported Python on this machine's platform, those of the image (gpu*.txt,
+launch/image/Dockerfile) for its Python and its glibc.
 
     .venv/bin/python requirements/resolve.py                  # every list
     .venv/bin/python requirements/resolve.py tqdm==4.70.1     # the lines of a new pin, with its hashes
@@ -32,11 +35,10 @@ from packaging.version import Version
 from pip._internal.models.index import PyPI  # the index that pip asks by default
 
 PYTHONS = bootstrap.SUPPORTED
-ELSEWHERE = {
-    "torch-cpu.txt": "PyTorch's own index has it, and set-up does without it",
-    "gpu.txt": "for the image's Python alone: gpu.py asks",
-    "gpu-source.txt": "for the image's Python alone: gpu.py asks",
-}
+ELSEWHERE = {"torch-cpu.txt": "PyTorch's own index has it, and set-up does without it"}
+IMAGE_PYTHON, IMAGE_GLIBC = "3.12", 39  # of launch/image/Dockerfile: Ubuntu 24.04, glibc 2.39
+IMAGE_PYTHONS = {"gpu.txt": (IMAGE_PYTHON,), "gpu-source.txt": (IMAGE_PYTHON,)}
+SOURCES = {"gpu-source.txt"}  # built where it is installed
 ANY_PYTHON = {"host.txt"}  # installed with --ignore-requires-python
 NOT_DONE = 3
 PIN = re.compile(r"([A-Za-z0-9._-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})*)\n")
@@ -54,7 +56,7 @@ class Unreachable(Exception):
 
 def read(path):
     """The pins of a list; ValueError for a line that is none."""
-    text = re.sub(r"^#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    text = re.sub(r"^\s*#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     rest = PIN.sub("", text).strip()
     if rest:
         raise ValueError(f"{path.name}: not a pin with hashes: {rest.splitlines()[0]!r}")
@@ -95,15 +97,33 @@ def wheels(files, version):
     return found
 
 
+def sources(files, version):
+    """The source archives of a version, which fit every Python."""
+    archives = [file for file in files if file["filename"].endswith(".tar.gz")]
+    return [f for f in archives if same_version(f["filename"].removesuffix(".tar.gz").rpartition("-")[2], version)]
+
+
 def same_version(text, version):
     return text == version or (text[:1] == version[:1] and Version(text.replace("_", "-")) == Version(version))
 
 
-def order(python):
-    """{tag: rank} on this platform, best first, as pip ranks them."""
+def order(python, platforms=None):
+    """{tag: rank} on this platform or those named, best first, as pip ranks them."""
     version = tuple(map(int, python.split(".")))
-    tags = [*cpython_tags(version), *compatible_tags(version, f"cp{version[0]}{version[1]}")]
+    tags = [
+        *cpython_tags(version, platforms=platforms),
+        *compatible_tags(version, f"cp{version[0]}{version[1]}", platforms),
+    ]
     return {tag: rank for rank, tag in reversed(list(enumerate(tags)))}
+
+
+def image_platforms():
+    """Tags of Linux on x86-64 with the image's glibc, the newest first."""
+    old = {17: "manylinux2014_x86_64", 12: "manylinux2010_x86_64", 5: "manylinux1_x86_64"}
+    tags = []
+    for minor in range(IMAGE_GLIBC, 4, -1):
+        tags += [f"manylinux_2_{minor}_x86_64", *([old[minor]] if minor in old else [])]
+    return [*tags, "linux_x86_64"]
 
 
 def candidates(found, python, ranks, any_python=False):
@@ -117,13 +137,13 @@ def candidates(found, python, ranks, any_python=False):
     return [file for _, _, file in sorted(ranked, key=lambda entry: entry[:2])]
 
 
-def examine(pin, python, taken, files):
-    """What is wrong with a pin on a Python ('' if nothing); `taken`: its :func:`candidates`."""
+def examine(pin, python, taken, files, kind="wheel"):
+    """What is wrong with a pin on a Python ('' if nothing); `taken`: its :func:`candidates` or :func:`sources`."""
     where = f"{pin.name}=={pin.version} on Python {python}"
     if not files:
         return f"{where}: the index has no such project"
     if not taken:
-        return f"{where}: the index has no wheel of that version for it"
+        return f"{where}: the index has no {kind} of that version for it"
     if not any(file["hashes"]["sha256"] in pin.hashes for file in taken):
         return f"{where}: the list has another hash than {taken[0]['filename']} sha256:{taken[0]['hashes']['sha256']}"
     return ""
@@ -132,19 +152,31 @@ def examine(pin, python, taken, files):
 def resolve(lists, pages):
     """(lines that name what is missing, {(list, Python): bytes to fetch}); `pages`: {name: files of the index}."""
     missing, sizes = [], {}
-    ranks = {python: order(python) for python in PYTHONS}
+    here = {python: order(python) for python in PYTHONS}
+    image = {IMAGE_PYTHON: order(IMAGE_PYTHON, image_platforms())}
     for path, pins in lists.items():
+        kind = "source" if path in SOURCES else "wheel"
+        ranks = image if path in IMAGE_PYTHONS else here
         for pin in pins:
-            found = wheels(pages[pin.name], pin.version)
-            for python in PYTHONS:
-                taken = candidates(found, python, ranks[python], path in ANY_PYTHON)
-                wrong = examine(pin, python, taken, pages[pin.name])
+            files = pages[pin.name]
+            found = wheels(files, pin.version)
+            for python in pythons_of(path):
+                taken = (
+                    sources(files, pin.version)
+                    if path in SOURCES
+                    else candidates(found, python, ranks[python], path in ANY_PYTHON)
+                )
+                wrong = examine(pin, python, taken, files, kind)
                 if wrong:
                     missing.append(f"{path}: {wrong}")
                 else:
                     file = next(file for file in taken if file["hashes"]["sha256"] in pin.hashes)
                     sizes[path, python] = sizes.get((path, python), 0) + file.get("size", 0)
     return missing, sizes
+
+
+def pythons_of(path):
+    return IMAGE_PYTHONS.get(path, PYTHONS)
 
 
 def fetch(names):
@@ -190,11 +222,11 @@ def main():
             f"bootstrap.py says {bootstrap.CUDA.fetched_gb} GB to fetch with torch-cuda.txt, it is {to_fetch / 1e9:.1f}"
         )
     for path, pins in lists.items():
-        each = ", ".join(f"{python}: {sizes.get((path, python), 0) / 1e6:,.0f} MB" for python in PYTHONS)
+        each = ", ".join(f"{python}: {sizes.get((path, python), 0) / 1e6:,.0f} MB" for python in pythons_of(path))
         print(f"{path}: {len(pins)} pins; to fetch on Python {each}")
     for name, reason in ELSEWHERE.items():
         print(f"{name}: not asked for: {reason}")
-    print("\n".join(missing) if missing else "every pin has its wheel on the public index")
+    print("\n".join(missing) if missing else "every pin is on the public index, with its hash")
     return int(bool(missing))
 
 

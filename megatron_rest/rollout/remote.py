@@ -39,7 +39,7 @@ __all__ = ["EngineCallError", "RemoteEngine"]
 
 _START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures graphs before its first sign of life
 _CLOSE_SECONDS = 30.0
-_BEHIND_SECONDS = 2.0  # how far the end of a process and of its output may lie behind that of its connection
+_BEHIND_SECONDS = 15.0  # how far, on a busy machine, the end of a process may lie behind that of its connection
 _LOG_BYTES, _LOG_LINES = 8192, 12  # of the end of a process's output: kept, and quoted when it is lost
 
 

@@ -1,29 +1,24 @@
 """The image for GPUs, which cannot be built here: its pins are checked as CI does, its Dockerfile for what matters.
 
-The package index is scripted; CI asks the real one (requirements/gpu.py).
+The package index is scripted; CI asks the real one (requirements/resolve.py), and hadolint.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from types import ModuleType
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, load_script
 
 DOCKERFILE = ROOT / "launch/image/Dockerfile"
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_pins", ROOT / "requirements/gpu.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def resolve(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("resolve", monkeypatch)
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -49,47 +44,54 @@ def test_the_image_starts_from_a_named_release_and_installs_what_is_pinned() -> 
             assert not {"sudo", "curl", "wget", "latest"} & set(words)
 
 
-def test_what_the_image_must_hold_is_pinned_with_hashes(gpu: ModuleType) -> None:
-    found = {
-        name.lower(): (version, hashes)
-        for name, version, hashes in gpu.pins((ROOT / "requirements/gpu.txt").read_text())
-    }
-    assert all(hashes for _, hashes in found.values())
-    versions = {name: found[name][0] for name in ("vllm", "torch", "megatron-core", "transformer-engine-cu13")}
+def test_what_the_image_must_hold_is_pinned_with_hashes(resolve: ModuleType) -> None:
+    folder = ROOT / "requirements"
+    found = {pin.name.lower(): pin for pin in resolve.read(folder / "gpu.txt")}
+    assert all(pin.hashes for pin in found.values())
+    versions = {name: found[name].version for name in ("vllm", "torch", "megatron-core", "transformer-engine-cu13")}
     assert versions["vllm"] == "0.32.0" and versions["torch"].startswith("2.13.") and "psutil" in found
-    [(name, version, hashes)] = gpu.pins((ROOT / "requirements/gpu-source.txt").read_text())
-    assert (name, version) == ("transformer-engine-torch", versions["transformer-engine-cu13"]) and hashes
+    [built] = resolve.read(folder / "gpu-source.txt")
+    assert (built.name, built.version) == ("transformer-engine-torch", versions["transformer-engine-cu13"])
+    assert built.hashes
+    wanted = re.findall(r"^([\w.-]+)==(\S+)", (folder / "gpu.in").read_text(), flags=re.MULTILINE)
+    assert len(wanted) > 3
+    assert {name: found[name].version for name, _ in wanted} == dict(wanted), "gpu.txt is gpu.in, resolved"
 
 
-def test_a_pin_that_cannot_be_installed_is_named(gpu: ModuleType) -> None:
-    here = {"a_b-1.0-cp312-cp312-manylinux_2_28_x86_64.whl": "f" * 64, "a_b-1.0.tar.gz": "e" * 64}
-    fine = ("a-b", "1.0", {"f" * 64})
-    assert gpu.problem(fine, source=False, files=here) == ""
-    assert gpu.problem(("a-b", "1.0", {"e" * 64}), source=True, files=here) == ""
-    assert "no wheel for the image" in gpu.problem(("a-b", "1.1", {"f" * 64}), source=False, files=here)
-    assert "none of its hashes" in gpu.problem(("a-b", "1.0", {"0" * 64}), source=False, files=here)
-    assert "has no hash" in gpu.problem(("a-b", "1.0", set()), source=False, files=here)
+def file(name: str) -> dict[str, object]:
+    return {"filename": name, "hashes": {"sha256": "f" * 64}, "size": 10}
 
 
 @pytest.mark.parametrize(
-    ("wheel", "expected"),
+    ("path", "name", "wrong"),
     [
-        ("x-1-py3-none-any.whl", True),
-        ("x-1-py37-none-any.whl", True),
-        ("x-1-cp38-abi3-manylinux_2_28_x86_64.whl", True),
-        ("x-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", True),
-        ("x-1-cp311-cp311-manylinux_2_28_x86_64.whl", False),
-        ("x-1-cp312-cp312-manylinux_2_28_aarch64.whl", False),
-        ("x-1-cp312-cp312-manylinux_2_40_x86_64.whl", False),
-        ("x-1-cp313-abi3-manylinux_2_28_x86_64.whl", False),
-        ("x-1-py2-none-any.whl", False),
+        ("gpu.txt", "a_b-1.0-py3-none-any.whl", ""),
+        ("gpu.txt", "a_b-1.0-py37-none-any.whl", ""),
+        ("gpu.txt", "a_b-1.0-cp38-abi3-manylinux_2_28_x86_64.whl", ""),
+        ("gpu.txt", "a_b-1.0-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", ""),
+        ("gpu.txt", "a_b-1.0-cp312-cp312-manylinux_2_39_x86_64.whl", ""),
+        ("gpu.txt", "a_b-1.0-cp312-cp312-manylinux_2_40_x86_64.whl", "no wheel of that version"),
+        ("gpu.txt", "a_b-1.0-cp312-cp312-manylinux_2_28_aarch64.whl", "no wheel of that version"),
+        ("gpu.txt", "a_b-1.0-cp311-cp311-manylinux_2_28_x86_64.whl", "no wheel of that version"),
+        ("gpu.txt", "a_b-1.0-cp313-abi3-manylinux_2_28_x86_64.whl", "no wheel of that version"),
+        ("gpu.txt", "a_b-1.0-py2-none-any.whl", "no wheel of that version"),
+        ("gpu.txt", "a_b-1.0.tar.gz", "no wheel of that version"),
+        ("gpu-source.txt", "a_b-1.0.tar.gz", ""),
+        ("gpu-source.txt", "a_b-1.1.tar.gz", "no source of that version"),
+        ("gpu-source.txt", "a_b-1.0-py3-none-any.whl", "no source of that version"),
     ],
 )
-def test_wheels_are_those_of_the_images_python(gpu: ModuleType, wheel: str, expected: bool) -> None:
-    assert gpu.fits(wheel) is expected
+def test_pins_are_asked_for_as_the_images_python_would(resolve: ModuleType, path: str, name: str, wrong: str) -> None:
+    pin = resolve.Pin("a-b", "1.0", frozenset({"f" * 64}))
+    missing, sizes = resolve.resolve({path: [pin]}, {"a-b": [file(name)]})
+    if wrong:
+        [line] = missing
+        assert line.startswith(f"{path}: a-b==1.0 on Python 3.12: ") and wrong in line
+    else:
+        assert missing == [] and sizes == {(path, "3.12"): 10}
 
 
-def test_an_index_that_does_not_answer_is_not_a_success(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setattr("sys.argv", ["gpu.py"])
-    assert gpu.main() == 3
+def test_a_pin_with_another_hash_is_named(resolve: ModuleType) -> None:
+    pin = resolve.Pin("a-b", "1.0", frozenset({"0" * 64}))
+    missing, _ = resolve.resolve({"gpu-source.txt": [pin]}, {"a-b": [file("a_b-1.0.tar.gz")]})
+    assert "another hash than a_b-1.0.tar.gz" in missing[0]

@@ -46,6 +46,9 @@ LOSSES: dict[str, RestPolicyLoss | str] = {
     "reference_code": RestPolicyLoss(LossConfig(aggregation=LossAggregation.REFERENCE_CODE)),
     "a_function": "squares",
 }
+# One of each kind, and the others: the same two paths of the head with other formulas.
+MAIN = ("sequence_mean", "tis_sequence", "a_function")
+OTHERS = tuple(name for name in LOSSES if name not in MAIN)
 
 
 def squares(inputs: LossInputs) -> LossOutput:
@@ -86,12 +89,17 @@ def gradients(parts, batch: TrainBatch, loss) -> dict[str, torch.Tensor]:
     return found
 
 
+TEMPERATURE = 0.7  # in the fused head and in front of the logits
+
+
 def attach_all(parts, form: str) -> None:
     for module in parts.policy.modules:
-        attach(module, vocab_size=parts.shape.vocab_size, form=form)
+        attach(module, vocab_size=parts.shape.vocab_size, temperature=TEMPERATURE, form=form)
 
 
-def both_forms(rank: int, world_size: int, models: list[str], layouts: list[dict]) -> list[dict]:
+def both_forms(
+    rank: int, world_size: int, models: list[str], layouts: list[dict], losses: tuple[str, ...]
+) -> list[dict]:
     from megatron.core import parallel_state
 
     runs = []
@@ -100,8 +108,8 @@ def both_forms(rank: int, world_size: int, models: list[str], layouts: list[dict
             parts = make_policy(layout_config(model, **layout))
             batch = scored_batch(parts)
             found: dict[str, list] = {}
-            for name, loss in LOSSES.items():
-                loss = squares if isinstance(loss, str) else loss
+            for name in losses:
+                loss = squares if name == "a_function" else LOSSES[name]
                 for form in ("fused", "logits"):
                     attach_all(parts, form)
                     found.setdefault(name, []).append(gradients(parts, batch, loss))
@@ -110,10 +118,11 @@ def both_forms(rank: int, world_size: int, models: list[str], layouts: list[dict
     return runs
 
 
+@pytest.mark.parametrize("losses", [MAIN, pytest.param(OTHERS, marks=pytest.mark.extended)], ids=["main", "others"])
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_fused_head_has_the_loss_and_gradients_of_the_logits(world_size, models):
+def test_fused_head_has_the_loss_and_gradients_of_the_logits(world_size, losses, models):
     layouts = LAYOUTS[world_size]
-    for runs in run_distributed(both_forms, world_size, models, list(layouts.values())):
+    for runs in run_distributed(both_forms, world_size, models, list(layouts.values()), losses):
         labels = [f"{kind} {layout}" for kind in ("tied", "untied") for layout in layouts]
         for label, run in zip(labels, runs, strict=True):
             for loss, (fused, logits) in run.items():

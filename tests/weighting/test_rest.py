@@ -172,6 +172,17 @@ def test_entropy_source_follows_the_rule() -> None:
     assert raw[RESPONSE] == 0.6  # not measured: the constant
 
 
+def test_the_curriculum_moves_measured_weights_as_it_moves_the_constants() -> None:
+    slopes = {"alpha_format": 0.2, "alpha_args": 0.05, "alpha_think": 0.1, "alpha_response": 0.15}
+    weighting = measuring("entropy_ema", **slopes)
+    weighting.update([0, 3.0, 4.0, 3.5, 3.0, 4.5], [0, 10, 10, 10, 10, 10])
+    start = weighting.region_weights(0.0)
+    for progress in (0.25, 1.0):
+        moved = weighting.region_weights(progress) - start
+        expected = progress * np.array([-0.2, 0.1, 0.0, 0.05, 0.15])
+        np.testing.assert_allclose(moved[[FORMAT, THINK, NAME, ARGS, RESPONSE]], expected, atol=1e-12)
+
+
 def test_entropy_of_one_sequence_without_a_trainer() -> None:
     weighting = measuring("entropy_ema")
     ids = np.array([FORMAT, THINK, THINK, NAME])
