@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ def load_columns(path: str | None, pairs: Sequence[str]) -> Columns | None:
 _ABSENT = object()
 
 
+@lru_cache(maxsize=256)
+def _steps(path: str) -> list[str]:
+    return _STEP.findall(path)
+
+
 def look_up(row: Any, paths: Paths) -> Any:
     """The value of the first path that leads to one; None where none does."""
     for path in paths:
@@ -166,8 +172,11 @@ def _follow(row: Any, path: str) -> Any:
         return row[path]
     if "." not in path and "[" not in path:
         return _ABSENT
+    steps = _steps(path)
+    if isinstance(row, dict) and steps[0] not in row:
+        return _ABSENT
     value: Any = row
-    for step in _STEP.findall(path):
+    for step in steps:
         value = parsed(value)
         index = step.strip("[]")
         if isinstance(value, dict) and step in value:

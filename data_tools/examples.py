@@ -169,16 +169,17 @@ def _references(row: Row, layout: Layout, wanted: str) -> Iterator[_Found]:
 
 
 def _tools(row: Row, where: Columns) -> list[Tool]:
-    value = look_up(row, where.tools)
-    if value is None and where.tools != TOOL_PATHS:  # a mapped column that this row lacks
-        return []
-    if where.tools == TOOL_PATHS and not _looks_like_tools(value):
-        value = next((v for path in TOOL_PATHS if _looks_like_tools(v := look_up(row, (path,)))), value)
-    return read_tools(value)
-
-
-def _looks_like_tools(value: Any) -> bool:
-    return bool(value) and isinstance(parsed(value), (list, dict)) and parsed(value) not in ([], {})
+    if where.tools != TOOL_PATHS:  # as a mapping says; a row may lack them
+        return read_tools(look_up(row, where.tools))
+    found = None
+    for path in TOOL_PATHS:
+        value = look_up(row, (path,))
+        if value is None:
+            continue
+        found = value if found is None else found
+        if isinstance(parsed(value), (list, dict)) and parsed(value):
+            return read_tools(value)
+    return read_tools(found)
 
 
 def _raw_messages(row: Row, where: Columns) -> Any:
