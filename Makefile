@@ -40,6 +40,7 @@ help: ## this list
 	@echo "                TEST_ARGS='tests/ops -x'     make test, make test-all: handed to pytest"
 	@echo "                INPUT OUTPUT TOKENIZER       make preprocess: files or folders, where to, HF tokenizer folder"
 	@echo "                                             (default: the shipped sample, runs/prompts, trained on INPUT)"
+	@echo "                PREPROCESS_ARGS='--split train'  make preprocess: more options of megatron-rest-data convert"
 
 # What .venv runs is for the CPU, also where set-up had to take torch's build for CUDA and there is a GPU.
 demo experiment test test-all faults test-host bench chaos: export CUDA_VISIBLE_DEVICES :=
@@ -119,10 +120,11 @@ chaos: $(STAMP) ## 30 random faults (kills, hangs, damaged checkpoints, no room)
 	@$(BIN)/python -m benchmarks.chaos
 
 preprocess: $(STAMP) ## rows of any Arrow, Parquet or JSON form to prompts: INPUT=... OUTPUT=... [TOKENIZER=...]
-	@test -n "$(TOKENIZER)" || test -d $(OUTPUT)-tokenizer || \
-	  $(BIN)/megatron-rest-data train-tokenizer $(INPUT) --vocab-size 4096 --output $(OUTPUT)-tokenizer
-	@$(BIN)/megatron-rest-data convert --input $(INPUT) --output $(OUTPUT) \
-	  --tokenizer $(or $(TOKENIZER),$(OUTPUT)-tokenizer) $(PREPROCESS_ARGS)
+	@set -- $(INPUT); test ! -e "$(INPUT)" || set -- "$(INPUT)"; \
+	test -n "$(TOKENIZER)" || test -d "$(OUTPUT)-tokenizer" || \
+	  $(BIN)/megatron-rest-data train-tokenizer "$$@" --vocab-size 4096 --output "$(OUTPUT)-tokenizer" $(PREPROCESS_ARGS) && \
+	$(BIN)/megatron-rest-data convert --input "$$@" --output "$(OUTPUT)" \
+	  --tokenizer "$(or $(TOKENIZER),$(OUTPUT)-tokenizer)" $(PREPROCESS_ARGS)
 
 lint: $(STAMP) ## ruff: style and formatting
 	@$(BIN)/ruff check .

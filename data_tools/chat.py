@@ -40,7 +40,10 @@ class ChatTokenizer:
         self.folder = Path(folder)
         self.dialect = dialect
         if not (self.folder / "tokenizer.json").is_file():
-            raise DataError(f"--tokenizer: {folder} has no tokenizer.json: give a Hugging Face folder (fast tokenizer)")
+            raise DataError(
+                f"--tokenizer: {folder} has no tokenizer.json: give a Hugging Face folder (fast tokenizer); of a "
+                "name on the hub, `hf download NAME --local-dir DIR` makes one"
+            )
         try:
             self.template_identity = prompt_files.template_identity(folder)
             self._template = ChatTemplate.of_folder(folder, template)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +19,28 @@ Prepare tool-use data for training: whatever you have in, a folder that memory-m
   megatron-rest-data inspect OUT                                               see rows as a person wants to see them
 
 Inputs: Arrow IPC (stream and file), Feather v2, Parquet, JSON lines, JSON lists, Hugging Face save_to_disk folders,
-folders of shards, globs in quotes; gzip, bzip2, zstd and lz4 around JSON.  The form is told by content, not by the
-name's ending.  docs/data.md has the schema and an example of every layout.
+folders of shards, globs in quotes; gzip, bzip2, xz, zstd and lz4 around JSON.  The form is told by content, not by the
+name's ending, and so is the layout of the rows.  docs/data.md is a guide, with an example of every layout.
 """
 _CONVERT = """\
 Convert rows into a folder of memory-mappable Arrow files (manifest.json, data-*.arrow, quarantine.jsonl).
 
-Rows that cannot be used go to quarantine.jsonl with the reason; rows in = rows out + rows quarantined, always.  An
-interrupted conversion goes on where it stopped when the same command is given again.  Same input, same bytes.
+Rows that cannot be used go to quarantine.jsonl with the reason; rows in = rows out + rows quarantined, always.  More
+than 5 % of them there is exit status 1 (--max-lost).  An interrupted conversion goes on where it stopped when the same
+command is given again.  Same input, same bytes.
 
   megatron-rest-data convert --input data_tools/samples/test.parquet --output OUT --tokenizer TOK
   megatron-rest-data convert --input 'shards/*.jsonl.gz' --output OUT --tokenizer TOK \\
       --column user=question --column calls=answers
+
+Rows of an own layout, from the shell (a mapping names places, an adapter is a function of yours):
+
+  printf '%s\\n' 'user: chat.question' 'calls: gold' 'tools: meta.tools[0]' 'roles: {customer: user}' > map.yaml
+  megatron-rest-data convert --input rows.jsonl --output OUT --tokenizer TOK --mapping map.yaml
+
+  printf '%s\\n' 'def convert(row):' '    call = {"name": row["tool"], "arguments": row["args"]}' \\
+      '    return {"query": row["q"], "answers": [call], "tools": row["tools"]}' > rows.py
+  megatron-rest-data convert --input rows.jsonl --output OUT --tokenizer TOK --adapter rows.py:convert
 """
 
 
@@ -63,6 +74,12 @@ def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument(
         "--tokenizer", required=True, type=Path, metavar="DIR", help="HF tokenizer folder with a chat template"
     )
+    _add_input_options(p)
+    _add_convert_options(p)
+    p.set_defaults(run=commands.convert)
+
+
+def _add_convert_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--prompt-style",
         choices=("original", "compact", "slim"),
@@ -94,9 +111,23 @@ def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="NAME",
         help="stock (default), append_only or a path: as model.chat_template of the run",
     )
-    _add_input_options(p)
     p.add_argument("--licence", default="", metavar="TEXT", help="licence and attribution, kept in the manifest")
     p.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    p.add_argument(
+        "--on-problem",
+        choices=("keep", "quarantine", "stop"),
+        default="keep",
+        help="rows whose reference calls tools that the row does not list, or with arguments that do not fit their "
+        "schema (default keep: they are counted, printed and kept)",
+    )
+    p.add_argument(
+        "--max-lost",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="exit status 1 where more rows than this share are quarantined; the folder is written all the same "
+        "(default 0.05; 1 allows all)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     p.add_argument(
         "--processes", type=int, default=0, metavar="N", help="worker processes (default: 0, all cores up to 16)"
@@ -104,19 +135,46 @@ def _add_convert(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument(
         "--rows-per-shard", type=int, default=1 << 16, metavar="N", help="rows of one output file (default 65536)"
     )
-    p.set_defaults(run=commands.convert)
 
 
 def _add_input_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--split", default="", metavar="NAME", help="only this split of a dataset folder (default: all)")
+    p.add_argument(
+        "--split", default="", metavar="NAME", help="only this split of a folder that has several; all takes them all"
+    )
+    p.add_argument(
+        "--layout",
+        default="",
+        metavar="NAME",
+        help="layout of the rows by name (default: by content); docs/data.md lists them",
+    )
+    p.add_argument(
+        "--reference",
+        default="",
+        metavar="WHICH",
+        help="of a conversation: last (its last message, default), each (a row for every turn of the assistant), "
+        "last-call (the last turn that makes a call), or a column that holds the reference",
+    )
     p.add_argument(
         "--column",
         action="append",
         default=[],
         metavar="NAME=COLUMN",
-        help="for an own layout: where system, user, messages, tools, answer, calls, response or think are",
+        help="for an own layout: where system, user, messages, tools, answer, calls, response or think are (a path "
+        "goes through JSON text: tools=metadata.tools[0])",
     )
-    p.add_argument("--map", default=None, metavar="FILE", help="the same as a YAML file of NAME: COLUMN lines")
+    p.add_argument(
+        "--mapping",
+        default=None,
+        metavar="FILE",
+        help="the same and more as a YAML file of NAME: COLUMN lines (docs/data.md)",
+    )
+    p.add_argument(
+        "--adapter",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="a function of yours that rows go through first: row -> row of any layout, list of rows, or None to "
+        "leave it out",
+    )
 
 
 def _add_train_tokenizer(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -131,6 +189,11 @@ def _add_train_tokenizer(subparsers: argparse._SubParsersAction[argparse.Argumen
     p.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, at least 267")
     p.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     _add_input_options(p)
+    with_convert = argparse.ArgumentParser(add_help=False)
+    _add_convert_options(with_convert)
+    for action in with_convert._actions:  # so that one list of options serves both commands, as in `make preprocess`
+        action.help = argparse.SUPPRESS
+        p._add_action(action)
     p.set_defaults(run=commands.train_tokenizer)
 
 
@@ -143,6 +206,13 @@ def _add_inspect(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     p.add_argument("path", metavar="PATH", help="prepared folder, or an input of any form")
     p.add_argument("--row", type=int, default=0, metavar="N", help="first row to show (default 0)")
     p.add_argument("--count", type=int, default=1, metavar="N", help="how many rows (default 1)")
+    p.add_argument(
+        "--source",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="inputs of a prepared folder: their rows are shown beside",
+    )
     p.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="default: on a terminal")
     _add_input_options(p)
     p.set_defaults(run=commands.inspect)
@@ -220,6 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"megatron-rest-data {args.command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `inspect ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\ninterrupted; give the same command again to go on", file=sys.stderr)
         return 130

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -25,10 +25,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import megatron_rest
+from data_tools.adapter import describe_adapter, load_adapter
 from data_tools.chat import ChatTokenizer
-from data_tools.encode import DEFAULT_RULES, EncodedChunk, EncodeOptions, encode_chunk
+from data_tools.checks import POLICIES
+from data_tools.encode import DEFAULT_RULES, EncodedChunk, EncodeOptions, encode_chunk, examples_of_row
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import normalise
+from data_tools.examples import Reading
+from data_tools.layouts import OWN, find_layout
 from data_tools.native import asks_for_tags
 from data_tools.readers import Chunk, Source, count_rows, read_chunks, resolve_inputs
 from data_tools.writer import OutputFolder, sha256_file
@@ -40,6 +43,8 @@ from megatron_rest.regions import DIALECTS, TOOLRL, find_dialect
 AUTO = "auto"
 FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
 MOST_ROWS_FOR_DIALECT = 4096  # that are looked at for a usable one
+MOST_LOST = 0.05
+MOST_REASONS = 8  # that are shown where no row is usable
 MOST_PROCESSES = 16  # unless asked for: one process reads and writes for all, and is busy with about ten of them
 GC_THRESHOLD = 100_000  # rows of a chunk are thousands of objects without cycles: looking for some costs a tenth
 _STYLE_NOTES = {
@@ -60,6 +65,8 @@ class ConvertOptions:
     split: str = ""
     licence: str = ""
     strict: bool = False
+    max_lost: float = MOST_LOST
+    """Share of rows that may be lost before the command's status says so."""
     overwrite: bool = False
     processes: int = 0
     rows_per_shard: int = 1 << 16
@@ -76,6 +83,14 @@ class ConvertOptions:
             raise DataError(
                 f"--max-think-words is {self.encode.max_think_words}, expected a positive number (0 = keep)"
             )
+        if self.encode.on_problem not in POLICIES:
+            raise DataError(f"--on-problem is {self.encode.on_problem!r}, expected one of {', '.join(POLICIES)}")
+        if not 0 <= self.max_lost <= 1:
+            raise DataError(f"--max-lost is {self.max_lost}, expected a share from 0 to 1")
+        if self.encode.reading.layout:
+            find_layout(self.encode.reading.layout)
+        if self.encode.reading.adapter:
+            load_adapter(self.encode.reading.adapter)
         if self.rows_per_shard < 1:
             raise DataError(f"--rows-per-shard is {self.rows_per_shard}, expected at least 1")
 
@@ -85,12 +100,15 @@ class ConvertOptions:
         return ChatTokenizer(self.tokenizer, dialect=dialect, template=self.chat_template)
 
 
-def convert_rows(options: ConvertOptions) -> dict[str, Any]:
-    """Run a conversion (or go on with an interrupted one) and return its manifest."""
+def convert_rows(options: ConvertOptions, examples: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a conversion (or go on with an interrupted one) and return its manifest.
+
+    ``examples`` gets, of each reason for the quarantine, the first row and the whole reason.
+    """
     if options.output.exists() and not options.overwrite:
         raise DataError(f"{options.output} exists: give --overwrite to replace it, or another --output")
     sources = resolve_inputs(options.inputs, split=options.split)
-    options = _with_dialect(options, sources)
+    options = with_dialect(options, sources)
     tokenizer = options.open_tokenizer()
     identity = _identity(options, sources, tokenizer)
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -106,10 +124,12 @@ def convert_rows(options: ConvertOptions) -> dict[str, Any]:
         folder.close_shard()
         if folder.progress.num_out == 0:
             raise DataError(_nothing_usable(folder))
+        if examples is not None:
+            examples.update(folder.progress.examples)
         return folder.finish(identity, overwrite=options.overwrite)
 
 
-def _with_dialect(options: ConvertOptions, sources: list[Source]) -> ConvertOptions:
+def with_dialect(options: ConvertOptions, sources: list[Source]) -> ConvertOptions:
     """Decide ``auto``: ToolRL's tags where the first usable row's own system message asks for them, or where the chat
     template shows no calls; else the template's dialect."""
     if options.encode.dialect != AUTO:
@@ -119,21 +139,22 @@ def _with_dialect(options: ConvertOptions, sources: list[Source]) -> ConvertOpti
         rows = (row for chunk in read_chunks(sources) for _, row in chunk.rows())
         for row in islice(rows, MOST_ROWS_FOR_DIALECT):
             try:
-                if asks_for_tags(normalise(row, options.encode.columns)):
-                    dialect = TOOLRL
-                break
+                examples = examples_of_row(row, options.encode.reading)
             except RowError:
                 continue
+            if examples:
+                dialect = TOOLRL if asks_for_tags(examples[0]) else dialect
+                break
     return replace(options, encode=replace(options.encode, dialect=dialect.name))
 
 
 def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) -> None:
     chunks = read_chunks(sources)
-    if sum(chunk.num_rows for chunk in islice(chunks, folder.progress.num_chunks)) != folder.progress.num_in:
+    if sum(chunk.num_rows for chunk in islice(chunks, folder.progress.num_chunks)) != folder.progress.num_source:
         raise DataError(f"{folder.partial} was begun by another version that cut the rows differently: delete it")
     with tqdm(
         total=sum(count_rows(source) for source in sources),
-        initial=folder.progress.num_in,
+        initial=folder.progress.num_source,
         desc="convert",
         unit="row",
         disable=None if options.progress_bar else True,
@@ -141,9 +162,9 @@ def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) 
         for encoded in encoded_chunks(chunks, options):
             if options.strict and encoded.refused:
                 first = encoded.refused[0]
-                raise DataError(f"--strict: {first.source} row {first.row}: {first.reason}")
+                raise DataError(f"--strict: {first.place}: {first.reason}")
             folder.add(encoded)
-            bar.update(encoded.num_in)
+            bar.update(encoded.num_source)
 
 
 def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator[EncodedChunk]:
@@ -247,7 +268,8 @@ def _identity(options: ConvertOptions, sources: list[Source], tokenizer: ChatTok
         "options": {
             "prompt_style": encode.prompt_style,
             "max_think_words": encode.max_think_words,
-            "columns": asdict(encode.columns) if encode.columns else None,
+            "reading": _describe_reading(encode.reading),
+            "on_problem": encode.on_problem,
             "split": options.split,
             "rows_per_shard": options.rows_per_shard,
         },
@@ -271,6 +293,11 @@ def _identity(options: ConvertOptions, sources: list[Source], tokenizer: ChatTok
     }
 
 
+def _describe_reading(reading: Reading) -> dict[str, Any]:
+    described = {**asdict(reading), "adapter": describe_adapter(reading.adapter) if reading.adapter else None}
+    return {key: value for key, value in described.items() if value}
+
+
 def _notes(encode: EncodeOptions) -> list[str]:
     notes = [f"prompt style {encode.prompt_style}: {_STYLE_NOTES[encode.prompt_style]}"]
     if encode.max_think_words:
@@ -282,28 +309,46 @@ def _notes(encode: EncodeOptions) -> list[str]:
 
 
 def _nothing_usable(folder: OutputFolder) -> str:
-    with open(folder.partial / QUARANTINE_NAME, encoding="ascii") as file:
-        first = file.readline()
-    if not first:
+    progress = folder.progress
+    if not progress.num_source:
         return "the inputs hold no rows"
-    record = json.loads(first)
+    if not progress.num_in:
+        return f"the adapter leaves out all of {progress.num_source} rows"
+    [first, *others] = [f"{progress.reasons[reason]} rows: {first}" for reason, first in progress.examples.items()]
+    more = "".join(f"\n  {line}" for line in others[:MOST_REASONS])
     return (
-        f"none of {folder.progress.num_in} rows is usable; the first ({record['file']} row {record['row']}): "
-        f"{record['reason']}"
-        f" (all reasons: {folder.partial / QUARANTINE_NAME})"
+        f"none of {progress.num_in} rows is usable; {first}{more}\n"
+        f"  all rows with their reasons: {folder.partial / QUARANTINE_NAME}"
     )
 
 
-def describe(manifest: dict[str, Any], output: Path) -> str:
+def lost_share(manifest: dict[str, Any]) -> float:
+    """Share of the rows that went to the quarantine."""
+    counts = manifest["counts"]
+    return float(counts["rows_quarantined"] / max(counts["rows_in"], 1))
+
+
+def describe(manifest: dict[str, Any], output: Path, examples: Mapping[str, str] | None = None) -> str:
     """The summary a person sees at the end."""
     counts = manifest["counts"]
     lines = [
         f"{output}: {counts['rows_in']} rows in, {counts['rows_out']} out, {counts['rows_quarantined']} quarantined"
         f" ({sum(shard['bytes'] for shard in manifest['outputs']) / 1e6:.1f} MB, {MANIFEST_NAME})"
     ]
+    if counts.get("layouts"):
+        how = {OWN: "as the mapping says"}
+        found = [f"{name} ({number} rows, {how.get(name, 'recognised')})" for name, number in counts["layouts"].items()]
+        lines.append(f"  layout: {', '.join(found)}")
+        lines.append(
+            f"  {counts['source_rows']} conversations -> {counts['rows_out']} rows -> "
+            f"{counts['rows_with_calls']} rows with calls"
+        )
     made = manifest["tokenizer"]
     lines.append(f"  dialect {made.get('dialect', TOOLRL.name)}, answers end with {made.get('end_of_turn')}")
     rewritten = counts.get("rewritten_reasons", {})
     lines += [f"  {number} references rewritten so that they do: {reason}" for reason, number in rewritten.items()]
-    lines += [f"  quarantined {number}: {reason}" for reason, number in counts["quarantine_reasons"].items()]
+    lines += [f"  {number} rows: {note}" for note, number in counts.get("notes", {}).items()]
+    lines += [f"  {number} rows suspicious, kept: {problem}" for problem, number in counts.get("problems", {}).items()]
+    for reason, number in counts["quarantine_reasons"].items():
+        lines.append(f"  quarantined {number}: {(examples or {}).get(reason, reason)}")
     return "\n".join(lines)

@@ -21,9 +21,10 @@ import pyarrow as pa
 
 from data_tools.encode import Refused
 from data_tools.errors import DataError, RowError
+from data_tools.examples import normalise
 from data_tools.folders import PreparedFolder, keep_rows, write_subset
-from data_tools.layouts import normalise
 from data_tools.readers import read_chunks, resolve_inputs
+from data_tools.readers.sources import ALL_SPLITS
 
 FEWEST_WORDS = 4  # "What time is it?" says nothing about where it comes from
 BOILERPLATE_SHARE = 0.02
@@ -52,6 +53,8 @@ class BenchmarkIndex:
     items_of: dict[Gram, list[int]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     num_ignored: int = 0
+    unreadable: Counter[str] = field(default_factory=Counter)  # rows that are no items, by file; why the first is none
+    first_unreadable: str = ""
 
     def find(self, text: str) -> Match | None:
         """The closest item, if it is close enough."""
@@ -83,7 +86,7 @@ def build_index(paths: Sequence[str], *, ngram: int, min_overlap: float) -> Benc
         )
     index = BenchmarkIndex(ngram, min_overlap)
     items: list[tuple[str, set[Gram]]] = []
-    for name, text in _benchmark_texts(paths):
+    for name, text in _benchmark_texts(paths, index):
         words = words_of(text)
         if len(words) < FEWEST_WORDS:
             index.num_ignored += 1
@@ -105,25 +108,37 @@ def build_index(paths: Sequence[str], *, ngram: int, min_overlap: float) -> Benc
     return index
 
 
-def _benchmark_texts(paths: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for chunk in read_chunks(resolve_inputs(paths)):
+def _benchmark_texts(paths: Sequence[str], index: BenchmarkIndex) -> Iterator[tuple[str, str]]:
+    """(name, dialogue) of every item; what is none, as a configuration file in a benchmark's folder, is counted."""
+    usable = False
+    for chunk in read_chunks(resolve_inputs(paths, split=ALL_SPLITS)):
         for number, row in chunk.rows():
             name = f"{chunk.source}:{number}"
-            if isinstance(row, RowError):
-                raise DataError(f"benchmark {name}: {row}")
-            yield name, _dialogue(row, name)
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                text = _dialogue(row)
+            except RowError as error:
+                index.unreadable[chunk.source] += 1
+                index.first_unreadable = index.first_unreadable or f"{name}: {error.reason}"
+                continue
+            usable = True
+            yield name, text
+    if not usable:
+        raise DataError(
+            f"--against holds no benchmark item; the first row is {index.first_unreadable or 'missing'}: give files "
+            "of a layout that convert reads, or with `question`"
+        )
 
 
-def _dialogue(row: Any, name: str) -> str:
+def _dialogue(row: Any) -> str:
     if isinstance(row, dict) and isinstance(row.get("question"), str):
         return str(row["question"])
     if isinstance(row, dict) and isinstance(row.get("question"), list):  # BFCL: turns of messages
         turns = [turn if isinstance(turn, list) else [turn] for turn in row["question"]]
-        return "\n".join(str(m.get("content", "")) for turn in turns for m in turn if m.get("role") != "system")
-    try:
-        return dialogue_text(normalise(row).messages)
-    except RowError as error:
-        raise DataError(f"benchmark {name} cannot be read: {error}") from error
+        if all(isinstance(message, dict) for turn in turns for message in turn):
+            return "\n".join(str(m.get("content", "")) for turn in turns for m in turn if m.get("role") != "system")
+    return dialogue_text(normalise(row).messages)
 
 
 def dialogue_text(messages: Sequence[dict[str, str]]) -> str:

@@ -12,10 +12,11 @@ import pyarrow as pa
 
 from data_tools import answers
 from data_tools.chat import ChatTokenizer
-from data_tools.errors import RowError
-from data_tools.layouts import Columns, Example, normalise
+from data_tools.errors import DataError, RowError
+from data_tools.examples import Example, Reading, examples_of
 from data_tools.native import native_answer, native_ground_truth, native_messages, native_tools
-from data_tools.readers import Chunk
+from data_tools.readers import Chunk, place_of
+from data_tools.values import dumps
 from megatron_rest.config import RewardConfig
 from megatron_rest.data import prompt_style
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
@@ -34,8 +35,10 @@ class EncodeOptions:
     """original, compact or slim (see :mod:`megatron_rest.data.prompt_style`)."""
     max_think_words: int = 0
     """Shorten the thought of answer_text to so many words; 0 = keep.  ground_truth is never touched."""
-    columns: Columns | None = None
-    """Column mapping; None = recognise the layout."""
+    reading: Reading = field(default_factory=Reading)
+    """How rows are read: layout, mapping, reference, adapter."""
+    on_problem: str = "keep"
+    """What becomes of rows that the self-check finds suspicious: keep, quarantine or stop."""
     dialect: str = "auto"
     """How prompts ask for calls and answers write them (:mod:`megatron_rest.regions.dialects`), or auto."""
 
@@ -48,6 +51,12 @@ class Refused:
     row: int
     reason: str
     content: Any
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        return place_of(self.source, self.row, self.line)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,13 @@ class EncodedChunk:
     num_in: int
     batch: pa.RecordBatch
     refused: list[Refused] = field(default_factory=list)
+    num_source: int = 0
+    """Rows of the input; not ``num_in`` where conversations give several rows or an adapter leaves some out."""
+    layouts: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    """Rows by what was guessed or left out."""
+    problems: Counter[str] = field(default_factory=Counter)
+    """Rows by what the self-check found suspicious and kept."""
     rewritten: Counter[str] = field(default_factory=Counter)
     """References that were written anew because they did not earn their own reward as they came, by reason."""
 
@@ -79,17 +95,52 @@ def encode_chunk(chunk: Chunk, tokenizer: ChatTokenizer, options: EncodeOptions)
     """Normalise, render and tokenise the rows of a chunk, in the tokenizer's dialect.  Every row ends up in the batch
     or among the refused."""
     dialect = tokenizer.dialect
-    prepare = _prepare_tagged if dialect is TOOLRL else _prepare_native
-    ready, refused = [], []
+    ready: list[_Ready] = []
+    refused: list[Refused] = []
     for number, row in chunk.rows():
+        content = None if isinstance(row, RowError) else row
         try:
-            if isinstance(row, RowError):
-                raise row
-            ready.append(prepare(number, normalise(row, options.columns), tokenizer, options, dialect))
+            examples = examples_of_row(row, options.reading)
         except RowError as error:
-            refused.append(Refused(chunk.source, number, str(error), None if isinstance(row, RowError) else row))
-    rewritten = Counter(item.rewritten for item in ready if item.rewritten)
-    return EncodedChunk(chunk.num_rows, _columns(chunk.source, ready, tokenizer), refused, rewritten)
+            refused.append(Refused(chunk.source, number, str(error), content, chunk.line(number)))
+            continue
+        for example in examples:
+            if example.problems and options.on_problem == "stop":
+                raise DataError(f"--on-problem stop: {chunk.place(number)}: {example.problems[0]}")
+            try:
+                ready.append(prepare(number, example, tokenizer, options, dialect))
+            except RowError as error:
+                refused.append(Refused(chunk.source, number, str(error), content, chunk.line(number)))
+    return EncodedChunk(
+        len(ready) + len(refused),
+        _columns(chunk.source, ready, tokenizer),
+        refused,
+        num_source=chunk.num_rows,
+        layouts=Counter(item.example.layout for item in ready),
+        notes=Counter(note for item in ready for note in item.example.notes),
+        problems=Counter(kind for item in ready for kind in {kind_of(p) for p in item.example.problems}),
+        rewritten=Counter(item.rewritten for item in ready if item.rewritten),
+    )
+
+
+def examples_of_row(row: Any, reading: Reading) -> list[Example]:
+    """The examples of what a reader gave: a row, or why there is none."""
+    if isinstance(row, RowError):
+        raise row
+    return examples_of(row, reading)
+
+
+def kind_of(reason: str) -> str:
+    """The part of a reason that many rows share."""
+    return reason.split(":")[0].split("(")[0].split(";")[0].strip()[:120]
+
+
+def prepare(row: int, example: Example, tokenizer: ChatTokenizer, options: EncodeOptions, dialect: Dialect) -> _Ready:
+    """Everything of a row but its tokens; RowError where it cannot be used."""
+    if example.problems and options.on_problem == "quarantine":
+        raise RowError(example.problems[0], "--on-problem keep takes it all the same")
+    write = _prepare_tagged if dialect is TOOLRL else _prepare_native
+    return write(row, example, tokenizer, options, dialect)
 
 
 def _prepare_tagged(
@@ -163,7 +214,7 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
     columns = {
         "prompt_id": [item.example.prompt_id for item in ready],
         "prompt_token_ids": _lists(prompts),
-        "messages": [answers.dumps(item.messages) for item in ready],
+        "messages": [dumps(item.messages) for item in ready],
         "answer_text": [item.answer for item in ready],
         "answer_token_ids": _lists([np.append(reply, np.int32(end)) for reply, end in zip(replies, ends, strict=True)]),
         "answer_token_starts": _lists(starts),

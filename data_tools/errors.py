@@ -8,4 +8,12 @@ class DataError(ValueError):
 
 
 class RowError(ValueError):
-    """One row cannot be used; the message is the reason written to ``quarantine.jsonl``."""
+    """One row cannot be used: the reason written to ``quarantine.jsonl``, and what mends it (an option, a command)."""
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason, remedy)
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}" if self.remedy else self.reason

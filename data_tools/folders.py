@@ -78,7 +78,8 @@ def write_subset(
         output, fingerprint=fingerprint, metadata=metadata, rows_per_shard=rows_per_shard, resume=False
     ) as folder:
         for batch, removed in chunks:
-            folder.add(EncodedChunk(batch.num_rows + len(removed), batch, removed))
+            num = batch.num_rows + len(removed)
+            folder.add(EncodedChunk(num, batch, removed, num_source=num))
         return folder.finish(identity, overwrite=overwrite)
 
 

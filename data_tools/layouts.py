@@ -1,311 +1,491 @@
-"""One normaliser for the column layouts that tool-use data comes in.
+"""The layouts that public tool-use sets and trainers have, by name: one table entry each.
 
-| layout    | columns                                    | reference answer                                |
-|-----------|--------------------------------------------|-------------------------------------------------|
-| verl      | prompt, reward_model.ground_truth          | tagged text                                     |
-| messages  | messages [, tools]                         | last assistant message (tool_calls or text)     |
-| rlla_sft  | instruction, input, output                 | tagged text                                     |
-| api_bank  | system, user, answer                       | one call, or a list of calls                    |
-| io        | input, output [, tools]                    | tagged text                                     |
-
-Anything else by :class:`Columns`: dotted paths from column names to what they mean.
+An entry says how the layout is recognised, and where its parts are (:class:`~data_tools.columns.Columns`, the same that
+a ``--mapping`` file says); what they are is read alike for all of them (:mod:`data_tools.conversation`).  ``reshape``
+is for the few whose rows have no messages as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from data_tools import answers
+from data_tools.columns import TOOL_PATHS, Columns, Row
 from data_tools.errors import DataError, RowError
-from megatron_rest.data import prompt_style
+from data_tools.tool_lists import TOOL_LIST
+from data_tools.values import parsed
 
-Message = dict[str, str]
-Row = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
-_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of an assistant's message, by server and by library
+OWN = "mapping"  # the name of a layout that --column or --mapping describes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Columns:
-    """Where an own format keeps its parts; every value is a column name or a dotted path (``meta.answer``)."""
+class Layout:
+    """One entry of the table."""
 
-    system: str = ""
-    """System message."""
-    user: str = ""
-    """User message."""
-    messages: str = ""
-    """List of {role, content}, instead of system and user; without ``answer`` its last message is the reference."""
-    tools: str = ""
-    """List of tools, or its JSON text; written into the system message unless that has a tool list already."""
-    answer: str = ""
-    """Reference answer as tagged text."""
-    calls: str = ""
-    """Reference tool calls: a list of {name, parameters | arguments}, or its JSON text."""
-    response: str = ""
-    """Reference text for the user."""
-    think: str = ""
-    """Reference thought."""
-
-    @classmethod
-    def from_pairs(cls, pairs: dict[str, Any]) -> Columns:
-        """From a mapping file or ``--column`` options; an unknown name is an error that names the nearest."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name, path in pairs.items():
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                raise DataError(
-                    f"column mapping: unknown name {name!r}, "
-                    + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
-                )
-            if not isinstance(path, str) or not path:
-                raise DataError(f"column mapping: {name} must name a column, got {path!r}")
-        columns = cls(**pairs)
-        if not (columns.messages or columns.user):
-            raise DataError("column mapping: say where the prompt is (user=... or messages=...)")
-        if not (columns.messages or columns.answer or columns.calls or columns.response):
-            raise DataError("column mapping: say where the reference answer is (answer=..., calls=... or response=...)")
-        return columns
+    name: str
+    who: str  # whose rows look so
+    columns: str  # as the documentation shows them
+    reference: str  # which part is the reference answer
+    is_it: Callable[[Row], bool]
+    where: Columns = dataclasses.field(default_factory=Columns)
+    reshape: Callable[[Row], list[Row]] | None = None
+    tagged: bool = False  # the answer must be in ToolRL's tags or hold calls: other text is another kind of reference
+    refusal: str = ""  # why rows like this are no training data
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One row, whatever layout it came in."""
-
-    messages: list[Message]  # tools written into the system message in ToolRL's form
-    ground_truth: str  # tagged reference answer
-    calls: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    think: str | None
-    response: str | None
-    calls_json: str
-    tools_json: str
-    prompt_id: str  # hash of prompt and reference as they came: the same for every tokenizer and prompt style
-    own_messages: list[Message] = dataclasses.field(default_factory=list, compare=False)  # as they came
+def _first(row: Row) -> Any:
+    """The first message of ``conversations``."""
+    value = parsed(row.get("conversations"))
+    if isinstance(value, dict):
+        return value
+    return parsed(value[0]) if isinstance(value, list) and value else None
 
 
-def load_columns(path: str | None, pairs: Sequence[str]) -> Columns | None:
-    """Columns from a YAML file and ``name=column`` options (the options win); None if neither is given."""
-    values: dict[str, Any] = {}
-    if path:
-        import yaml
-
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"--map {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"--map {path} must hold a mapping, for example `user: question`")
-    for pair in pairs:
-        name, equals, column = pair.partition("=")
-        if not equals:
-            raise DataError(f"--column {pair!r} is not of the form NAME=COLUMN, for example user=question")
-        values[name] = column
-    return Columns.from_pairs(values) if values else None
+def _any_text(row: Row, sign: str) -> bool:
+    return re.search(sign, str(row.get("conversations"))) is not None
 
 
-def normalise(row: Any, columns: Columns | None = None) -> Example:
-    """Bring a row into one form; raises :class:`RowError` with the reason where it cannot be used."""
-    if not isinstance(row, dict):
-        raise RowError(f"the row is {type(row).__name__}, expected an object with columns")
-    try:
-        return _mapped(row, columns) if columns else _recognise(row)
-    except RowError:
-        raise
-    except UnicodeEncodeError as error:  # JSON can smuggle in half a surrogate pair, which no UTF-8 file can hold
-        raise RowError(f"the text is not valid Unicode: {error.reason}") from error
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:  # shapes nobody thought of
-        raise RowError(f"the row has an unexpected shape ({type(error).__name__}: {error})") from error
+def _is_sharegpt(row: Row) -> bool:
+    first = _first(row)
+    return isinstance(first, dict) and "from" in first
 
 
-def _recognise(row: Row) -> Example:
-    if "prompt" in row and isinstance(row.get("reward_model"), dict):
-        return _tagged(_messages(row["prompt"]), _text(row["reward_model"], "ground_truth"), row.get("tools"))
-    if "messages" in row:
-        return _conversation(row["messages"], row.get("tools"))
-    if {"instruction", "input", "output"} <= row.keys():
-        return _tagged(_pair(row["instruction"], row["input"]), _text(row, "output"), row.get("tools"))
-    if {"system", "user", "answer"} <= row.keys():
-        calls = row["answer"]
-        return _parts(_pair(row["system"], row["user"]), calls=calls, tools=row.get("tools"))
-    if {"input", "output"} <= row.keys():
-        return _tagged(_messages(row["input"]), _text(row, "output"), row.get("tools"))
+def _has(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(row.get(name) is not None for name in names)
+
+
+def _is_messages(row: Row, *names: str) -> bool:
+    return any(isinstance(parsed(row.get(name)), (list, dict)) for name in names)
+
+
+def _is_rlla(row: Row) -> bool:
+    text = row.get("instruction")
+    if not {"instruction", "input", "output"} <= row.keys() or "history" in row or "system" in row:
+        return False
+    return isinstance(text, str) and (not text.strip() or TOOL_LIST in text or "<tool_call>" in text)
+
+
+def _is_alpaca(row: Row) -> bool:
+    return isinstance(row.get("instruction"), str) and ("output" in row or "expected_output" in row)
+
+
+_SPEAKERS = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):[ \t]*")
+_GLAIVE_SYSTEM = re.compile(r"^\s*SYSTEM:\s*")
+_GLAIVE_INSTRUCTION = re.compile(r"[^.\n]*\bfunctions?\b[^.\n]*(?:use them if required|if required)[^.\n]*-?\s*(?=\{)")
+
+
+def _glaive(row: Row) -> list[Row]:
+    """One text, cut at its speakers."""
+    text = str(row["chat"])
+    found = list(_SPEAKERS.finditer(text))
+    if not found or text[: found[0].start()].strip():
+        raise RowError("the chat does not begin with `USER:`")
+    roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+    ends = [*(speaker.start() for speaker in found[1:]), len(text)]
+    messages = [
+        {"role": roles[speaker[1]], "content": text[speaker.end() : end].replace("<|endoftext|>", "").strip()}
+        for speaker, end in zip(found, ends, strict=True)
+    ]
+    system = _GLAIVE_INSTRUCTION.sub("", _GLAIVE_SYSTEM.sub("", str(row.get("system") or "")))
+    return [{"messages": messages, "system": system, "tools": row.get("tools")}]
+
+
+def _nemo_gym(row: Row) -> list[Row]:
+    asked = parsed(row["responses_create_params"])
+    if not isinstance(asked, dict) or "input" not in asked:
+        raise RowError("responses_create_params has no input")
+    expected = next(
+        (row[key] for key in ("expected_action", "expected_output", "expected_answer") if row.get(key)), None
+    )
+    if expected is None:
+        raise RowError("the row has no expected_action: there is no reference answer")
+    expected = parsed(expected)
+    items = expected if isinstance(expected, list) else [expected]
+    reference = [
+        {"role": "assistant", "content": item} if isinstance(item, str) else _answer_item(item) for item in items
+    ]
+    return [
+        {
+            "messages": asked["input"],
+            "system": asked.get("instructions"),
+            "tools": asked.get("tools"),
+            "reference": reference,
+        }
+    ]
+
+
+def _answer_item(item: Any) -> Any:
+    """An item of the Responses API, or a bare call."""
+    if isinstance(item, dict) and "role" not in item and item.get("type") != "function_call" and "name" in item:
+        return {"role": "assistant", "tool_calls": [item]}
+    return (
+        item
+        if not isinstance(item, dict) or "role" in item or item.get("type") != "message"
+        else {**item, "role": "assistant"}
+    )
+
+
+def _tau2(row: Row) -> list[Row]:
+    """One object a file: every simulation is a row, under the policy of the environment."""
+    info = parsed(row.get("info"))
+    environment = parsed(info.get("environment_info")) if isinstance(info, dict) else {}
+    environment = environment if isinstance(environment, dict) else {}
+    rows = []
+    for simulation in parsed(row["simulations"]) or []:
+        messages = [
+            {**message, "tool_calls": message.get("tool_calls") if message.get("role") != "user" else None}
+            for message in simulation.get("messages", [])
+            if message.get("requestor", "assistant") != "user"
+            and not (message.get("role") == "user" and message.get("tool_calls"))
+        ]
+        rows.append({"messages": messages, "system": environment.get("policy"), "tools": environment.get("tool_defs")})
+    if not rows:
+        raise RowError("simulations is empty")
+    return rows
+
+
+def _quarantined(row: Row) -> list[Row]:
+    return [row["content"]]
+
+
+def _is_bfcl(row: Row) -> bool:
+    question = row.get("question")
+    return (isinstance(question, list) and "function" in row) or (
+        row.keys() <= {"id", "ground_truth", "_row"} and isinstance(row.get("ground_truth"), list) and "id" in row
+    )
+
+
+def _is_columnar(row: Row) -> bool:
+    return len(row) > 1 and all(isinstance(v, dict) and v and all(str(k).isdecimal() for k in v) for v in row.values())
+
+
+MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "trajectory", "turns", "chat")
+_CALL_COLUMNS = (
+    "answers",
+    "ground_truth",
+    "label",
+    "answer",
+    "solution",
+    "expected_calls",
+    "expected_tool_calls",
+    "target",
+)
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        name="quarantine",
+        who="`quarantine.jsonl` of an earlier conversion, mended",
+        reference="that of the row inside",
+        columns="file, row, reason, content",
+        is_it=lambda row: {"file", "row", "reason", "content"} <= row.keys() and isinstance(row["content"], dict),
+        reshape=_quarantined,
+    ),
+    Layout(
+        name="pandas columns",
+        who="`DataFrame.to_json` without an orient",
+        columns="every column an object of rows",
+        reference="",
+        is_it=_is_columnar,
+        refusal="this is pandas' JSON of whole columns: write it with `to_json(path, orient='records', lines=True)`",
+    ),
+    Layout(
+        name="when2call-mcq",
+        who="When2Call's multiple-choice test",
+        columns="question, answers, correct_answer",
+        reference="",
+        is_it=_has("correct_answer", "answers", "question"),
+        refusal="this is multiple-choice evaluation data: it has no reference call to learn from",
+    ),
+    Layout(
+        name="bfcl",
+        who="BFCL's questions and possible answers",
+        columns="id, question, function / id, ground_truth",
+        reference="",
+        is_it=_is_bfcl,
+        refusal="this is evaluation data of BFCL: evaluate on it (docs/evaluation.md), train on other data",
+    ),
+    Layout(
+        name="stabletoolbench",
+        who="ToolBench's queries",
+        columns="api_list, query",
+        reference="",
+        is_it=lambda row: {"api_list", "query"} <= row.keys() and not _is_messages(row, *MESSAGES),
+        refusal="these are queries without reference answers: take ToolBench's answers (`conversations`) instead",
+    ),
+    Layout(
+        name="verl",
+        who="verl, ToolRL's rlla",
+        columns="prompt, reward_model.ground_truth [, tools]",
+        reference="tagged text, calls (a list or its JSON text), or text with calls in any dialect",
+        is_it=lambda row: "prompt" in row and isinstance(parsed(row.get("reward_model")), dict),
+        where=Columns(messages=("prompt",), answer=("reward_model.ground_truth",)),
+        tagged=True,
+    ),
+    Layout(
+        name="nemo-gym",
+        who="NeMo Gym",
+        columns="responses_create_params.input, expected_action",
+        reference="expected_action",
+        is_it=_has("responses_create_params"),
+        reshape=_nemo_gym,
+        where=Columns(messages=("messages",), reference="reference"),
+    ),
+    Layout(
+        name="tau2",
+        who="tau2-bench's results",
+        columns="simulations (one object a file)",
+        reference="`--reference`",
+        is_it=lambda row: isinstance(parsed(row.get("simulations")), list),
+        reshape=_tau2,
+        where=Columns(messages=("messages",)),
+    ),
+    Layout(
+        name="tau-bench",
+        who="tau-bench's trajectories",
+        columns="traj",
+        reference="`--reference`",
+        is_it=lambda row: _is_messages(row, "traj"),
+        where=Columns(messages=("traj",)),
+    ),
+    Layout(
+        name="trl",
+        who="TRL's prompt and completion",
+        columns="prompt, completion [, tools]",
+        reference="completion",
+        is_it=_has("prompt", "completion"),
+        where=Columns(messages=("prompt",), reference="completion"),
+    ),
+    Layout(
+        name="trl-preference",
+        who="TRL's preference pairs",
+        columns="prompt, chosen, rejected [, tools]",
+        reference="chosen",
+        is_it=_has("prompt", "chosen"),
+        where=Columns(messages=("prompt",), reference="chosen"),
+    ),
+    Layout(
+        name="slime",
+        who="slime",
+        columns="prompt, label [, metadata.tools]",
+        reference="label: calls or tagged text",
+        is_it=_has("prompt", "label"),
+        where=Columns(messages=("prompt",), answer=("label",)),
+        tagged=True,
+    ),
+    Layout(
+        name="verifiers",
+        who="verifiers, prime-rl",
+        columns="prompt, answer, info.oai_tools",
+        reference="answer: calls or tagged text",
+        is_it=lambda row: {"prompt", "answer"} <= row.keys() and ("info" in row or "task" in row),
+        where=Columns(messages=("prompt",), answer=("answer",)),
+        tagged=True,
+    ),
+    Layout(
+        name="trl-grpo",
+        who="TRL's GRPO rows, OpenRLHF",
+        columns="prompt, ground_truth | solution | answer | answers [, tools]",
+        reference="calls or tagged text",
+        is_it=lambda row: "prompt" in row and any(row.get(name) is not None for name in _CALL_COLUMNS),
+        where=Columns(messages=("prompt",), answer=_CALL_COLUMNS),
+        tagged=True,
+    ),
+    Layout(
+        name="when2call",
+        who="When2Call's preferences",
+        columns="messages, chosen_response [, tools]",
+        reference="chosen_response",
+        is_it=lambda row: _is_messages(row, "messages") and "chosen_response" in row,
+        where=Columns(messages=("messages",), reference="chosen_response"),
+    ),
+    Layout(
+        name="trl-messages-preference",
+        who="preference pairs as whole conversations",
+        columns="chosen, rejected",
+        reference="last message of chosen",
+        is_it=lambda row: _is_messages(row, "chosen") and "rejected" in row,
+        where=Columns(messages=("chosen",)),
+    ),
+    Layout(
+        name="toucan",
+        who="Toucan-1.5M",
+        columns="messages (JSON text), tools, target_tools",
+        reference="`--reference`",
+        is_it=lambda row: _is_messages(row, "messages") and "target_tools" in row,
+        where=Columns(messages=("messages",)),
+    ),
+    Layout(
+        name="nemotron",
+        who="Nemotron's post-training sets (v1: tools in `metadata`)",
+        columns="messages, metadata.tools | tools",
+        reference="`--reference`",
+        is_it=lambda row: _is_messages(row, "messages") and ("metadata" in row and "tools" not in row),
+        where=Columns(messages=("messages",)),
+    ),
+    Layout(
+        name="openai",
+        who="OpenAI, ms-swift, TRL, NeMo-RL, Nemotron-Agentic, Hermes and Qwen texts",
+        columns="messages [, tools]",
+        reference="`--reference`",
+        is_it=lambda row: "messages" in row,
+        where=Columns(messages=("messages",)),
+    ),
+    Layout(
+        name="glaive-v2",
+        who="glaive-function-calling-v2",
+        columns="system, chat (one text)",
+        reference="`--reference`",
+        is_it=lambda row: isinstance(row.get("chat"), str) and _SPEAKERS.search(row["chat"]) is not None,
+        reshape=_glaive,
+        where=Columns(messages=("messages",)),
+    ),
+    Layout(
+        name="toolbench",
+        who="ToolBench (ToolLLaMA)",
+        columns="conversations with Thought, Action, Action Input",
+        reference="`--reference`",
+        is_it=lambda row: _is_sharegpt(row) and _any_text(row, r"Action Input:"),
+        where=Columns(messages=("conversations",)),
+    ),
+    Layout(
+        name="hermes-v1",
+        who="hermes-function-calling-v1",
+        columns="conversations with <tool_call> [, tools]",
+        reference="`--reference`",
+        is_it=lambda row: _is_sharegpt(row) and _any_text(row, r"<tool_call>"),
+        where=Columns(messages=("conversations",)),
+    ),
+    Layout(
+        name="toolace",
+        who="ToolACE",
+        columns="system, conversations with [f(a=b)]",
+        reference="`--reference`",
+        is_it=lambda row: _is_sharegpt(row) and "system" in row and not any(path in row for path in TOOL_PATHS),
+        where=Columns(messages=("conversations",)),
+    ),
+    Layout(
+        name="sharegpt",
+        who="APIGen-MT, LLaMA-Factory, axolotl: from and value",
+        columns="conversations [, system, tools]",
+        reference="`--reference`",
+        is_it=_is_sharegpt,
+        where=Columns(messages=("conversations",)),
+    ),
+    Layout(
+        name="toolmind",
+        who="ToolMind and other sets with messages under another name",
+        columns="conversations | conversation | dialogue | trajectory | turns | chat",
+        reference="`--reference`",
+        is_it=lambda row: _is_messages(row, *MESSAGES[1:]),
+        where=Columns(messages=MESSAGES[1:]),
+    ),
+    Layout(
+        name="rlla",
+        who="ToolRL's rlla_sft",
+        columns="instruction (system), input (user), output",
+        reference="output: tagged text",
+        is_it=_is_rlla,
+        where=Columns(system=("instruction",), user=("input",), answer=("output",)),
+        tagged=True,
+    ),
+    Layout(
+        name="alpaca",
+        who="LLaMA-Factory's alpaca, API-Bank's original",
+        columns="instruction [, input], output [, system, history, tools]",
+        reference="output: text, calls in it are read",
+        is_it=_is_alpaca,
+        where=Columns(
+            user=("instruction",),
+            input=("input",),
+            answer=("output", "expected_output"),
+            history=("history",),
+        ),
+    ),
+    Layout(
+        name="xlam",
+        who="xLAM-60k, APIGen",
+        columns="query, answers, tools",
+        reference="answers: calls",
+        is_it=_has("query", "answers"),
+        where=Columns(user=("query",), calls=("answers",)),
+    ),
+    Layout(
+        name="api_bank",
+        who="API-Bank as ToolRL has it",
+        columns="system, user, answer",
+        reference="answer: one call, or a list",
+        is_it=lambda row: {"system", "user", "answer"} <= row.keys(),
+        where=Columns(system=("system",), user=("user",), calls=("answer",)),
+    ),
+    Layout(
+        name="io",
+        who="input and output",
+        columns="input (text or messages), output [, tools]",
+        reference="output: tagged text",
+        is_it=lambda row: {"input", "output"} <= row.keys(),
+        where=Columns(messages=("input",), answer=("output",)),
+        tagged=True,
+    ),
+)
+
+
+def layout_of(row: Row, name: str = "") -> Layout:
+    """The layout of a row, by its content or by ``name``."""
+    if name:
+        return find_layout(name)
+    for layout in LAYOUTS:
+        if layout.is_it(row):
+            return layout
     raise RowError(
         f"no known layout has the columns {', '.join(sorted(map(str, row))[:12])}: "
-        "name them with --column or --map (docs/data.md)"
+        "name them with --column or --mapping",
+        _guess(row),
     )
 
 
-def _mapped(row: Row, columns: Columns) -> Example:
-    def get(path: str) -> Any:
-        value: Any = row
-        for key in path.split("."):
-            if not isinstance(value, dict) or key not in value:
-                raise RowError(
-                    f"the mapped column {path!r} is missing; the row has {', '.join(sorted(map(str, row))[:12])}"
-                )
-            value = value[key]
-        return value
-
-    tools = get(columns.tools) if columns.tools else None
-    if columns.messages and not (columns.answer or columns.calls or columns.response):
-        return _conversation(get(columns.messages), tools)
-    if columns.messages:
-        messages = _messages(get(columns.messages))
-    else:
-        messages = _pair(get(columns.system) if columns.system else None, get(columns.user))
-    if columns.answer:
-        text = get(columns.answer)
-        if not isinstance(text, str):
-            raise RowError(f"the mapped column {columns.answer!r} is {type(text).__name__}, expected text")
-        return _tagged(messages, text, tools)
-    return _parts(
-        messages,
-        calls=get(columns.calls) if columns.calls else None,
-        response=get(columns.response) if columns.response else None,
-        think=get(columns.think) if columns.think else None,
-        tools=tools,
-    )
+def find_layout(name: str) -> Layout:
+    """By name; DataError names the known ones."""
+    found = next((layout for layout in LAYOUTS if layout.name == name), None)
+    if found is None:
+        raise DataError(f"--layout {name!r} is not known: known are {', '.join(layout.name for layout in LAYOUTS)}")
+    return found
 
 
-def _text(row: Row, key: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"{key} is {'empty' if isinstance(value, str) else type(value).__name__}, expected text")
-    return value
+_QUESTIONS = ("query", "question", "prompt", "user", "input", "instruction", "q", "problem")
+_ANSWERS = (
+    "calls",
+    "tool_calls",
+    "function_calls",
+    "answers",
+    "gold",
+    "ground_truth",
+    "label",
+    "target",
+    "answer",
+    "output",
+)
 
 
-def _pair(system: Any, user: Any) -> list[Message]:
-    messages = [{"role": "user", "content": _content(user, "user")}]
-    if system is not None and system != "":
-        messages.insert(0, {"role": "system", "content": _content(system, "system")})
-    return messages
+def _guess(row: Row) -> str:
+    """A command that may mend it."""
+    lists = next((key for key, value in row.items() if isinstance(parsed(value), list) and "tool" not in key), None)
+    question = next((name for name in _QUESTIONS if name in row), "QUESTION")
+    answer = next((name for name in _ANSWERS if name in row), lists or "CALLS")
+    return f"for example --column user={question} --column calls={answer} (docs/data.md has a page on mappings)"
 
 
-def _messages(value: Any) -> list[Message]:
-    """A list of messages, or one user text."""
-    if isinstance(value, str):
-        return _pair(None, value)
-    if not isinstance(value, list) or not value:
-        raise RowError(
-            f"the conversation is {'empty' if value == [] else type(value).__name__}, expected a list of messages"
-        )
-    return [_message(message) for message in value]
+def table() -> str:
+    """The layouts as docs/data.md lists them (``python -m data_tools.layouts`` prints it)."""
+    lines = ["| `--layout` | whose | columns | reference |", "|---|---|---|---|"]
+    for layout in LAYOUTS:
+        reference = f"refused: {layout.refusal}" if layout.refusal else layout.reference
+        cells = (f"`{layout.name}`", layout.who, layout.columns, reference)
+        lines.append("| " + " | ".join(cell.replace("|", "or") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
-def _message(message: Any) -> Message:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else message
-        raise RowError(f"a message has role {str(role)[:40]!r}, expected one of {', '.join(ROLES)}")
-    calls = message.get("tool_calls")
-    if message["role"] == "assistant" and calls:
-        return {"role": "assistant", "content": _assistant(message).ground_truth}
-    return {"role": message["role"], "content": _content(message.get("content"), message["role"])}
-
-
-def _content(value: Any, role: str) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise RowError(f"the content of a {role} message is {type(value).__name__}, expected text")
-    if role == "user" and not value.strip():
-        raise RowError("a user message is empty")
-    return value
-
-
-def _conversation(value: Any, tools: Any) -> Example:
-    if not isinstance(value, list) or len(value) < 2:
-        raise RowError("the conversation needs at least a prompt and a reference answer")
-    last = value[-1]
-    if not isinstance(last, dict) or last.get("role") != "assistant":
-        raise RowError("the last message is not from the assistant: there is no reference answer")
-    reference = _assistant(last)
-    return _build(_messages(value[:-1]), reference.ground_truth, tools)
-
-
-def _assistant(message: Row) -> Example:
-    """A reference message: tagged text as it is; otherwise its parts."""
-    content = message.get("content")
-    text = _content(content, "assistant") if content is not None else ""
-    calls = message.get("tool_calls")
-    think = next((message[key] for key in _THOUGHT_KEYS if message.get(key)), None)
-    if not calls and ("<tool_call>" in text or "<response>" in text):
-        return _build([], answers.with_thought(text, think), None)
-    leading, text = answers.leading_thought(text)
-    return _parts(
-        [],
-        calls=calls,
-        response=text if text.strip() else None,
-        think=think or leading,
-        tools=None,
-    )
-
-
-def _tagged(messages: list[Message], text: str, tools: Any) -> Example:
-    return _build(messages, text, tools)
-
-
-def _parts(
-    messages: list[Message], *, calls: Any = None, response: Any = None, think: Any = None, tools: Any = None
-) -> Example:
-    if isinstance(calls, str):
-        try:
-            calls = answers.loads(calls)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"the reference calls are not JSON: {error}") from error
-    if isinstance(calls, dict):
-        calls = [calls]
-    if calls is not None and not isinstance(calls, list):
-        raise RowError(f"the reference calls are {type(calls).__name__}, expected a list")
-    for name, value in (("response", response), ("think", think)):
-        if value is not None and not isinstance(value, str):
-            raise RowError(f"the reference {name} is {type(value).__name__}, expected text")
-    checked = [answers.check_call(call) for call in calls or []]
-    return _build(messages, answers.compose_answer(checked, think=think, response=response or None), tools)
-
-
-def _build(messages: list[Message], ground_truth: str, tools: Any) -> Example:
-    if messages and messages[-1]["role"] == "assistant":
-        raise RowError("the prompt ends with an assistant message: nothing is left to answer")
-    answer = answers.parse_answer(ground_truth)
-    own_messages = messages
-    listed = answers.check_tools(tools)
-    tools_json = _json_text(listed)  # before they are written anywhere: what JSON cannot hold is refused
-    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-    if listed and (system is None or "**Available Tools**" not in system):
-        text = prompt_style.write_tools(system or prompt_style.ROLE_SENTENCE, listed)
-        messages = [{"role": "system", "content": text}, *messages[0 if system is None else 1 :]]
-    elif not listed and system is not None:
-        listed = answers.parse_tools(system)
-        tools_json = _json_text(listed)
-    return Example(
-        messages=messages,
-        own_messages=own_messages,
-        ground_truth=ground_truth,
-        calls=answer.calls,
-        tools=listed,
-        think=answer.think,
-        response=answer.response,
-        calls_json=_json_text(answer.calls),
-        tools_json=tools_json,
-        prompt_id=_content_hash(messages, ground_truth),
-    )
-
-
-def _json_text(value: Any) -> str:
-    text = answers.dumps(value)
-    text.encode()
-    return text
-
-
-def _content_hash(messages: list[Message], ground_truth: str) -> str:
-    digest = hashlib.sha256()
-    for part in (*(text for m in messages for text in (m["role"], m["content"])), ground_truth):
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:32]
+if __name__ == "__main__":
+    print(table())

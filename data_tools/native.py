@@ -1,7 +1,4 @@
-"""A row as a chat template of a model's own dialect takes it: plain messages, calls as calls, tools as tools.
-
-ToolRL's form, which the layouts bring every row into, writes all of it as text.
-"""
+"""An example as a chat template of a model's own dialect takes it: plain messages, calls as calls, tools as tools."""
 
 from __future__ import annotations
 
@@ -9,47 +6,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_tools import answers
+from data_tools.conversation import Turn
 from data_tools.errors import RowError
-from data_tools.layouts import Example
+from data_tools.examples import Example
+from data_tools.tool_lists import TOOL_LIST
 from megatron_rest.regions import Dialect, ToolCallError
 
 __all__ = ["asks_for_tags", "native_answer", "native_ground_truth", "native_messages", "native_tools"]
 
-_TOOL_LIST = "**Available Tools**"
-
 
 def asks_for_tags(example: Example) -> bool:
     """Whether the row's own system message asks for ToolRL's form."""
-    system = example.own_messages[0]["content"] if example.own_messages[0]["role"] == "system" else ""
-    return "<tool_call>" in system and ("<response>" in system or _TOOL_LIST in system)
+    system = example.system
+    return "<tool_call>" in system and ("<response>" in system or TOOL_LIST in system)
 
 
 def native_messages(example: Example) -> list[dict[str, Any]]:
     """The conversation, calls of earlier turns as ``tool_calls``, thoughts as ``reasoning_content``."""
-    messages = [_native(message) for message in example.own_messages]
-    if messages[0]["role"] == "system":
-        messages[0]["content"] = messages[0]["content"].partition(_TOOL_LIST)[0].rstrip()
-        if not messages[0]["content"]:
-            del messages[0]
-    return messages
+    system = example.system.partition(TOOL_LIST)[0].rstrip()
+    return [*([{"role": "system", "content": system}] if system else []), *map(_native, example.turns)]
 
 
-def _native(message: dict[str, str]) -> dict[str, Any]:
-    if message["role"] != "assistant":
-        return dict(message)
-    try:
-        said = answers.parse_answer(message["content"])
-    except RowError:  # plain text
-        return dict(message)
-    native: dict[str, Any] = {"role": "assistant", "content": said.response or ""}
-    if said.think and said.think != answers.PLACEHOLDER_THOUGHT:
-        native["reasoning_content"] = said.think
-    if said.calls:
-        native["tool_calls"] = [
+def _native(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.text}
+    if turn.role == "tool" and turn.name:
+        message["name"] = turn.name
+    if turn.thought and turn.thought != answers.PLACEHOLDER_THOUGHT:
+        message["reasoning_content"] = turn.thought
+    if turn.calls:
+        message["tool_calls"] = [
             {"type": "function", "function": {"name": call["name"], "arguments": call["parameters"]}}
-            for call in said.calls
+            for call in turn.calls
         ]
-    return native
+    return message
 
 
 def native_tools(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -10,8 +10,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from data_tools.encode import examples_of_row
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import Columns, normalise
+from data_tools.examples import Reading
 from data_tools.readers import read_chunks, resolve_inputs
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -32,18 +33,23 @@ CHATML = (
 )
 
 
-def texts_of(paths: Sequence[str], *, columns: Columns | None = None, split: str = "") -> Iterator[str]:
-    """Message and answer texts of the usable rows."""
+def texts_of(paths: Sequence[str], *, reading: Reading | None = None, split: str = "") -> Iterator[str]:
+    """Message and answer texts of the usable rows; DataError with the first reason where there is none."""
+    reading = reading or Reading()
+    usable, first = False, ""
     for chunk in read_chunks(resolve_inputs(paths, split=split)):
-        for _, row in chunk.rows():
-            if isinstance(row, RowError):
-                continue
+        for number, row in chunk.rows():
             try:
-                example = normalise(row, columns)
-            except RowError:
+                examples = examples_of_row(row, reading)
+            except RowError as error:
+                first = first or f"{chunk.place(number)}: {error}"
                 continue
-            yield from (message["content"] for message in example.messages)
-            yield example.ground_truth
+            for example in examples:
+                usable = True
+                yield from (message["content"] for message in example.messages)
+                yield example.ground_truth
+    if not usable:
+        raise DataError(f"no row is usable; the first: {first}" if first else "the inputs hold no rows")
 
 
 def train_and_save(texts: Iterable[str], *, vocab_size: int, output: str | Path) -> int:
@@ -73,14 +79,10 @@ def train_and_save(texts: Iterable[str], *, vocab_size: int, output: str | Path)
 
 def _without_tags(texts: Iterable[str]) -> Iterator[str]:
     """Tags never reach the merges: they would spend vocabulary on pieces that are never used."""
-    seen = False
     for text in texts:
-        seen = True
         for tag in TAG_TOKENS:
             text = text.replace(tag, "\n")
         yield text
-    if not seen:
-        raise DataError("train-tokenizer found no usable row: run `megatron-rest-data inspect` on the files")
 
 
 def _save(tokenizer_json: str, folder: Path) -> None:

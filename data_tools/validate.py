@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.chat import ChatTokenizer
-from data_tools.encode import check_reference
+from data_tools.encode import EncodeOptions, check_reference, examples_of_row, kind_of, prepare
 from data_tools.errors import DataError, RowError
+from data_tools.examples import Example
 from data_tools.folders import PreparedFolder, lists
-from data_tools.layouts import Columns, normalise
 from data_tools.readers import read_chunks, resolve_inputs
 from data_tools.writer import sha256_file
 from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, find_dialect, is_thought_open, region_spans
@@ -45,6 +46,14 @@ def open_as_prepared(path: str | Path, tokenizer: Path) -> ChatTokenizer:
     folder = PreparedFolder(path)
     template = str(folder.manifest.get("tokenizer", {}).get("chat_template", "stock"))
     return ChatTokenizer(tokenizer, dialect=_dialect(folder)[0], template=template)
+
+
+def open_for_raw(paths: Sequence[str], tokenizer: Path, options: EncodeOptions, split: str) -> ChatTokenizer:
+    """The tokenizer with the dialect that ``convert`` would take for these rows."""
+    from data_tools.convert import ConvertOptions, with_dialect
+
+    wanted = ConvertOptions(inputs=list(paths), output=Path(), tokenizer=tokenizer, encode=options, split=split)
+    return with_dialect(wanted, resolve_inputs(paths, split=split)).open_tokenizer()
 
 
 def _dialect(folder: PreparedFolder) -> tuple[Dialect, bool]:
@@ -150,23 +159,70 @@ def _loads(text: str) -> object:
         return None
 
 
+@dataclass(slots=True)
+class RawFindings:
+    """What became of rows that have not been converted yet."""
+
+    num_source: int = 0
+    num_examples: int = 0
+    num_with_calls: int = 0
+    num_refused: int = 0
+    layouts: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    problems: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # of each kind of reason, note or problem: where and what
+
+    def lines(self) -> list[str]:
+        """For people: kinds of reasons, each with its first row."""
+        layouts = ", ".join(f"{name} ({number} rows)" for name, number in self.layouts.items()) or "none"
+        return [
+            *(
+                f"{number} rows cannot be used: {self.first[kind]}"
+                for kind, number in self.reasons.most_common(MOST_FINDINGS)
+            ),
+            *(f"{number} rows suspicious: {self.first[kind]}" for kind, number in self.problems.most_common()),
+            *(f"{number} rows: {kind}" for kind, number in self.notes.most_common()),
+            f"layout: {layouts}",
+            f"{self.num_source} conversations -> {self.num_examples} rows -> {self.num_with_calls} rows with calls",
+            f"{self.num_source} rows, {self.num_refused} of them cannot be used",
+        ]
+
+
 def validate_raw(
-    paths: Sequence[str], *, columns: Columns | None = None, split: str = ""
-) -> tuple[int, Counter[str], list[str]]:
-    """(rows, reasons, first findings) of rows that have not been converted yet."""
-    num_rows, reasons = 0, Counter[str]()
-    findings: list[str] = []
+    paths: Sequence[str],
+    *,
+    options: EncodeOptions | None = None,
+    split: str = "",
+    tokenizer: ChatTokenizer | None = None,
+) -> RawFindings:
+    """What ``convert`` would say of these rows; what needs the tokenizer (control tokens, template) with one only."""
+    options = options or EncodeOptions()
+    found = RawFindings()
     for chunk in read_chunks(resolve_inputs(paths, split=split)):
         for number, row in chunk.rows():
-            num_rows += 1
+            found.num_source += 1
             try:
-                if isinstance(row, RowError):
-                    raise row
-                check_reference(normalise(row, columns))
+                for example in examples_of_row(row, options.reading):
+                    _check_example(example, number, options, tokenizer)
+                    found.num_examples += 1
+                    found.num_with_calls += bool(example.calls)
+                    found.layouts[example.layout] += 1
+                    found.notes.update(example.notes)
+                    for kind, problem in {kind_of(problem): problem for problem in example.problems}.items():
+                        found.problems[kind] += 1
+                        found.first.setdefault(kind, f"{chunk.place(number)}: {problem}")
             except RowError as error:
-                reasons[str(error).split(":")[0][:80]] += 1
-                if len(findings) < MOST_FINDINGS:
-                    findings.append(f"{chunk.source} row {number}: {error}")
-    if not num_rows:
+                found.num_refused += 1
+                found.reasons[kind_of(str(error))] += 1
+                found.first.setdefault(kind_of(str(error)), f"{chunk.place(number)}: {error}")
+    if not found.num_source:
         raise DataError("the inputs hold no rows")
-    return num_rows, reasons, findings
+    return found
+
+
+def _check_example(example: Example, number: int, options: EncodeOptions, tokenizer: ChatTokenizer | None) -> None:
+    if tokenizer is None:
+        check_reference(example)
+    else:
+        prepare(number, example, tokenizer, options, tokenizer.dialect)

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from data_tools.encode import EncodedChunk, Refused
+from data_tools.encode import EncodedChunk, Refused, kind_of
 from data_tools.errors import DataError
 from megatron_rest.data.prompt_files import MANIFEST_NAME, PROMPT_SCHEMA, QUARANTINE_NAME
 
@@ -35,13 +35,19 @@ class Progress:
 
     fingerprint: str
     num_chunks: int = 0
-    num_in: int = 0
+    num_source: int = 0  # rows of the input
+    num_in: int = 0  # rows that they gave
     num_out: int = 0
     num_quarantined: int = 0
     quarantine_bytes: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     rewritten: dict[str, int] = field(default_factory=dict)  # references written anew, by reason
+    layouts: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, int] = field(default_factory=dict)
+    with_calls: int = 0
+    examples: dict[str, str] = field(default_factory=dict)  # of each reason the first row and the whole reason
 
 
 class _Shard:
@@ -130,11 +136,18 @@ class OutputFolder:
         progress = self.progress
         for refused in chunk.refused:
             self._quarantine.write(_quarantine_line(refused))
-            reason = _kind(refused.reason)
+            reason = kind_of(refused.reason)
             progress.reasons[reason] = progress.reasons.get(reason, 0) + 1
+            progress.examples.setdefault(reason, f"{refused.place}: {refused.reason}"[:500])
         for reason, number in chunk.rewritten.items():
-            progress.rewritten[_kind(reason)] = progress.rewritten.get(_kind(reason), 0) + number
+            progress.rewritten[kind_of(reason)] = progress.rewritten.get(kind_of(reason), 0) + number
+        for name in ("layouts", "notes", "problems"):
+            totals = getattr(progress, name)
+            for what, number in getattr(chunk, name).items():
+                totals[what] = totals.get(what, 0) + number
         progress.num_chunks += 1
+        progress.num_source += chunk.num_source
+        progress.with_calls += sum(calls != "[]" for calls in chunk.batch.column("calls").to_pylist())
         progress.num_in += chunk.num_in
         progress.num_out += chunk.batch.num_rows
         progress.num_quarantined += len(chunk.refused)
@@ -189,6 +202,11 @@ class OutputFolder:
                 "quarantine_reasons": dict(sorted(progress.reasons.items())),
                 "references_rewritten": sum(progress.rewritten.values()),
                 "rewritten_reasons": dict(sorted(progress.rewritten.items())),
+                "source_rows": progress.num_source,
+                "rows_with_calls": progress.with_calls,
+                "layouts": dict(sorted(progress.layouts.items())),
+                "notes": dict(sorted(progress.notes.items())),
+                "problems": dict(sorted(progress.problems.items())),
             },
             "outputs": progress.shards,
             "quarantine": {
@@ -228,18 +246,17 @@ def _lock(folder: Path) -> IO[bytes]:
     return file
 
 
-def _kind(reason: str) -> str:
-    """The part of a reason that many rows share."""
-    return reason.split(":")[0].split("(")[0].strip()[:80]
-
-
 def _quarantine_line(refused: Refused) -> bytes:
-    record = {"file": refused.source, "row": refused.row, "reason": refused.reason, "content": refused.content}
+    record = {"file": refused.source, "row": refused.row, "line": refused.line, "reason": refused.reason}
     try:
-        text = json.dumps(record, default=str)
-    except (ValueError, RecursionError, TypeError):
+        text = json.dumps({**record, "content": refused.content}, default=_as_text, allow_nan=False)
+    except (ValueError, RecursionError, TypeError):  # NaN, keys that are no text, no end of nesting
         text = json.dumps({**record, "content": repr(refused.content)[:10_000]})
     return text.encode("ascii") + b"\n"
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from data_tools.readers.arrow_files import count_arrow_rows, read_arrow
-from data_tools.readers.chunk import Chunk
+from data_tools.readers.chunk import Chunk, place_of
 from data_tools.readers.json_text import count_json_rows, read_json
 from data_tools.readers.sources import Form, Source, resolve_inputs
 
-__all__ = ["Chunk", "Form", "Source", "count_rows", "read_chunks", "resolve_inputs"]
+__all__ = ["Chunk", "Form", "Source", "count_rows", "place_of", "read_chunks", "resolve_inputs"]
 
-_JSON_FORMS = (Form.JSON_LINES, Form.JSON_LIST)
+_JSON_FORMS = (Form.JSON_LINES, Form.JSON_LIST, Form.JSON_OBJECTS)
 
 
 def read_chunks(sources: Iterable[Source]) -> Iterator[Chunk]:

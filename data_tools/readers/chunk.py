@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 from data_tools.errors import DataError, RowError
 
 CHUNK_ROWS = 512  # small enough for a fine-grained progress bar, large enough to hide what a process costs
+_JSON_TYPE = "arrow.json"
 MAX_ROW_BYTES = 64 << 20  # one row; a larger one is an attack or a mistake
 
 
@@ -22,6 +23,7 @@ class Chunk:
     source: str
     first_row: int
     payload: pa.RecordBatch | list[bytes] | list[Any]
+    lines: tuple[int, ...] = ()  # of text files: the line (from 1) on which each row begins
 
     @property
     def num_rows(self) -> int:
@@ -31,7 +33,7 @@ class Chunk:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as an Arrow stream: a pickled slice would take the whole record batch along."""
         if isinstance(self.payload, list):
-            return Chunk, (self.source, self.first_row, self.payload)
+            return Chunk, (self.source, self.first_row, self.payload, self.lines)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.payload.schema) as writer:
             writer.write_batch(self.payload)
@@ -42,6 +44,19 @@ class Chunk:
         values = self.payload if isinstance(self.payload, list) else arrow_rows(self.payload, self.source)
         for number, value in enumerate(values, start=self.first_row):
             yield number, parse_line(value) if isinstance(value, bytes) else value
+
+    def line(self, row: int) -> int | None:
+        """The line (from 1) on which a row of a text file begins."""
+        return self.lines[row - self.first_row] if self.lines else None
+
+    def place(self, row: int) -> str:
+        """Where a row is, for people: ``rows.jsonl line 4 (row 1)``."""
+        return place_of(self.source, row, self.line(row))
+
+
+def place_of(source: str, row: int, line: int | None) -> str:
+    """Where a row is: rows are counted from 0, as in the prepared folder's ``source_row``, lines from 1."""
+    return f"{source} row {row}" if line is None else f"{source} line {line} (row {row})"
 
 
 def _unpickle(source: str, first_row: int, stream: pa.Buffer) -> Chunk:
@@ -61,7 +76,8 @@ def parse_line(line: bytes) -> Any:
 
 
 def arrow_rows(batch: pa.RecordBatch, source: str) -> list[Any]:
-    """Rows of a record batch as dictionaries; nulls inside nested objects are Arrow's padding and are left out."""
+    """Rows of a record batch as dictionaries, by what the schema says: JSON text and maps are objects, nulls in structs
+    are gaps that Arrow filled (those in JSON text and in maps were meant)."""
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
@@ -69,20 +85,77 @@ def arrow_rows(batch: pa.RecordBatch, source: str) -> list[Any]:
         rows = _decode_bytes(batch, source)
     except (pa.ArrowNotImplementedError, OverflowError, ValueError) as error:
         raise DataError(f"{source}: a column cannot be read: {error}") from error
-    return [_row(row) for row in rows]
+    decoders = [(field.name, decoder) for field in batch.schema if (decoder := _decoder(field)) is not None]
+    return [_decoded(row, decoders) for row in rows] if decoders else rows
 
 
-def _row(row: Any) -> Any:
-    return {key: drop_nulls(item) for key, item in row.items()} if isinstance(row, dict) else row
+Decoder = Callable[[Any], Any]
 
 
-def drop_nulls(value: Any) -> Any:
-    """Arrow unites the keys of all objects of a column and fills the gaps with null; undo that."""
-    if isinstance(value, dict):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [drop_nulls(item) for item in value]
-    return value
+def _decoded(row: Any, decoders: list[tuple[str, Decoder]]) -> Any:
+    if not isinstance(row, dict):
+        return row
+    try:
+        for name, decode in decoders:
+            row[name] = decode(row[name])
+    except (ValueError, RecursionError) as error:
+        return RowError(f"a column that is JSON by its type is not: {error}")
+    return row
+
+
+def _decoder(field: pa.Field) -> Decoder | None:
+    """What makes plain values of a field's; None where they are plain."""
+    kind = field.type
+    name = (field.metadata or {}).get(b"ARROW:extension:name", b"").decode("utf-8", "replace")
+    if getattr(kind, "extension_name", name) == _JSON_TYPE:  # an older pyarrow leaves the name in the metadata
+        return _from_json
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _decoder(pa.field("", kind.value_type))
+    if pa.types.is_map(kind):
+        return _of_map(_decoder(kind.item_field))
+    if pa.types.is_struct(kind):
+        inner = [kind.field(i) for i in range(kind.num_fields)]
+        return _of_struct({part.name: decoder for part in inner if (decoder := _decoder(part)) is not None})
+    if _is_list(kind):
+        item = _decoder(kind.value_field)
+        return (lambda value: value and [item(part) for part in value]) if item else None
+    return None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    names = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    return any(getattr(pa.types, name)(kind) for name in names if hasattr(pa.types, name))
+
+
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, (str, bytes)) else value
+
+
+def _of_map(item: Decoder | None) -> Decoder:
+    def decode(value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        made = {key: item(held) if item else held for key, held in value}
+        if len(made) < len(value):
+            raise ValueError("a map has a key twice")
+        return made
+
+    return decode
+
+
+def _of_struct(decoders: dict[str, Decoder]) -> Decoder:
+    """Arrow unites the keys of all objects of a column and fills the gaps with null: undone here."""
+
+    def decode(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: decoders[key](item) if key in decoders else item for key, item in value.items() if item is not None
+        }
+
+    return decode
 
 
 def _decode_bytes(batch: pa.RecordBatch, source: str) -> list[Any]:

@@ -29,41 +29,45 @@ def count_json_rows(source: Source) -> int:
     return sum(1 for _ in _items(source))
 
 
-def _items(source: Source) -> Iterator[tuple[Any, int]]:
+_Item = tuple[Any, int, int]
+"""(row or its line, bytes it takes, number of the line on which it begins)."""
+
+
+def _items(source: Source) -> Iterator[_Item]:
+    readers = {Form.JSON_LINES: _lines, Form.JSON_LIST: _elements, Form.JSON_OBJECTS: _objects}
     try:
         with source.open() as file:
-            yield from _lines(file, source) if source.form is Form.JSON_LINES else _elements(file, source)
+            yield from readers[source.form](file, source)
     except OSError as error:
         raise DataError(f"cannot read {source.path}: {error}") from error
 
 
-def _chunks(items: Iterator[tuple[Any, int]], source: Source) -> Iterator[Chunk]:
-    first, payload, size = 0, [], 0
-    for item, item_bytes in items:
+def _chunks(items: Iterator[_Item], source: Source) -> Iterator[Chunk]:
+    first, payload, lines, size = 0, [], [], 0
+    for item, item_bytes, line in items:
         payload.append(item)
+        lines.append(line)
         size += item_bytes
         if len(payload) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield Chunk(source.name, first, payload)
-            first, payload, size = first + len(payload), [], 0
+            yield Chunk(source.name, first, payload, tuple(lines))
+            first, payload, lines, size = first + len(payload), [], [], 0
     if payload:
-        yield Chunk(source.name, first, payload)
+        yield Chunk(source.name, first, payload, tuple(lines))
 
 
-def _lines(file: IO[bytes], source: Source) -> Iterator[tuple[bytes | RowError, int]]:
+def _lines(file: IO[bytes], source: Source) -> Iterator[_Item]:
     """Lines that are not blank; one that is too long is a broken row."""
-    first = True
+    number = 0
     while line := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
         if len(line) > MAX_ROW_BYTES:
             while line and not line.endswith(b"\n"):
                 line = file.readline(_BLOCK)
-            yield RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB"), 0
+            yield RowError(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB"), 0, number
             continue
-        stripped = line.removeprefix(codecs.BOM_UTF8) if first else line
-        if first and stripped.strip() == b"{":
-            raise DataError(f"{source.path} is one JSON object over several lines: give JSON lines or a list")
-        first = False
+        stripped = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if stripped.strip():
-            yield stripped, len(stripped)
+            yield stripped, len(stripped), number
 
 
 class _Text:
@@ -75,13 +79,21 @@ class _Text:
         self.text = ""
         self.position = 0
         self.at_end = False
+        self._lines, self._counted = 0, 0  # lines of the file before text[_counted]
 
     def more(self) -> None:
         """Drop what is behind and at least double what is ahead."""
-        self.text, self.position = self.text[self.position :], 0
+        self.line()
+        self.text, self.position, self._counted = self.text[self.position :], 0, 0
         data = self._file.read(max(_BLOCK, len(self.text)))
         self.at_end = not data
         self.text += self._decoder.decode(data, final=self.at_end)
+
+    def line(self) -> int:
+        """The line, from 1, on which ``position`` is."""
+        self._lines += self.text.count("\n", self._counted, self.position)
+        self._counted = self.position
+        return self._lines + 1
 
     def peek(self) -> str:
         """The next character that is not space; empty at the end of the file."""
@@ -95,7 +107,7 @@ class _Text:
             self.more()
 
 
-def _elements(file: IO[bytes], source: Source) -> Iterator[tuple[Any, int]]:
+def _elements(file: IO[bytes], source: Source) -> Iterator[_Item]:
     text, decoder, count = _Text(file), json.JSONDecoder(), 0
     if text.peek() == "\ufeff":
         text.position += 1
@@ -103,8 +115,9 @@ def _elements(file: IO[bytes], source: Source) -> Iterator[tuple[Any, int]]:
     text.position += 1  # the opening bracket
     mark = text.peek()
     while mark != "]":
+        line = text.line()
         value, size = _element(text, decoder, source, count)
-        yield value, size
+        yield value, size, line
         count += 1
         mark = text.peek()
         if mark == ",":
@@ -119,6 +132,18 @@ def _elements(file: IO[bytes], source: Source) -> Iterator[tuple[Any, int]]:
     text.position += 1
     if text.peek():
         raise DataError(f"{source.path}: there is text after the end of the JSON list")
+
+
+def _objects(file: IO[bytes], source: Source) -> Iterator[_Item]:
+    """Objects over several lines, one behind the other."""
+    text, decoder, count = _Text(file), json.JSONDecoder(), 0
+    if text.peek() == "\ufeff":
+        text.position += 1
+    while text.peek():
+        line = text.line()
+        value, size = _element(text, decoder, source, count)
+        yield value, size, line
+        count += 1
 
 
 def _element(text: _Text, decoder: json.JSONDecoder, source: Source, number: int) -> tuple[Any, int]:

@@ -110,6 +110,8 @@ def _slim_tool(entry: re.Match[str]) -> str:
     name, description, parameters = entry.groups()
     try:
         fields = json.loads(parameters)
+        if isinstance(fields.get("properties"), dict) and isinstance(fields.get("type"), str):
+            fields = fields["properties"]  # a JSON schema
         types = {key: str(field["type"]) if isinstance(field, dict) else str(field) for key, field in fields.items()}
     except (ValueError, KeyError, AttributeError, RecursionError):
         return entry.group()

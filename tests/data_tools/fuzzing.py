@@ -25,7 +25,7 @@ from typing import Any
 
 from data_tools.convert import ConvertOptions, convert_rows
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import normalise
+from data_tools.examples import normalise
 from data_tools.readers import count_rows, read_chunks, resolve_inputs
 from data_tools.validate import validate_prepared
 from megatron_rest.data.prompts import PromptDataset

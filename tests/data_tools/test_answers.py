@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from data_tools import answers
+from data_tools.calls import read_call
 from data_tools.errors import RowError
+from data_tools.tool_lists import toolrl_list
 
 CALL = '<think> t </think>\n<tool_call>\n{"name": "f", "parameters": {"a": 1}}\n</tool_call>'
 
@@ -42,7 +44,7 @@ def test_unreadable_references_are_refused_with_the_reason(text: str, reason: st
 
 def test_openai_calls_become_plain_calls() -> None:
     call = {"type": "function", "id": "1", "function": {"name": "f", "arguments": '{"a": [1, null]}'}}
-    assert answers.check_call(call) == {"name": "f", "parameters": {"a": [1, None]}}
+    assert read_call(call) == {"name": "f", "parameters": {"a": [1, None]}}
 
 
 def test_compose_is_the_inverse_of_parse() -> None:
@@ -76,9 +78,9 @@ Parameters: not a dict
 
 
 def test_tool_lists_of_all_three_spellings() -> None:
-    assert answers.parse_tools(SYSTEM) == [
+    assert toolrl_list(SYSTEM) == [
         {"name": "Weather", "description": "Say the weather.", "parameters": {"city": {"type": "string"}}},
         {"name": "QueryMeeting", "description": "Details: all of them.", "parameters": {"user": {"type": "str"}}},
         {"name": "Odd", "description": "two\nlines", "parameters": "not a dict"},
     ]
-    assert answers.parse_tools("no list") == []
+    assert toolrl_list("no list") == []

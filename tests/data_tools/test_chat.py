@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_tools.chat import ChatTokenizer
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import normalise
+from data_tools.examples import normalise
 from data_tools.train_tokenizer import TAG_TOKENS, texts_of, train_and_save
 from data_tools.word_cache import WordEncoder, cuts_are_exact, separator
 from megatron_rest.data.prompt_files import chat_template, template_identity, tokenizer_identity

@@ -157,7 +157,7 @@ def test_nulls_clashing_types_and_unknown_columns_cost_their_rows_only(
         {**sft_rows[1], "extra": {"deep": ["x"]}},  # pyarrow.json refuses such a file
         {**sft_rows[2], "output": {"think": "t"}},
         {**sft_rows[3], "input": 5},
-        {**sft_rows[4], "tools": {"name": "f"}},
+        {**sft_rows[4], "tools": {"x": 5}},
         {"frage": "?", "antwort": "!"},
     ]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clashes))
@@ -170,14 +170,14 @@ def test_nulls_clashing_types_and_unknown_columns_cost_their_rows_only(
     ]
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     expected = [
-        "needs at least a prompt and a reference answer",
+        "the conversation is NoneType",
+        "a message is NoneType ('None')",
         "role 'None'",
-        "role 'None'",
-        "content of a user message is NoneType",
+        "a user message is empty",
         "neither tool calls nor a response",
         "output is dict, expected text",
         "content of a user message is int",
-        "tools are dict, expected a list",
+        "tools are one object without a name",
         "no known layout has the columns antwort, frage: name them with --column",
     ]
     for reason, part in zip(reasons, expected, strict=True):
@@ -185,7 +185,7 @@ def test_nulls_clashing_types_and_unknown_columns_cost_their_rows_only(
 
 
 def test_strict_stops_at_the_first_bad_row(tokenizer_folder: Path, mixed: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"--strict: mixed\.jsonl row 1: the line is not JSON"):
+    with pytest.raises(DataError, match=r"--strict: mixed\.jsonl line 2 \(row 1\): the line is not JSON"):
         convert_rows(options([mixed], tmp_path / "out", tokenizer_folder, strict=True))
     assert not (tmp_path / "out").exists()
 

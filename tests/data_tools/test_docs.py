@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.answers import PLACEHOLDER_THOUGHT
-from data_tools.cli import main
-from data_tools.layouts import normalise
+from data_tools.cli import _CONVERT, main
+from data_tools.examples import normalise
 from megatron_rest.data.prompt_files import PROMPT_SCHEMA
 from tests.data_tools.test_forms import LINES, ROWS, TABLE, write_ipc
 
@@ -98,6 +100,7 @@ def test_every_form_of_the_table_converts(folder: Path) -> None:
         "data/train-00000-of-00004.parquet": lambda p: pq.write_table(TABLE, p),
         "rows.jsonl": lambda p: p.write_bytes(LINES),
         "rows.json": lambda p: p.write_text(json.dumps(ROWS)),
+        "objects.json": lambda p: p.write_text("\n".join(json.dumps(row, indent=1) for row in ROWS)),
         "rows.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES)),
     }
     for name, writer in write.items():
@@ -110,7 +113,7 @@ def test_every_form_of_the_table_converts(folder: Path) -> None:
         assert main(["convert", *options, "--output", "OUT", "--tokenizer", "TOK", "--overwrite"]) == 0, form
         ids[form] = pa.ipc.open_file(folder / "OUT" / "data-00000.arrow").read_all()["prompt_id"].to_pylist()
     expected = [normalise(row).prompt_id for row in ROWS]
-    assert len(ids) == 11
+    assert len(ids) == 12
     for form, found in ids.items():
         assert found == (expected * 2 if form == "a quoted glob, several inputs" else expected), form
 
@@ -122,28 +125,50 @@ def test_layouts_are_the_same_row() -> None:
         assert example.messages == examples[0].messages
         assert example.tools == examples[0].tools
         assert example.calls == [{"name": "weather", "parameters": {"city": "Bern"}}]
+    assert [example.layout for example in examples] == ["verl", "openai", "hermes-v1", "xlam", "io"]
     thoughts = ["Ask.", "Ask.", "Ask.", PLACEHOLDER_THOUGHT, "Ask."]
     assert [example.think for example in examples] == thoughts
 
 
+def inline(ending: str) -> list[str]:
+    """The command of the page that ends so."""
+    [command] = re.findall(rf"`(megatron-rest-data convert [^`]*{re.escape(ending)})`", PAGE)
+    return commands(command)[0]
+
+
 def test_own_format_by_names(folder: Path) -> None:
+    assert len(blocks("yaml")[0].splitlines()) <= 10
     (folder / "columns.yaml").write_text(blocks("yaml")[0])
     (folder / "rows.jsonl").write_text(blocks("json")[1])
-    (inline,) = re.findall(r"`(megatron-rest-data convert [^`]*--map columns.yaml)`", PAGE)
-    assert main(*commands(inline)) == 0
+    assert main(inline("--mapping columns.yaml")) == 0
     (row,) = pa.ipc.open_file(folder / "OUT" / "data-00000.arrow").read_all().to_pylist()
     assert json.loads(row["calls"]) == [{"name": "weather", "parameters": {"city": "Bern"}}]
+    assert json.loads(row["tools"])[0]["name"] == "weather"
     assert row["ground_truth"].startswith("<think> Ask. </think>")
     assert "Weather in Bern?" in json.loads(row["messages"])[1]["content"]
 
 
-def test_own_format_by_a_loop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = blocks("python")[0]
-    assert len(code.splitlines()) <= 20
-    (folder / "raw.txt").write_text('What is 1+1?\tadd\t{"a": 1, "b": 1}\nAnd 2+2?\tadd\t{"a": 2, "b": 2}\n')
-    exec(compile(code, "docs/data.md", "exec"), {})
-    assert main(["validate", "rows.jsonl"]) == 0
-    assert "2 rows, 0 of them cannot be used" in capsys.readouterr().out
+def test_own_format_by_an_adapter(folder: Path) -> None:
+    (folder / "rows.py").write_text(blocks("python")[0])
+    raw = [{"ask": f"What is {n}+{n}?", "wanted": f'add {{"a": {n}}}', "apis": [{"name": "add"}]} for n in (1, 2)]
+    (folder / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raw))
+    assert main(inline("--adapter rows.py:convert")) == 0
+    rows = pa.ipc.open_file(folder / "OUT" / "data-00000.arrow").read_all().to_pylist()
+    assert [json.loads(row["calls"])[0]["parameters"] for row in rows] == [{"a": 1}, {"a": 2}]
+    adapter = json.loads((folder / "OUT" / "manifest.json").read_text())["options"]["reading"]["adapter"]
+    assert adapter["sha256"] == hashlib.sha256((folder / "rows.py").read_bytes()).hexdigest()
+
+
+def test_the_examples_of_help_work_by_copy_and_paste(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"chat": {"question": "1?"}, "gold": [{"name": "f", "arguments": {}}], "meta": {"tools": [{"name": "f"}]}}]
+    asks = [{"q": "1?", "tool": "f", "args": {}, "tools": [{"name": "f"}]}]
+    text = _CONVERT.replace("\\\n", " ")
+    for rows_of_it, option in ((rows, "--mapping map.yaml"), (asks, "--adapter rows.py:convert")):
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of_it))
+        [write] = [line for line in text.splitlines() if "printf" in line and option.split()[1].split(":")[0] in line]
+        subprocess.run(["sh", "-c", write], check=True)
+        [command] = [line.strip() for line in text.splitlines() if line.endswith(option)]
+        assert main([*commands(command)[0], "--overwrite"]) == 0, capsys.readouterr().err
 
 
 def test_reading_example(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import normalise
+from data_tools.examples import normalise
 from data_tools.readers import chunk as chunk_module
 from data_tools.readers import count_rows, read_chunks, resolve_inputs
 from data_tools.readers import sources as sources_module
@@ -93,7 +93,9 @@ def test_hugging_face_folders_give_the_same_rows(tmp_path: Path) -> None:
     for name in ("one", "sharded", "hf.parquet", "hf.jsonl"):
         assert ids(read(tmp_path / name)) == ids(ROWS), name
     assert ids(read(tmp_path / "dict", split="train")) == ids(ROWS)
-    assert len(read(tmp_path / "dict")) == 55
+    assert len(read(tmp_path / "dict", split="all")) == 55
+    with pytest.raises(DataError, match="has the splits train, test: say which, --split train"):
+        read(tmp_path / "dict")
     with pytest.raises(DataError, match="no split 'dev', it has train, test"):
         read(tmp_path / "dict", split="dev")
 
@@ -182,7 +184,7 @@ REFUSED = {
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "is empty": b"",
     "no known form": b"a,b\n1,2\n",
-    "several lines": b'{\n "a": 1\n}\n',
+    "truncated at row 2": b'{\n "a": 1\n}\n{\n "a": 2\n}\n{\n "a":',
     "tar archive": b"x" * 257 + b"ustar" + b"x" * 300,
     "truncated at row 1": b'[{"a": 1}, {"a": ',
     "after row 0": b'[{"a": 1} {"a": 2}]',

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from data_tools.answers import PLACEHOLDER_THOUGHT
+from data_tools.columns import Columns, load_columns
 from data_tools.errors import DataError, RowError
-from data_tools.layouts import Columns, load_columns, normalise
+from data_tools.examples import Reading, normalise
 from megatron_rest.data import prompt_style
 
 TOOLS = [{"name": "f", "description": "does f", "parameters": {"a": {"type": "int"}}}]
@@ -81,13 +82,13 @@ def test_levels_of_api_bank(level: int) -> None:
 def test_own_columns_give_the_same_example() -> None:
     row = {"meta": {"q": "do f"}, "functions": json.dumps(TOOLS), "gold": json.dumps([CALL])}
     columns = Columns.from_pairs({"user": "meta.q", "tools": "functions", "calls": "gold"})
-    assert normalise(row, columns) == normalise(LAYOUTS["verl"])
+    assert normalise(row, Reading(columns=columns)) == normalise(LAYOUTS["verl"])
 
 
 def test_columns_from_a_file_and_options(tmp_path: Any) -> None:
     (tmp_path / "map.yaml").write_text("user: question\nanswer: gold\n")
     columns = load_columns(str(tmp_path / "map.yaml"), ["answer=best"])
-    assert columns == Columns(user="question", answer="best")
+    assert columns == Columns(user=("question",), answer=("best",))
     assert load_columns(None, []) is None
 
 
@@ -126,7 +127,7 @@ def test_history_with_tool_calls_becomes_text() -> None:
         ({"messages": CHAT[:1]}, "at least a prompt and a reference"),
         ({"messages": [CHAT[0], CHAT[0]]}, "not from the assistant"),
         ({"messages": [{"role": "robot", "content": "x"}, CHAT[1]]}, "role 'robot'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]}, "is list, expected text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]]}, "images are not supported"),
         ({"messages": CHAT, "tools": "[{"}, "tools are not JSON"),
         ({"messages": CHAT, "tools": [{"x": 1}]}, "a tool has no name"),
         ({"prompt": MESSAGES, "reward_model": {"ground_truth": None}}, "ground_truth is NoneType"),
@@ -137,9 +138,9 @@ def test_history_with_tool_calls_becomes_text() -> None:
             {"input": "x", "output": ANSWER, "tools": [{"name": "f", "parameters": {"x": float("nan")}}]},
             "fit into JSON",
         ),
-        ({"input": [1], "output": ANSWER}, "role '1'"),
+        ({"input": [1], "output": ANSWER}, "a message is int"),
         ({"system": "s", "user": "u", "answer": 3}, "calls are int"),
-        ({"system": "s", "user": "u", "answer": []}, "neither tool calls nor a response"),
+        ({"system": "s", "user": "u", "answer": None}, "neither tool calls nor a response"),
     ],
 )
 def test_unusable_rows_say_why(row: Any, reason: str) -> None:

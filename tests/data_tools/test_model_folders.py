@@ -12,7 +12,7 @@ from data_tools.chat import ChatTokenizer
 from data_tools.convert import ConvertOptions, convert_rows, describe
 from data_tools.encode import EncodeOptions
 from data_tools.errors import DataError
-from data_tools.layouts import normalise
+from data_tools.examples import normalise
 from data_tools.train_tokenizer import train_and_save
 from data_tools.validate import open_as_prepared, validate_prepared
 from megatron_rest.config import RewardConfig

@@ -13,9 +13,11 @@ from typing import Any
 
 from megatron_rest.regions.calls import CallSpan, Limits, Schemas, ToolCall, ToolCallError, decoded, json_text, shown
 
-__all__ = ["PythonCalls"]
+__all__ = ["ANY_NAME", "PythonCalls", "closing_bracket", "parse_literal"]
 
 _CALL = re.compile(rb"([A-Za-z_][\w.]*+)\(")
+ANY_NAME = re.compile(rb"([^\s\[\](){}=,;:'\"][^\[\](){}=,;'\"\n]*?)[ \t]*\(")
+"""Names that are none in Python, as data sets have them: ``[Flight Search/v2(to="Bern")]``."""
 _PARTS = re.compile(rb"\"(?:[^\"\\\n]++|\\.)*+\"?|'(?:[^'\\\n]++|\\.)*+'?|[\[\](){}]", re.DOTALL)
 _KEY = re.compile(r"\s*([A-Za-z_]\w*)\s*=(?!=)")
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
@@ -31,17 +33,18 @@ class PythonCalls:
     """A list of calls, or calls one a line."""
 
     glue: re.Pattern[bytes] = re.compile(rb"[\s\[\],;]*")
+    opening: re.Pattern[bytes] = _CALL  # a name and its bracket
 
     def scan(self, text: bytes, start: int, end: int) -> Iterator[CallSpan]:
         position = start
-        while opening := _CALL.search(text, position, end):
+        while opening := self.opening.search(text, position, end):
             bracket = opening.end() - 1
-            position = _closing(text, bracket, end)
+            position = closing_bracket(text, bracket, end)
             yield CallSpan(opening.start(), position, opening.span(1), ((bracket, position),))
 
     def load(self, text: bytes, call: CallSpan, limits: Limits, schemas: Schemas) -> ToolCall:
         assert call.name is not None
-        name, inside = decoded(text[slice(*call.name)]), decoded(text[call.name[1] + 1 : call.end])
+        name, inside = decoded(text[slice(*call.name)]), decoded(text[call.arguments[0][0] + 1 : call.end])
         if not inside.endswith(")"):
             raise ToolCallError(f"the call of {name[:60]!r} is never closed")
         parameters = _Literals(inside[:-1], limits).keywords()
@@ -68,7 +71,8 @@ def _literal(value: Any) -> str:
     return {True: "True", False: "False"}[value] if isinstance(value, bool) else str(value)
 
 
-def _closing(text: bytes, bracket: int, end: int) -> int:
+def closing_bracket(text: bytes, bracket: int, end: int) -> int:
+    """Behind the bracket that closes the one at ``bracket``, or ``end``; strings may have either kind of quote."""
     depth = 0
     for part in _PARTS.finditer(text, bracket, end):
         first = text[part.start()]
@@ -81,11 +85,16 @@ def _closing(text: bytes, bracket: int, end: int) -> int:
     return end
 
 
-class _Literals:
-    """Reads ``key=literal, ...``; raises :class:`ToolCallError` at whatever is none."""
+def parse_literal(text: str, limits: Limits) -> Any:
+    """The value of a literal, Python's or JSON's; nothing is evaluated.  Raises :class:`ToolCallError`."""
+    return _Literals(text, limits, joins_strings=False).whole()
 
-    def __init__(self, text: str, limits: Limits) -> None:
-        self._text, self._at, self._limits = text, 0, limits
+
+class _Literals:
+    """Reads ``key=literal, ...`` or one literal; raises :class:`ToolCallError` at whatever is none."""
+
+    def __init__(self, text: str, limits: Limits, *, joins_strings: bool = True) -> None:
+        self._text, self._at, self._limits, self._joins = text, 0, limits, joins_strings
 
     def keywords(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -98,6 +107,12 @@ class _Literals:
             if not self._take(",") and not self._at_end():
                 raise self._wrong("follows a value")
         return found
+
+    def whole(self) -> Any:
+        value = self._value(1)
+        if not self._at_end():
+            raise self._wrong("follows the value")
+        return value
 
     def _value(self, depth: int) -> Any:
         if depth > self._limits.depth:
@@ -118,7 +133,7 @@ class _Literals:
                 except (ValueError, KeyError):
                     break
                 self._skip()  # two strings in a row are one
-                while isinstance(value, str) and (more := _QUOTED.match(self._text, self._at)):
+                while self._joins and isinstance(value, str) and (more := _QUOTED.match(self._text, self._at)):
                     self._at, value = more.end(), value + _string(more)
                     self._skip()
                 return value
