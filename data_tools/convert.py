@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -197,11 +198,19 @@ def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
+            _stop_feeding(pool)
             raise DataError(
                 "a worker process died (out of memory?): give the command again, with fewer --processes"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _stop_feeding(pool: ProcessPoolExecutor) -> None:
+    """Before Python 3.11.5 a pool whose only worker died while a chunk was on its way to it waits for ever: the chunk
+    is larger than a pipe, and the pool keeps the pipe's other end open (python/cpython#94777)."""
+    if sys.version_info < (3, 11, 5):
+        pool._call_queue._reader.close()  # type: ignore[attr-defined]
 
 
 def _done(encoded: EncodedChunk) -> Future[EncodedChunk]:
