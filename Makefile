@@ -21,7 +21,7 @@ TOKENIZER ?=
 PREPROCESS_ARGS ?=
 TEST_ARGS ?=
 # A module stays in one process, since its tests share what they made.
-WORKERS := -n auto --maxprocesses 4 --dist loadfile
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos
 

@@ -27,6 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") or item.get_closest_marker("extended"):
             item.user_properties.append(("is_long", True))  # for tests/times.py, through the JUnit report
+    # Modules with long tests first: what begins last is what one process does while the other has nothing left.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     if config.getoption("--part") is None:
         return
     kept = set(modules_of_part(config.getoption("--part"), (item.path for item in items)))

@@ -63,13 +63,14 @@ def test_several_runs_share_a_plot_in_their_own_colours(tmp_path: Path) -> None:
     assert sorted(path.name for path in a.iterdir()) == ["metrics.jsonl", "plots_compared"]
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
+@pytest.mark.parametrize("num_steps", [1, *(pytest.param(n, marks=pytest.mark.extended) for n in (2, 4))])
 def test_few_steps_draw_too(tmp_path: Path, num_steps: int) -> None:
     [run] = load_runs([make_run(tmp_path, num_steps)])
     for path in plot_runs([run], tmp_path / "plots"):
         picture(path)
 
 
+@pytest.mark.slow
 def test_metrics_that_no_step_has_are_left_out(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "bare", tensorboard=False) as writer:
         for step in range(1, 5):
@@ -150,6 +151,7 @@ def test_difference_equals_the_files(tmp_path: Path) -> None:
     assert d.paired.standard_error == pytest.approx(statistics.stdev(steps) / math.sqrt(10), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_compare_prints_a_table_and_never_calls_one_seed_evidence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

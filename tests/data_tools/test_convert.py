@@ -382,6 +382,7 @@ def kill_and_rerun(command: list[str], output: Path, *, points: int, seconds: fl
     return hits
 
 
+@pytest.mark.extended
 def test_killed_and_run_again_gives_the_same_bytes(tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path) -> None:
     path = many_rows(tmp_path / "rows.jsonl", sft_rows, 3000)
     whole = options([path], tmp_path / "whole", tokenizer_folder, rows_per_shard=512)

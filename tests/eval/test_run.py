@@ -63,6 +63,7 @@ def answers_of(output: Path) -> dict[str, dict[str, Any]]:
     return {benchmark: read_answers(output / benchmark / "answers.jsonl") for benchmark in CASES}
 
 
+@pytest.mark.slow
 def test_answers_are_kept_and_scored(done: Path) -> None:
     for benchmark, answers in answers_of(done).items():
         assert len(answers) == CASES[benchmark]
@@ -80,6 +81,7 @@ def test_answers_are_kept_and_scored(done: Path) -> None:
     assert len(conversations) == 2 and all(turns[0] for turns in conversations)
 
 
+@pytest.mark.extended
 def test_a_run_that_was_killed_continues_where_it_was(done: Path, model: Path, tmp_path: Path) -> None:
     output = tmp_path / "eval"
     (output / "bfcl").mkdir(parents=True)

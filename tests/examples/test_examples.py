@@ -25,6 +25,7 @@ def rewards(text: str) -> tuple[float, float]:
     return float(found[1]), float(found[2])
 
 
+@pytest.mark.slow
 def test_ops_only_gives_the_same_run_on_one_and_two_ranks():
     alone = run("ops_only")
     first, last = rewards(alone)
@@ -33,6 +34,7 @@ def test_ops_only_gives_the_same_run_on_one_and_two_ranks():
 
 
 @pytest.mark.parametrize(("arguments", "ranks"), [((), 0), (("--tensor-parallel", "2"), 2)], ids=["one", "tp2"])
+@pytest.mark.slow
 def test_megatron_loop_learns(arguments, ranks):
     first, last = rewards(run("megatron_loop", *arguments, ranks=ranks))
     assert last > first + 0.3

@@ -105,6 +105,7 @@ def test_an_empty_transformer_engine_takes_the_real_megatron_with_it(
     assert all(f"does not import ({message})" in finding.detail for finding in recipes)
 
 
+@pytest.mark.slow
 def test_what_the_trainer_finds_is_what_is_printed() -> None:
     """The probes' own words, from real processes of this environment."""
     results = {key: doctor._try(doctor._PROBES[key]) for key in ("torch", "megatron", "precision")}

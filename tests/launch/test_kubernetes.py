@@ -121,6 +121,7 @@ def test_a_trainjob_runs_every_rank_with_the_submitted_configuration_and_no_secr
         assert not path.is_file() or b"zq81xv" not in path.read_bytes(), path
 
 
+@pytest.mark.extended
 def test_status_logs_and_cancel_are_nemo_runs_and_cancelled_ranks_have_time_to_save(cluster: Cluster) -> None:
     done = cluster.submit("--detach", "trainer.steps=9")
     assert done.returncode == 0, done.stdout + done.stderr

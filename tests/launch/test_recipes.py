@@ -182,6 +182,7 @@ def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
 
 
 @pytest.mark.parametrize("recipe", CLUSTER)
+@pytest.mark.slow
 def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs(
     recipe: str, done: dict[str, Done]
 ) -> None:

@@ -161,6 +161,7 @@ def test_one_group_that_fails_ends_the_other(failing: dict[str, str], cluster: C
     assert "train FAILED" in done.stderr
 
 
+@pytest.mark.slow
 def test_status_logs_and_cancel_are_nemo_runs(cluster: Cluster) -> None:
     done = cluster.submit("--detach", TEST_SLEEP="100")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -151,6 +151,7 @@ def test_only_the_last_complete_checkpoints_are_kept(saved):
 
 
 @pytest.mark.parametrize("world_size", CONTINUED)
+@pytest.mark.slow
 def test_continue_at_any_layout(models, saved, world_size):
     folder, unbroken = saved
     runs = CONTINUED[world_size]

@@ -120,6 +120,7 @@ def both_forms(
 
 @pytest.mark.parametrize("losses", [MAIN, pytest.param(OTHERS, marks=pytest.mark.extended)], ids=["main", "others"])
 @pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.slow
 def test_fused_head_has_the_loss_and_gradients_of_the_logits(world_size, losses, models):
     layouts = LAYOUTS[world_size]
     for runs in run_distributed(both_forms, world_size, models, list(layouts.values()), losses):

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", MODELS)
 def test_shards_are_those_of_mbridge(name: str, tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "hf", num_attention_heads=8, num_key_value_heads=4, **MODELS[name])

@@ -137,6 +137,7 @@ def test_scores_equal_hugging_face_in_float64(model, single):
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.slow
 def test_every_layout_gives_the_same_numbers(world_size, model, single):
     layouts = LAYOUTS[world_size]
     by_rank = run_distributed(train_on, world_size, str(model), [(layout, 128) for layout in layouts.values()])

@@ -35,7 +35,7 @@ LAYOUTS = {
     "data parallel": "parallel.tensor_parallel=2 parallel.distributed_optimizer=true",
     "experts": "parallel.pipeline_parallel=2 parallel.expert_parallel=2 parallel.distributed_optimizer=true",
 }
-MAIN = ["demo", "recompute full", "interleaved", "experts"]
+MAIN = ["demo", "recompute full", "experts"]
 
 
 def configuration(folder: Path, name: str) -> RestConfig:
@@ -144,6 +144,7 @@ every_layout = pytest.mark.parametrize(
 
 
 @every_layout
+@pytest.mark.slow
 def test_every_rank_holds_as_many_parameters_as_planned(layout, models, measured):
     config = configuration(models, layout)
     plan = make_plan(config, HARDWARE["cpu"], world_size=WORLD_SIZE)

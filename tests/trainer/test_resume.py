@@ -38,6 +38,7 @@ def checked(tmp_path_factory) -> tuple[Path, int, str]:
     return folder, status, "\n".join(said)
 
 
+@pytest.mark.extended
 def test_a_killed_run_continues_byte_by_byte(checked):
     folder, status, said = checked
     assert status == 0, said
@@ -49,6 +50,7 @@ def test_a_killed_run_continues_byte_by_byte(checked):
     assert [start["after_step"] for start in starts] == [0, 1]
 
 
+@pytest.mark.extended
 def test_the_checkpoint_holds_the_rollouts_of_the_next_step(checked):
     """One step off they are sampled while the step before trains, by weights that no engine will hold again."""
     values = run_diff.checkpoint_values(checked[0] / "killed" / "checkpoints" / "step_000001")
@@ -58,6 +60,7 @@ def test_the_checkpoint_holds_the_rollouts_of_the_next_step(checked):
     assert len(states) == 2 and not torch.equal(*states.values()), "one a rank, and TP ranks differ"
 
 
+@pytest.mark.extended
 def test_another_layout_takes_everything_along(checked, tmp_path):
     """From step 1, TP 2, to step 2 at PP 2, in a run of its own (checkpoint.load)."""
     folder, _, _ = checked
@@ -77,6 +80,7 @@ def test_another_layout_takes_everything_along(checked, tmp_path):
             assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.extended
 def test_checkpoints_of_two_steps_differ_in_every_part_that_moves(checked):
     first, second = (checked[0] / "killed" / "checkpoints" / f"step_{step:06d}" for step in (1, 2))
     diff = compare_checkpoints(first, second)
@@ -88,6 +92,7 @@ def test_checkpoints_of_two_steps_differ_in_every_part_that_moves(checked):
     }
 
 
+@pytest.mark.extended
 def test_one_bit_is_found_and_named(checked, tmp_path):
     ours, theirs = checked[0] / "killed", tmp_path / "theirs"
     shutil.copytree(ours, theirs)

@@ -148,6 +148,7 @@ def test_warm_start_learns_and_exports(base, warm):
     assert moved == list(fresh), "every parameter was trained and exported"
 
 
+@pytest.mark.slow
 def test_steps_report_every_promised_number(unbroken):
     rows = metrics(unbroken)
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -332,6 +333,7 @@ def test_published_weights_leave_glue_out_and_the_policy_is_judged_on_prompts(ba
     assert wrong.returncode == 2 and "is no prompt folder" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
+@pytest.mark.extended
 def test_experts_train_over_two_ranks(base):
     """A mixture of experts at EP 2 x DP 2 with the distributed optimiser, and its engines follow."""
     model = build_tiny_model(
@@ -394,6 +396,7 @@ def stop_one_rank(base: Path, run_dir: Path, model: Path) -> str:
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unbroken, monkeypatch):
     run_dir = base / "stopped"
     said = stop_one_rank(base, run_dir, warm[0])
@@ -423,6 +426,7 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     assert "finished after 3 steps: nothing to do" in again.stdout
 
 
+@pytest.mark.slow
 def test_one_step_off_every_rollout_is_one_version_old(base):
     run_dir = base / "one-step-off"
     overrides = ("rollout.max_staleness=1", "loss.tis_cap=2.0", "checkpoint.export_hf=false", "trainer.steps=3")
@@ -447,8 +451,9 @@ def test_one_step_off_every_rollout_is_one_version_old(base):
 
 
 @pytest.mark.parametrize(
-    "ending", [*(pytest.param(x, marks=pytest.mark.extended) for x in ("success", "ctrl-c")), "killed rank"]
+    "ending", ["success", *(pytest.param(x, marks=pytest.mark.extended) for x in ("ctrl-c", "killed rank"))]
 )
+@pytest.mark.slow
 def test_nothing_is_left_behind(ending, base):
     """However a run with an engine process ends: no process of it, no shared memory."""
     run_dir = base / f"left-{ending.replace(' ', '-')}"

@@ -59,7 +59,10 @@ def assert_near_reference(bench: Bench, case: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case.endswith("bfloat16") else pytest.param(case, marks=pytest.mark.extended) for case in CASES],
+)
 def test_an_engine_holds_what_it_would_read_from_a_checkpoint(case: str, transport: str, tmp_path: Path) -> None:
     quantization, dtype = CASES[case][:2]
     bench = make_bench(
@@ -137,7 +140,7 @@ def test_a_quantised_engine_gets_its_weights_from_a_transfer_only(tmp_path: Path
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("quantization", [CHANNEL, BLOCK])
+@pytest.mark.parametrize("quantization", [pytest.param(CHANNEL, marks=pytest.mark.extended), BLOCK])
 def test_experts_lie_where_a_checkpoint_puts_them(
     quantization: RolloutQuantization, transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from megatron_rest.config import RolloutQuantization
 from tests.weight_sync.layouts import Training, check_model
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_megatron_layouts_into_two_replicas(tmp_path: Path) -> None:
     layouts = [Training(tp=2, pp=2), Training(tp=4), Training(pp=2)]
     model = {"arch": "qwen3", "tied": True, "layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}

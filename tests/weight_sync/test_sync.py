@@ -110,7 +110,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+MAIN = ("qwen3-tied", "llama-bf16", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in MAIN else pytest.param(name, marks=pytest.mark.extended) for name in SETTINGS]
+)
+@pytest.mark.slow
 def test_engine_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     setting = dict(SETTINGS[name])
     if setting.get("num_attention_heads") == 2:
