@@ -70,7 +70,7 @@ demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## train a tool-use p
 experiment: $(STAMP) ## ResT's weightings against GRPO and Dr. GRPO, 3 seeds each, with held-out scores; continues where it stopped
 	@$(BIN)/nemo-run launch/rest_experiment.py --yes $(EXPERIMENT_ARGS)
 
-test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 15 minutes on 2 cores
+test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 19 minutes on 2 cores
 	@$(BIN)/python -m pytest $(WORKERS) -m "not extended" $(TEST_ARGS)
 
 test-all: $(STAMP) ## all tests: the same paths over more layouts, seeds, kills and fuzz cases, too
