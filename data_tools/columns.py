@@ -22,6 +22,7 @@ TOOL_PATHS: Paths = (
     *("metadata.tools", "metadata.functions", "info.oai_tools", "info.tools", "extra_info.tools", "extra.tools"),
 )
 """Where tools are looked for unless a mapping says; the first that is there and not empty."""
+FIRST_STEPS = frozenset({*TOOL_PATHS, *(path.partition(".")[0] for path in TOOL_PATHS)})
 REFERENCES = ("last", "each", "last-call")
 _CHOICES = {
     "empty_calls": ("no-call", "refuse"),

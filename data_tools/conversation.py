@@ -76,6 +76,27 @@ class MessageForm:
 
 def read_messages(value: Any, tools: list[Tool], form: MessageForm) -> list[Turn]:
     """Turns of a list of messages (or of its JSON text), or of one user text."""
+    turns: list[Turn] = []
+    for message in _messages_of(value, form):
+        read = [message] if isinstance(message, Turn) else _turns_of(_opened(message, form), tools, form)
+        for turn in read:
+            _append(turns, turn)
+    return _with_results_in_order(turns)
+
+
+def leading_system(value: Any, form: MessageForm) -> str:
+    """Text of the system messages that a conversation begins with: the list of its tools may be in it."""
+    texts = []
+    for message in _messages_of(value, form):
+        message = {} if isinstance(message, Turn) else _opened(message, form)
+        if _known_role(message, form) != "system" or _item(message):
+            break
+        texts += [turn.text for turn in _turns_of(message, [], form) if turn.text.strip()]
+    return "\n\n".join(dict.fromkeys(texts))
+
+
+def _messages_of(value: Any, form: MessageForm) -> list[Any]:
+    """The messages as they are stored; one turn where the conversation is a text."""
     if isinstance(value, str):
         found = parsed(value)
         if isinstance(found, str) or (isinstance(found, dict) and not _is_message(found, form)):
@@ -91,11 +112,7 @@ def read_messages(value: Any, tools: list[Tool], form: MessageForm) -> list[Turn
         )
     if len(value) == 1 and isinstance(value[0], list):  # BFCL's and others' list of one conversation
         value = value[0]
-    turns: list[Turn] = []
-    for message in value:
-        for turn in _turns_of(message, tools, form):
-            _append(turns, turn)
-    return _with_results_in_order(turns)
+    return value
 
 
 def _rows_of(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -135,13 +152,18 @@ def _append(turns: list[Turn], turn: Turn) -> None:
         )
 
 
-def _turns_of(message: Any, tools: list[Tool], form: MessageForm) -> list[Turn]:
+def _opened(message: Any, form: MessageForm) -> dict[str, Any]:
+    """A message as an object without nulls."""
     message = with_pairs(parsed(message, "a message"))
     if not isinstance(message, dict):
         raise RowError(f"a message is {type(message).__name__} ({str(message)[:40]!r}), expected an object with a role")
     message = {key: value for key, value in message.items() if value is not None}
     if isinstance(message.get("message"), dict) and not _is_message(message, form):
         message = message["message"]
+    return message
+
+
+def _turns_of(message: dict[str, Any], tools: list[Tool], form: MessageForm) -> list[Turn]:
     if item := _item(message):  # of OpenAI's Responses API
         return item
     role = _role(message, form)
@@ -159,14 +181,21 @@ def _turns_of(message: Any, tools: list[Tool], form: MessageForm) -> list[Turn]:
     return [Turn(role, _text(content, role))]
 
 
-def _role(message: dict[str, Any], form: MessageForm) -> str:
+def _said_role(message: dict[str, Any], form: MessageForm) -> Any:
     key = form.keys.get("role", "")
-    role = message.get(key) if key else next((message[k] for k in _ROLE_KEYS if k in message), None)
-    named = form.roles.get(str(role))
-    known = named or (
-        _ROLE_OF.get(role.strip().lower().replace("-", "_").replace(" ", "_")) if isinstance(role, str) else None
-    )
-    if known is None or known not in ROLES:
+    return message.get(key) if key else next((message[k] for k in _ROLE_KEYS if k in message), None)
+
+
+def _known_role(message: dict[str, Any], form: MessageForm) -> str | None:
+    role = _said_role(message, form)
+    if named := form.roles.get(str(role)):
+        return named
+    return _ROLE_OF.get(role.strip().lower().replace("-", "_").replace(" ", "_")) if isinstance(role, str) else None
+
+
+def _role(message: dict[str, Any], form: MessageForm) -> str:
+    known, role = _known_role(message, form), _said_role(message, form)
+    if known is None:
         raise RowError(
             f"a message has role {str(role)[:40]!r}, expected one of {', '.join(ROLES)} or a synonym",
             f"name it in a --mapping file: `roles: {{{str(role)[:40]}: user}}`",

@@ -170,6 +170,15 @@ def _fill(folder: OutputFolder, sources: list[Source], options: ConvertOptions) 
 
 def encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator[EncodedChunk]:
     """Encode in order; in this process while there are few chunks, in a pool beyond that."""
+    before = gc.get_threshold()
+    gc.set_threshold(GC_THRESHOLD)
+    try:
+        yield from _encoded_chunks(chunks, options)
+    finally:
+        gc.set_threshold(*before)
+
+
+def _encoded_chunks(chunks: Iterable[Chunk], options: ConvertOptions) -> Iterator[EncodedChunk]:
     processes = options.processes or min(available_cores(), MOST_PROCESSES)
     remaining = iter(chunks)
     head = list(islice(remaining, FEWEST_CHUNKS_FOR_A_POOL)) if processes > 1 else []

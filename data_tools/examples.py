@@ -12,8 +12,16 @@ from data_tools import answers
 from data_tools.adapter import adapted
 from data_tools.calls import Call, read_calls, without_meaningless_nulls
 from data_tools.checks import problems_of
-from data_tools.columns import REFERENCES, TOOL_PATHS, Columns, Row, look_up, missing
-from data_tools.conversation import Conversation, Turn, assistant_turn, read_messages, user_turn, without_stop
+from data_tools.columns import FIRST_STEPS, REFERENCES, TOOL_PATHS, Columns, Row, look_up, missing
+from data_tools.conversation import (
+    Conversation,
+    Turn,
+    assistant_turn,
+    leading_system,
+    read_messages,
+    user_turn,
+    without_stop,
+)
 from data_tools.errors import DataError, RowError
 from data_tools.layouts import LAYOUTS, OWN, Layout, layout_of
 from data_tools.tool_lists import TOOL_LIST, Tool, read_tools, tools_of_system, without_list
@@ -130,7 +138,8 @@ def _references(row: Row, layout: Layout, wanted: str) -> Iterator[_Found]:
     if given is not None and not isinstance(given, str):
         raise RowError(f"the system message is {type(given).__name__}, expected text")
     raw = _raw_messages(row, where)
-    system = "\n\n".join(dict.fromkeys(text for text in (given or "", _leading_system(raw, where)) if text.strip()))
+    first_said = leading_system(raw, where.form) if where.messages else ""
+    system = "\n\n".join(dict.fromkeys(text for text in (given or "", first_said) if text.strip()))
     notes: list[str] = []
     if tools:
         plain = without_list(system)
@@ -172,7 +181,7 @@ def _tools(row: Row, where: Columns) -> list[Tool]:
     if where.tools != TOOL_PATHS:  # as a mapping says; a row may lack them
         return read_tools(look_up(row, where.tools))
     found = None
-    for path in TOOL_PATHS:
+    for path in TOOL_PATHS if row.keys() & FIRST_STEPS else ():
         value = look_up(row, (path,))
         if value is None:
             continue
@@ -193,27 +202,6 @@ def _raw_messages(row: Row, where: Columns) -> Any:
             else RowError("the conversation is NoneType, expected a list of messages")
         )
     return value
-
-
-def _leading_system(raw: Any, where: Columns) -> str:
-    value = parsed(raw)
-    if isinstance(value, dict) and all(isinstance(item, list) for item in value.values()):
-        value = [{key: items[0] for key, items in value.items() if items}]
-    texts = []
-    for message in value if isinstance(value, list) else []:
-        message = parsed(message)
-        if not isinstance(message, dict) and not isinstance(message, list):
-            break
-        key = where.message.get("role", "")
-        role = (message.get(key or "role") or message.get("from")) if isinstance(message, dict) else None
-        named = where.roles.get(str(role), str(role).lower())
-        if named not in ("system", "developer") and not isinstance(message, list):
-            break
-        turns = read_messages([message], [], where.form)
-        if not turns or turns[0].role != "system":
-            break
-        texts.append(turns[0].text)
-    return "\n\n".join(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def _turns(row: Row, raw: Any, tools: list[Tool], where: Columns) -> list[Turn]:
@@ -437,8 +425,6 @@ def _json_text(value: Any) -> str:
 
 
 def _content_hash(messages: list[Message], ground_truth: str) -> str:
-    digest = hashlib.sha256()
-    for part in (*(text for m in messages for text in (m["role"], m["content"])), ground_truth):
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()[:32]
+    parts = [part.encode() for m in messages for part in (m["role"], m["content"])]
+    sized = (len(data).to_bytes(8, "little") + data for data in (*parts, ground_truth.encode()))
+    return hashlib.sha256(b"".join(sized)).hexdigest()[:32]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from data_tools.errors import RowError
@@ -29,6 +30,18 @@ _VALUES = ("enum", "default", "const", "examples", "example")  # of a schema: da
 def read_tools(value: Any) -> list[Tool]:
     """A ``tools`` column: OpenAI's functions, MCP's and Anthropic's tools, plain objects, an object of them by name, as
     values or as JSON text at any depth."""
+    if isinstance(value, str):
+        return list(_tools_of_text(value))
+    return _read_tools(value)
+
+
+@lru_cache(maxsize=256)
+def _tools_of_text(text: str) -> tuple[Tool, ...]:
+    """The rows of a set mostly share their lists of tools."""
+    return tuple(_read_tools(text))
+
+
+def _read_tools(value: Any) -> list[Tool]:
     value = with_pairs(parsed(value, "the tools"))
     if value is None or value == "":
         return []
@@ -85,7 +98,7 @@ def _tool(item: Any) -> Tool:
     required = parsed(function.get("required"))
     if isinstance(required, list) and isinstance(parameters, dict):  # beside the parameters: ToolACE, BFCL's relatives
         if "properties" in parameters:
-            parameters.setdefault("required", required)
+            parameters = {**parameters, "required": parameters.get("required", required)}
         else:
             parameters = {"type": "object", "properties": parameters, "required": required}
     return {"name": name, "description": str(description), "parameters": parameters}
@@ -143,8 +156,9 @@ def without_padding(schema: Any) -> Any:
     return schema
 
 
+@lru_cache(maxsize=1024)
 def _parse_parameters(text: str) -> Any:
-    """Parameters that do not parse stay text."""
+    """Parameters that do not parse stay text.  What comes back is shared: nobody may change it."""
     try:
         value = parsed(text, "the parameters")
         if not isinstance(value, dict):
@@ -281,7 +295,7 @@ def toolrl_list(system: str) -> list[Tool]:
     if not found:
         return []
     tools: list[Tool] = []
-    for line in re.split(r"\n\*\*", rest, maxsplit=1)[0].splitlines():
+    for line in rest.partition("\n**")[0].splitlines():
         entry = _ENTRY.match(line)
         if entry and int(entry.group(1)) == len(tools) + 1:
             name, description = entry.group(3), ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from data_tools.errors import RowError
 from megatron_rest.regions import REFERENCE_LIMITS, ToolCallError
 from megatron_rest.regions.call_formats.literals import json_or_literal
 
-_BEGINNINGS = ("{", "[", '"{', '"[')
+_BEGINS_LIKE_JSON = re.compile(r'\s*"?[{\[]')
 
 
 def _refuse(name: str) -> NoReturn:
@@ -47,7 +48,7 @@ def parsed(value: Any, what: str = "") -> Any:
     ``what`` it should be: text that begins like JSON and is none is a :class:`RowError` then.
     """
     for _ in range(3):
-        if not isinstance(value, str) or not value.lstrip().startswith(_BEGINNINGS):
+        if not isinstance(value, str) or not _BEGINS_LIKE_JSON.match(value):
             return value
         try:
             value = loads(value)

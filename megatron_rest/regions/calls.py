@@ -110,17 +110,17 @@ def decoded(text: bytes) -> str:
 
 def load_json(text: str, limits: Limits) -> Any:
     """Strict JSON within limits.  Raises :class:`ToolCallError`."""
-    if nesting_depth(text) > limits.depth:
+    if text.count("{") + text.count("[") > limits.depth and nesting_depth(text) > limits.depth:
         raise ToolCallError(f"{shown(text)} is nested deeper than {limits.depth}")
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise ToolCallError(f"{shown(text)} is not JSON: {error}") from None
 
 
 def json_text(value: Any) -> str:
     """JSON as templates write it (``tojson``)."""
-    return json.dumps(value, ensure_ascii=False)
+    return _ENCODER.encode(value)
 
 
 _WORDS = {"True": True, "False": False, "None": None}  # what Jinja's ``string`` filter makes of them
@@ -161,3 +161,7 @@ def refuse_constant(name: str) -> NoReturn:
 def shown(text: str) -> str:
     """The beginning of a text, for messages."""
     return repr(text.strip()[:MAX_SHOWN_CHARACTERS])
+
+
+_DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+_ENCODER = json.JSONEncoder(ensure_ascii=False)

@@ -7,16 +7,15 @@ dialect's name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from megatron_rest.regions.call_formats.json_objects import JsonCalls
 from megatron_rest.regions.calls import CallFormat
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["Dialect", "Section", "Segment", "end_pattern", "tagged_segments"]
+__all__ = ["Dialect", "Section", "Segment", "tagged_segments"]
 
 _WHITE_SPACE = b" \t\r\n"
 
@@ -49,7 +48,7 @@ def tagged_segments(text: bytes, start: int, end: int, opened: Section | None, d
     """Sections between tags.  Inside a section only its own closing tag counts: one mentioned in a thought opens
     nothing."""
     sections = {section.open: section for section in dialect.sections}
-    tags = tag_pattern(dialect)
+    tags = dialect.tag_pattern
     position = start
     while position < end:
         if opened is None:
@@ -113,6 +112,10 @@ class Dialect:
     vllm_parser: str = ""  # the name of vLLM's tool parser that reads the same
     vllm_parser_reads_text: bool = True  # False: it reads token ids only
     types_are_written: bool = True  # False: "3" and 3 look the same, a schema decides
+    tag_pattern: re.Pattern[bytes] = field(init=False, repr=False, compare=False)
+    """Any opening or closing tag; the longest wins where one is a prefix of another."""
+    end_pattern: re.Pattern[bytes] = field(init=False, repr=False, compare=False)
+    """Any end-of-turn marker."""
 
     def __post_init__(self) -> None:
         tags = [tag for section in self.sections for tag in (section.open, section.close) if tag is not None]
@@ -121,6 +124,8 @@ class Dialect:
         opens = [section.open for section in self.sections]
         if len(set(opens)) != len(opens):
             raise ValueError(f"dialect {self.name} has two sections with the same opening tag")
+        object.__setattr__(self, "tag_pattern", _any_of(tags))
+        object.__setattr__(self, "end_pattern", _any_of(self.end_markers))
 
     @property
     def thought(self) -> Section | None:
@@ -147,14 +152,6 @@ class Dialect:
         return whole.removeprefix(self.turn_start)
 
 
-@lru_cache(maxsize=64)
-def tag_pattern(dialect: Dialect) -> re.Pattern[bytes]:
-    """Any opening or closing tag; the longest wins where one is a prefix of another."""
-    tags = {tag for section in dialect.sections for tag in (section.open, section.close) if tag is not None}
-    return re.compile(b"|".join(re.escape(tag) for tag in sorted(tags, key=len, reverse=True)) or b"(?!)")
-
-
-@lru_cache(maxsize=64)
-def end_pattern(dialect: Dialect) -> re.Pattern[bytes]:
-    """Any end-of-turn marker."""
-    return re.compile(b"|".join(re.escape(m) for m in sorted(dialect.end_markers, key=len, reverse=True)) or b"(?!)")
+def _any_of(texts: Iterable[bytes]) -> re.Pattern[bytes]:
+    longest_first = sorted(set(texts), key=lambda text: (-len(text), text))
+    return re.compile(b"|".join(map(re.escape, longest_first)) or b"(?!)")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megatron_rest.regions.dialect import Dialect, Section, end_pattern
+from megatron_rest.regions.dialect import Dialect, Section
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 from megatron_rest.token_region import TokenRegion
 
@@ -133,7 +133,7 @@ def _scan(text: bytes, starts_in_think: bool, dialect: Dialect) -> Iterator[Span
     """Spans of ``text`` that are not glue, turn by turn."""
     opened = dialect.thought if starts_in_think else None
     start = 0
-    for marker in end_pattern(dialect).finditer(text):
+    for marker in dialect.end_pattern.finditer(text):
         yield from _scan_turn(text, start, marker.start(), opened, dialect)
         start, opened = marker.end(), None
     yield from _scan_turn(text, start, len(text), opened, dialect)

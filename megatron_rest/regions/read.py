@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_rest.regions.calls import Limits, Schemas, Span, ToolCall, ToolCallError, decoded, load_json, shown
-from megatron_rest.regions.dialect import Dialect, Segment, end_pattern
+from megatron_rest.regions.dialect import Dialect, Segment
 from megatron_rest.regions.dialects.toolrl import TOOLRL
 from megatron_rest.token_region import TokenRegion
 
@@ -55,7 +55,7 @@ def read_turn(
     """
     limits = limits or Limits()
     raw = text.encode("utf-8", "surrogatepass")
-    end_marker = end_pattern(dialect).search(raw)
+    end_marker = dialect.end_pattern.search(raw)
     end = end_marker.start() if end_marker else len(raw)
     opened = dialect.thought if starts_in_think else None
     thoughts: list[Segment] = []

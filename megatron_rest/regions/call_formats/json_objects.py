@@ -35,6 +35,10 @@ _IN_CALL = re.compile(
     rb"\s*+(" + _STRING + rb"|[{}\[\]:,]|[^\s{}\[\]:,\"]++)"
 )  # the last: a number, true, null or junk
 _BRACKETS = re.compile(_STRING + rb"|[{}\[\]]")
+_USUAL = re.compile(
+    rb'\{\s*+"name"\s*+:\s*+"((?:[^"\\\n]++|\\[^\n])*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=[{\[])'
+)
+_CLOSING = re.compile(rb"\s*+\}")
 _QUOTE, _COLON, _COMMA, _OPEN, _CLOSE = b'":,{}'
 _ARGUMENTS_KEYS = (b"arguments", b"parameters")
 
@@ -77,11 +81,11 @@ def call_of(value: Any) -> ToolCall:
     if "parameters" not in value and "arguments" in value:
         value = {("parameters" if key == "arguments" else key): held for key, held in value.items()}
     missing = [key for key in ("name", "parameters") if key not in value]
-    where = f"the call {json_text(value)[:60]!r}"
     if missing:
-        raise ToolCallError(f"{where} has no {' and no '.join(missing)}")
+        raise ToolCallError(f"the call {json_text(value)[:60]!r} has no {' and no '.join(missing)}")
     if not isinstance(value["parameters"], dict):
-        raise ToolCallError(f"{where}: parameters are a {type(value['parameters']).__name__}, expected an object")
+        kind = type(value["parameters"]).__name__
+        raise ToolCallError(f"the call {json_text(value)[:60]!r}: parameters are a {kind}, expected an object")
     return ToolCall(name=value["name"], parameters=value["parameters"], raw=value)
 
 
@@ -100,6 +104,10 @@ def _unwrapped(value: Any, limits: Limits) -> Any:
 
 def _scan_object(text: bytes, brace: int, end: int) -> CallSpan:
     """A call object from its ``{`` to behind its ``}``, to a new call, or to the end."""
+    if usual := _USUAL.match(text, brace, end):  # what nearly all are: the loop below says the same of it
+        behind = matching_bracket(text, usual.end(), end)
+        if closing := _CLOSING.match(text, behind, end):
+            return CallSpan(brace, closing.end(), usual.span(1), ((usual.end(), behind),))
     name: Span | None = None
     arguments: list[Span] = []
     key, is_value, position = b"", False, brace + 1
