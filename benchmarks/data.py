@@ -15,6 +15,7 @@ the parent plus that of the largest worker times the workers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -29,12 +30,16 @@ from pathlib import Path
 from typing import Any
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples"
+FRESH_ROWS = 20_000
 TARGET_SPEEDUP, TARGET_OPEN_S, TARGET_ROW_MS, TARGET_RSS_MIB = 3.0, 0.2, 1.0, 1024
 _WORD = re.compile(r"[a-z]{4,}")
 
 
 def write_rows(path: Path, count: int, *, seed: int = 0) -> None:
-    """``count`` synthetic rows in verl's layout as Parquet, a thousand at a time."""
+    """``count`` synthetic rows in verl's layout as Parquet, a thousand at a time.
+
+    Beyond :data:`FRESH_ROWS` rows only the names of tools are new: making text takes longer than converting it.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -42,9 +47,14 @@ def write_rows(path: Path, count: int, *, seed: int = 0) -> None:
     base = json.loads((SAMPLES / "rlla_sft.json").read_text())
     words = sorted({word for row in base for word in _WORD.findall(row["input"] + row["output"])})
     writer = None
+    made: list[Any] = []
     for start in range(0, count, 1000):
-        rows = [_row(base[n % len(base)], n, words, chance) for n in range(start, min(start + 1000, count))]
-        table = pa.Table.from_pylist(rows)
+        numbers = range(start, min(start + 1000, count))
+        if start < FRESH_ROWS:
+            table = pa.Table.from_pylist([_row(base[n % len(base)], n, words, chance) for n in numbers])
+            made += [table] if count > FRESH_ROWS else []
+        else:
+            table = _renamed(made[start // 1000 % len(made)], start // FRESH_ROWS).slice(0, len(numbers))
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
     assert writer is not None
@@ -67,6 +77,19 @@ def _row(source: dict[str, str], number: int, words: list[str], chance: random.R
     return {"data_source": "synthetic", "prompt": messages, "reward_model": {"style": "rule", "ground_truth": answer}}
 
 
+def _renamed(table: Any, number: int) -> Any:
+    """The same rows with other names of tools."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    [prompts] = table.column("prompt").chunks
+    texts = prompts.values.field("content")
+    texts = pc.replace_substring_regex(texts, r"(?m)^(\d+\. Name: .*)$", rf"\1 v{number}")
+    messages = pa.StructArray.from_arrays([texts, prompts.values.field("role")], names=["content", "role"])
+    place = table.schema.get_field_index("prompt")
+    return table.set_column(place, "prompt", pa.ListArray.from_arrays(prompts.offsets, messages)).cast(table.schema)
+
+
 def ours(rows: Path, output: Path, tokenizer: str, processes: int) -> Callable[[], int]:
     """``megatron-rest-data convert``."""
     import jinja2.sandbox
@@ -74,6 +97,8 @@ def ours(rows: Path, output: Path, tokenizer: str, processes: int) -> Callable[[
 
     from data_tools.convert import ConvertOptions, convert_rows
 
+    with contextlib.suppress(ImportError):
+        import pandas  # noqa: F401 - which pyarrow imports by itself at its first array
     assert jinja2.sandbox and tokenizers  # imports are not counted
     options = ConvertOptions(
         inputs=[str(rows)], output=output, tokenizer=Path(tokenizer), processes=processes, progress_bar=False

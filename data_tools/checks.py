@@ -13,6 +13,7 @@ from data_tools.tool_lists import Tool, fields_of
 
 POLICIES = ("keep", "quarantine", "stop")
 NO_TOOLS = "calls, and the row lists no tools"
+UNREAD = "the reference makes no call, and a column that is not read holds some"
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("string", "str", "text"), str),

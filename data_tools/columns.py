@@ -78,6 +78,13 @@ class Columns:
         return MessageForm(keys=self.message, roles=self.roles, calls_in_text=self.calls_in_text)
 
     @property
+    def first_steps(self) -> set[str]:
+        """The columns that its places are in."""
+        places = (getattr(self, entry.name) for entry in dataclasses.fields(self))
+        paths = [path for place in places if isinstance(place, tuple) for path in place]
+        return {step for path in (*paths, self.reference) for step in (path, *_steps(path)[:1])}
+
+    @property
     def has_prompt(self) -> bool:
         """Whether it says where the prompt is; otherwise it adds to the layout that is recognised."""
         return bool(self.messages or self.user)

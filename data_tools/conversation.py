@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_tools import answers
-from data_tools.calls import Call, leading_thought, read_call, read_calls, read_text
+from data_tools.call_texts import leading_thought, read_text
+from data_tools.calls import Call, holds_calls, read_call, read_calls
 from data_tools.errors import RowError
 from data_tools.tool_lists import Tool
 from data_tools.values import dumps, parsed, with_pairs
@@ -30,10 +31,12 @@ ROLES = {
 }
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+_CONTENT_KEYS = ("content", "value", "text", "parts")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
-_CALL_KEYS = ("tool_calls", "function_call", "function_calls")
+_CALL_KEYS = ("tool_calls", "function_call", "function_calls", "tool_call", "toolCalls", "functionCall", "calls")
 _ID_KEYS = ("tool_call_id", "tool_use_id", "call_id")
+_KNOWN_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *THOUGHT_KEYS, *_ID_KEYS, "name", "id", "type", "tools", "functions"}
+_RESULT_PARTS = ("functionResponse", "function_response")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _TOOL_RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 _PERHAPS = "?"  # an `id` of a result may be its call's (tau2) or the message's own
@@ -56,13 +59,14 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """Everything that a row says."""
+    """A prompt and its reference; a row has one, or one for every turn of its assistant."""
 
     system: str
-    turns: tuple[Turn, ...]  # without leading system messages
+    turns: tuple[Turn, ...]  # of the prompt, without leading system messages
     tools: list[Tool]
-    reference: Turn | None = None  # where it is not one of the turns
-    notes: tuple[str, ...] = field(default=())  # what was guessed or left out
+    reference: Turn
+    notes: tuple[str, ...]  # what was guessed or left out
+    problems: tuple[str, ...]  # what is suspicious
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +172,8 @@ def _turns_of(message: dict[str, Any], tools: list[Tool], form: MessageForm) -> 
         return item
     role = _role(message, form)
     content = _content(message, form)
+    if role not in ("assistant", CALL) and (key := next((key for key in _CALL_KEYS if message.get(key)), "")):
+        raise RowError(f"a message of the {role} makes calls ({key}), which only the assistant can")
     if role == CALL:
         return [_call_turn(message, content, tools, form)]
     if isinstance(content, list):
@@ -206,7 +212,11 @@ def _role(message: dict[str, Any], form: MessageForm) -> str:
 def _content(message: dict[str, Any], form: MessageForm) -> Any:
     if key := form.keys.get("content"):
         return message.get(key)
-    return next((message[key] for key in _CONTENT_KEYS if key in message), None)
+    said = {key: message[key] for key in _CONTENT_KEYS if key in message}
+    full = {key: value for key, value in said.items() if value not in ("", [])}
+    if len(full) > 1 and any(value != next(iter(full.values())) for value in full.values()):
+        raise RowError(f"a message says one thing under {' and another under '.join(full)}: which is meant?")
+    return next(iter((full or said).values()), None)
 
 
 def _text(content: Any, role: str) -> str:
@@ -253,13 +263,29 @@ def _call_turn(message: dict[str, Any], content: Any, tools: list[Tool], form: M
 
 
 def _assistant(message: dict[str, Any], text: str, tools: list[Tool], form: MessageForm) -> Turn:
+    calls, ids = _calls_beside(message)
     beside = _thought_beside(message)
-    given = next((message[key] for key in _CALL_KEYS if message.get(key)), None)
-    raw = parsed(given, "the calls of a message") if given is not None else []
-    raw = raw if isinstance(raw, list) else [raw]
-    calls = [read_call(item) for item in raw]
-    ids = tuple(str(parsed(item).get("id") or "") for item in raw)
     return assistant_turn(text, tools, form.calls_in_text, thought=beside, calls=calls, call_ids=ids)
+
+
+def _calls_beside(message: dict[str, Any]) -> tuple[list[Call], tuple[str, ...]]:
+    """Calls that a message has beside its text, with their ids; under a key that nobody knows they are refused."""
+    found: dict[str, list[Any]] = {}
+    for key, value in message.items():
+        if key in _CALL_KEYS:
+            raw = parsed(value or [], "the calls of a message")
+            if raw := raw if isinstance(raw, list) else [raw]:
+                found[key] = raw
+        elif key not in _KNOWN_KEYS and isinstance(value, (list, dict, str)) and holds_calls(value):
+            raise RowError(f"a message has calls under {key!r}", "an --adapter can rename it to tool_calls")
+    read = {key: [read_call(item) for item in raw] for key, raw in found.items()}
+    if not read:
+        return [], ()
+    [(key, calls), *others] = read.items()
+    if any(other != calls for _, other in others):
+        raise RowError(f"a message makes different calls under {' and '.join(read)}: which are meant?")
+    items = [parsed(item) for item in found[key]]
+    return calls, tuple(str(item.get("id") or "") if isinstance(item, dict) else "" for item in items)
 
 
 def assistant_turn(
@@ -316,16 +342,21 @@ def _turns_of_parts(
     text, thoughts, calls, ids, results = "", [], [], [], []
     for part in parts:
         part = parsed(part) if not isinstance(part, str) else {"type": "text", "text": part}
-        kind = part.get("type", "text" if "text" in part else "") if isinstance(part, dict) else type(part).__name__
+        kind = _kind(part)
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
-            text += part["text"]
+            if part.get("thought") is True:
+                thoughts.append(part["text"].strip())
+            else:
+                text += part["text"]
         elif kind in ("thinking", "reasoning") and role == "assistant":
             thoughts.append(str(part.get("thinking") or part.get("text") or part.get("reasoning") or "").strip())
-        elif kind in ("tool_use", "tool_call", "function_call") and role == "assistant":
+        elif kind in ("tool_use", "tool_call", "function_call", "functionCall") and role == "assistant":
             calls.append(read_call(part))
             ids.append(str(part.get("id") or part.get("call_id") or ""))
         elif kind == "tool_result":
             results.append(_result(part, _plain(part.get("content"))))
+        elif kind in _RESULT_PARTS and isinstance(part.get(kind), dict):
+            results.append(_result(part[kind], part[kind].get("response")))
         elif role == "tool":
             return [_result(message, parts)]
         else:
@@ -340,6 +371,14 @@ def _turns_of_parts(
     if results and text.strip():
         return [*results, user_turn(text)]
     return results or [user_turn(text) if role == "user" else Turn(role, text)]
+
+
+def _kind(part: Any) -> str:
+    """What a part is, by its type or (Gemini's) by its only key."""
+    if not isinstance(part, dict):
+        return type(part).__name__
+    kinds = ("text", "functionCall", "function_call", *_RESULT_PARTS)
+    return str(part.get("type") or next((key for key in kinds if part.get(key) is not None), ""))
 
 
 def _plain(content: Any) -> Any:

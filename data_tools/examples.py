@@ -10,8 +10,8 @@ from typing import Any
 
 from data_tools import answers
 from data_tools.adapter import adapted
-from data_tools.calls import Call, read_calls, without_meaningless_nulls
-from data_tools.checks import problems_of
+from data_tools.calls import Call, holds_calls, read_calls, without_meaningless_nulls
+from data_tools.checks import UNREAD, problems_of
 from data_tools.columns import FIRST_STEPS, REFERENCES, TOOL_PATHS, Columns, Row, look_up, missing
 from data_tools.conversation import (
     Conversation,
@@ -107,11 +107,12 @@ def _examples(row: Row, reading: Reading) -> Iterator[Example]:
     if layout.refusal:
         raise RowError(layout.refusal)
     if layout is LAYOUTS[0]:  # a row of an earlier quarantine
-        yield from _examples(row["content"], reading)
+        for made in layout.reshape(row) if layout.reshape else ():
+            yield from _examples(made, reading)
         return
     for shaped in layout.reshape(row) if layout.reshape else [row]:
-        for conversation, prompt, reference, notes in _references(shaped, layout, reading.reference):
-            yield _build(conversation, prompt, reference, layout, notes)
+        for conversation in _conversations(shaped, layout, reading.reference):
+            yield _build(conversation, layout.name)
 
 
 def _over(where: Columns, own: Columns) -> Columns:
@@ -127,11 +128,8 @@ def _over(where: Columns, own: Columns) -> Columns:
     return replace(where, **changed)
 
 
-_Found = tuple[Conversation, tuple[Turn, ...], Turn, tuple[str, ...]]
-
-
-def _references(row: Row, layout: Layout, wanted: str) -> Iterator[_Found]:
-    """(conversation, turns of the prompt, reference, notes) of every reference that is asked for."""
+def _conversations(row: Row, layout: Layout, wanted: str) -> Iterator[Conversation]:
+    """One for every reference that is asked for."""
     where = layout.where
     tools = _tools(row, where)
     given = look_up(row, where.system)
@@ -165,7 +163,6 @@ def _references(row: Row, layout: Layout, wanted: str) -> Iterator[_Found]:
         if first and turns[first - 1].role == "assistant":
             raise RowError("the prompt ends with an assistant message: nothing is left to answer")
     turns = [_without_nulls(turn, tools, where.nulls) for turn in without_stop(turns)]
-    conversation = Conversation(system=plain, turns=tuple(turns), tools=tools)
     how = wanted if wanted in REFERENCES else where.reference if where.reference in REFERENCES else "last"
     for at in _chosen(turns, how, first):
         reference, extra = turns[at], list(notes)
@@ -174,7 +171,26 @@ def _references(row: Row, layout: Layout, wanted: str) -> Iterator[_Found]:
             extra.append(_SPOKEN)
         if how == "last" and not reference.calls and any(turn.calls for turn in turns[first:at]):
             extra.append(_EARLIER)
-        yield conversation, tuple(turns[:at]), reference, tuple(extra)
+        problems = problems_of(list(reference.calls), tools)
+        if not any(turn.calls for turn in turns):
+            problems += [f"{UNREAD}: {name}" for name in _unread(row, where)]
+        yield Conversation(
+            system=plain,
+            turns=tuple(turns[:at]),
+            tools=tools,
+            reference=reference,
+            notes=tuple(extra),
+            problems=tuple(problems),
+        )
+
+
+def _unread(row: Row, where: Columns) -> list[str]:
+    """Columns that no part of the layout is read from, and that hold calls."""
+    return [
+        name
+        for name, value in row.items()
+        if name not in where.first_steps and isinstance(value, (str, list, dict)) and holds_calls(value)
+    ]
 
 
 def _tools(row: Row, where: Columns) -> list[Tool]:
@@ -245,6 +261,8 @@ def _of_parts(row: Row, layout: Layout, tools: list[Tool]) -> tuple[Turn, list[s
         if turn is not None:
             return replace(turn, thought=turn.thought or think), []
         calls = answer
+    if isinstance(calls, str) and not calls.strip() and not (response and response.strip()):
+        raise RowError(f"{where.calls[0].rpartition('.')[2]} is empty text: no reference answer")
     made = read_calls(calls) if calls is not None and calls != "" else []
     if not made and not (response and response.strip()):
         if calls is None or where.empty_calls == "refuse":
@@ -373,9 +391,8 @@ def _chosen(turns: list[Turn], how: str, first: int) -> list[int]:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def _build(
-    conversation: Conversation, prompt: tuple[Turn, ...], reference: Turn, layout: Layout, notes: tuple[str, ...]
-) -> Example:
+def _build(conversation: Conversation, layout: str) -> Example:
+    reference = conversation.reference
     calls, response = list(reference.calls), reference.text if reference.text.strip() else None
     think = reference.thought
     if reference.written:
@@ -385,7 +402,7 @@ def _build(
         think = think or answers.PLACEHOLDER_THOUGHT
     tools, system = conversation.tools, conversation.system
     tools_json = _json_text(tools)  # before they are written anywhere: what JSON cannot hold is refused
-    messages = [_tagged_message(turn) for turn in prompt]
+    messages = [_tagged_message(turn) for turn in conversation.turns]
     if tools and TOOL_LIST not in system:
         messages.insert(
             0, {"role": "system", "content": prompt_style.write_tools(system or prompt_style.ROLE_SENTENCE, tools)}
@@ -403,10 +420,10 @@ def _build(
         tools_json=tools_json,
         prompt_id=_content_hash(messages, ground_truth),
         system=system,
-        turns=prompt,
-        layout=layout.name,
-        notes=notes,
-        problems=tuple(problems_of(calls, tools)),
+        turns=conversation.turns,
+        layout=layout,
+        notes=conversation.notes,
+        problems=conversation.problems,
     )
 
 

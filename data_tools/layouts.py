@@ -16,7 +16,7 @@ from typing import Any
 from data_tools.columns import TOOL_PATHS, Columns, Row
 from data_tools.errors import DataError, RowError
 from data_tools.tool_lists import TOOL_LIST
-from data_tools.values import parsed
+from data_tools.values import parsed, refuse_marked
 
 OWN = "mapping"  # the name of a layout that --column or --mapping describes
 
@@ -128,6 +128,14 @@ def _answer_item(item: Any) -> Any:
     )
 
 
+def _gemini(row: Row) -> list[Row]:
+    system = parsed(row.get("systemInstruction") or row.get("system_instruction"))
+    parts = system.get("parts") if isinstance(system, dict) else None
+    if isinstance(parts, list):
+        system = "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in parts)
+    return [{"messages": row["contents"], "system": system, "tools": row.get("tools")}]
+
+
 def _tau2(row: Row) -> list[Row]:
     """One object a file: every simulation is a row, under the policy of the environment."""
     info = parsed(row.get("info"))
@@ -148,6 +156,7 @@ def _tau2(row: Row) -> list[Row]:
 
 
 def _quarantined(row: Row) -> list[Row]:
+    refuse_marked(row["content"])
     return [row["content"]]
 
 
@@ -331,6 +340,15 @@ LAYOUTS: tuple[Layout, ...] = (
         columns="messages [, tools]",
         reference="`--reference`",
         is_it=lambda row: "messages" in row,
+        where=Columns(messages=("messages",)),
+    ),
+    Layout(
+        name="gemini",
+        who="Gemini's requests and tuning sets",
+        columns="contents with parts [, systemInstruction, tools]",
+        reference="`--reference`",
+        is_it=lambda row: _is_messages(row, "contents"),
+        reshape=_gemini,
         where=Columns(messages=("messages",)),
     ),
     Layout(

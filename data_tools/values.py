@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -13,6 +14,10 @@ from megatron_rest.regions.call_formats.literals import json_or_literal
 _BEGINS_LIKE_JSON = re.compile(r'\s*"?[{\[]')
 
 
+class KeyTwice(ValueError):
+    """An object has a key twice: which value is meant?"""
+
+
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
@@ -21,11 +26,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise KeyTwice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return value
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_object)
+ROWS = json.JSONDecoder(object_pairs_hook=_object)
+"""For whole rows: NaN and Infinity pass, since they may stand where nobody reads them."""
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
@@ -60,6 +67,8 @@ def parsed(value: Any, what: str = "") -> Any:
 
 
 def _literal(text: str, what: str, error: Exception) -> Any:
+    if isinstance(error, KeyTwice):
+        raise RowError(f"{what} are not JSON: {error}") from error
     try:
         return json_or_literal(text, REFERENCE_LIMITS)  # as Python prints it
     except ToolCallError:
@@ -76,3 +85,29 @@ def with_pairs(value: Any) -> Any:
             if len(pairs) == len(value):
                 return pairs
     return value
+
+
+# --- what JSON cannot hold ---------------------------------------------------------------------------------------
+
+NOT_JSON = "$not_json"
+"""Names, in a quarantine, a value that JSON cannot hold: ``{"$not_json": "nan"}``."""
+_LEVELS = 200  # of nesting that a marked row keeps
+
+
+def marked(value: Any, levels: int = _LEVELS) -> Any:
+    """A row whose every value JSON can hold, so that it can be mended and given back."""
+    if isinstance(value, (dict, list, tuple)) and not levels:
+        return {NOT_JSON: "nested too deeply"}
+    if isinstance(value, dict):
+        return {str(key): marked(held, levels - 1) for key, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [marked(item, levels - 1) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {NOT_JSON: repr(value)}
+    return value
+
+
+def refuse_marked(row: dict[str, Any]) -> None:
+    """RowError for a row of a quarantine that was given back with a mark in it."""
+    if f"'{NOT_JSON}'" in repr(row):
+        raise RowError(f"the row still holds a {NOT_JSON} mark: put a value in its place")

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from data_tools.encode import EncodedChunk, Refused, kind_of
 from data_tools.errors import DataError
+from data_tools.values import marked
 from megatron_rest.data.prompt_files import MANIFEST_NAME, PROMPT_SCHEMA, QUARANTINE_NAME
 
 BATCH_ROWS = 1024  # rows of one record batch in the output, whatever the input's were
@@ -250,8 +251,8 @@ def _quarantine_line(refused: Refused) -> bytes:
     record = {"file": refused.source, "row": refused.row, "line": refused.line, "reason": refused.reason}
     try:
         text = json.dumps({**record, "content": refused.content}, default=_as_text, allow_nan=False)
-    except (ValueError, RecursionError, TypeError):  # NaN, keys that are no text, no end of nesting
-        text = json.dumps({**record, "content": repr(refused.content)[:10_000]})
+    except (ValueError, TypeError, RecursionError):  # NaN and Infinity, keys that are no text, no end of nesting
+        text = json.dumps({**record, "content": marked(refused.content)}, default=_as_text, allow_nan=False)
     return text.encode("ascii") + b"\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools.errors import DataError, RowError
+from data_tools.values import ROWS
 
 CHUNK_ROWS = 512  # small enough for a fine-grained progress bar, large enough to hide what a process costs
 _JSON_TYPE = "arrow.json"
@@ -66,7 +66,7 @@ def _unpickle(source: str, first_row: int, stream: pa.Buffer) -> Chunk:
 def parse_line(line: bytes) -> Any:
     """One line of JSON."""
     try:
-        return json.loads(line.decode())
+        return ROWS.decode(line.decode())
     except UnicodeDecodeError as error:
         return RowError(f"the line is not UTF-8 ({error.reason} at byte {error.start})")
     except ValueError as error:
@@ -113,6 +113,8 @@ def _decoder(field: pa.Field) -> Decoder | None:
         kind = kind.storage_type
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _decoder(pa.field("", kind.value_type))
+    if _is_binary(kind):
+        return _as_text
     if pa.types.is_map(kind):
         return _of_map(_decoder(kind.item_field))
     if pa.types.is_struct(kind):
@@ -124,13 +126,28 @@ def _decoder(field: pa.Field) -> Decoder | None:
     return None
 
 
+def _is_binary(kind: pa.DataType) -> bool:
+    names = ("is_binary", "is_large_binary", "is_binary_view")
+    return any(getattr(pa.types, name)(kind) for name in names if hasattr(pa.types, name))
+
+
+def _as_text(value: Any) -> Any:
+    """Bytes that are text: writers of Parquet without a type for text leave them so (fastparquet)."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
+
+
 def _is_list(kind: pa.DataType) -> bool:
     names = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
     return any(getattr(pa.types, name)(kind) for name in names if hasattr(pa.types, name))
 
 
 def _from_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, (str, bytes)) else value
+    return (
+        ROWS.decode(value if isinstance(value, str) else value.decode()) if isinstance(value, (str, bytes)) else value
+    )
 
 
 def _of_map(item: Decoder | None) -> Decoder:

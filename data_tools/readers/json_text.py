@@ -13,6 +13,7 @@ from typing import IO, Any
 from data_tools.errors import DataError, RowError
 from data_tools.readers.chunk import CHUNK_ROWS, MAX_ROW_BYTES, Chunk
 from data_tools.readers.sources import Form, Source
+from data_tools.values import ROWS, KeyTwice
 
 CHUNK_BYTES = 8 << 20
 _BLOCK = 1 << 18
@@ -108,7 +109,7 @@ class _Text:
 
 
 def _elements(file: IO[bytes], source: Source) -> Iterator[_Item]:
-    text, decoder, count = _Text(file), json.JSONDecoder(), 0
+    text, count = _Text(file), 0
     if text.peek() == "\ufeff":
         text.position += 1
     text.peek()
@@ -116,7 +117,7 @@ def _elements(file: IO[bytes], source: Source) -> Iterator[_Item]:
     mark = text.peek()
     while mark != "]":
         line = text.line()
-        value, size = _element(text, decoder, source, count)
+        value, size = _element(text, ROWS, source, count)
         yield value, size, line
         count += 1
         mark = text.peek()
@@ -136,12 +137,12 @@ def _elements(file: IO[bytes], source: Source) -> Iterator[_Item]:
 
 def _objects(file: IO[bytes], source: Source) -> Iterator[_Item]:
     """Objects over several lines, one behind the other."""
-    text, decoder, count = _Text(file), json.JSONDecoder(), 0
+    text, count = _Text(file), 0
     if text.peek() == "\ufeff":
         text.position += 1
     while text.peek():
         line = text.line()
-        value, size = _element(text, decoder, source, count)
+        value, size = _element(text, ROWS, source, count)
         yield value, size, line
         count += 1
 
@@ -150,6 +151,9 @@ def _element(text: _Text, decoder: json.JSONDecoder, source: Source, number: int
     while True:
         try:
             value, end = decoder.raw_decode(text.text, text.position)
+        except KeyTwice as error:
+            _, size = _element(text, json.JSONDecoder(), source, number)  # tells where the row ends
+            return RowError(f"the row is not JSON: {error}"), size
         except (ValueError, RecursionError) as error:
             ahead = len(text.text) - text.position
             if isinstance(error, RecursionError) or text.at_end or ahead > MAX_ROW_BYTES:

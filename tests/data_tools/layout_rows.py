@@ -70,6 +70,14 @@ LAYOUT_ROWS: dict[str, dict[str, Any]] = {
     },
     "nemotron": {"messages": [USER, OPENAI], "metadata": json.dumps({"tools": FUNCTIONS})},
     "openai": {"messages": [USER, OPENAI], "tools": FUNCTIONS},
+    "gemini": {
+        "systemInstruction": {"parts": [{"text": "You help."}]},
+        "contents": [
+            {"role": "user", "parts": [{"text": QUESTION}]},
+            {"role": "model", "parts": [{"functionCall": {"name": c["name"], "args": c["arguments"]}} for c in CALLS]},
+        ],
+        "tools": [{"functionDeclarations": TOOLS}],
+    },
     "glaive-v2": {
         "system": "SYSTEM: You help. Use these functions if required -\n" + "\n".join(json.dumps(t) for t in TOOLS),
         "chat": f"USER: {QUESTION}\n\n\nASSISTANT: "
@@ -138,9 +146,14 @@ UNREADABLE: dict[str, str] = {
     "no end": '<tool_call>\n{"name": "price", "arguments": {"item": "tea"}}',
     "no JSON": "<tool_call>\nprice of tea\n</tool_call>",
     "more text": f"The form is {HERMES} as you see.",
-    "XML": '<function_calls>\n<invoke name="price">\n<parameter name="item">tea</parameter></invoke></function_calls>',
-    "llama3.1": '<function=price>{"item": "tea"}</function>',
+    "invoke, open": '<function_calls>\n<invoke name="price">\n<parameter name="item">tea</invoke></function_calls>',
+    "llama3.1, open": '<function=price>{"item": "tea"}',
     "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.price:0<|tool_calls_section_end|>",
+    "functionary": '>>>price\n{"item": "tea"}',
+    "escaped": "&lt;tool_call&gt;{&quot;name&quot;: &quot;price&quot;}&lt;/tool_call&gt;",
+    "a list cut": '<|tool_call|>[{"name": "price", "arguments": {"item": "tea"}},',
+    "a tag cut": "I look. <tool_ca",
+    "a thought cut": "<think>\nI look.",
     "in prose": f"I call it:\n```json\n{json.dumps(CALLS[1])}\n```",
     "broken Python": "[price(item='tea'",
     "an unknown tool": "[prize(item='tea')]",

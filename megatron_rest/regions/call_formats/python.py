@@ -103,6 +103,8 @@ class _Literals:
             if key is None:
                 raise self._wrong("is not key=value")
             self._at = key.end()
+            if key[1] in found:
+                raise ToolCallError(f"the argument {key[1]!r} is there twice")
             found[key[1]] = self._value(1)
             if not self._take(",") and not self._at_end():
                 raise self._wrong("follows a value")

@@ -31,11 +31,11 @@ from megatron_rest.regions.calls import (
     shown,
 )
 
-__all__ = ["GlmCalls", "QwenXmlCalls"]
+__all__ = ["ElementCalls", "GlmCalls"]
 
 _FUNCTION = re.compile(rb"<function=([^>\n]*+)(>?)")
-_FUNCTION_END = re.compile(rb"</function>|(?=<function=)")
 _PARAMETER = re.compile(rb"<parameter=([^>\n]*+)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
+_PARAMETER_END = b"</parameter>"
 _GLM_NAME = re.compile(rb"\s*+([^\s<]*+)")
 _GLM_ARGUMENT = re.compile(
     rb"<arg_key>(.*?)(?:</arg_key>|\Z)\s*+(?:<arg_value>(.*?)(?:</arg_value>|(?=<arg_key>)|\Z))?+", re.DOTALL
@@ -43,39 +43,56 @@ _GLM_ARGUMENT = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class QwenXmlCalls:
-    """Qwen3-Coder, Qwen3.5: ``<function=name>`` with ``<parameter=key>`` elements."""
+class ElementCalls:
+    """A call is an element that names its function, and holds an element a parameter: by default as Qwen3-Coder and
+    Qwen3.5 write it.
+
+    ``opening`` is the tag that begins a call, its first group the name, its second the closing ``>``; ``parameter`` one
+    whole element.  ``element`` and ``argument`` are what these tags begin with, ``closing`` ends a call; ``forms`` are
+    how a call, a parameter and what is around a call are written.
+    """
 
     glue: re.Pattern[bytes] = re.compile(rb"\s*")
+    opening: re.Pattern[bytes] = _FUNCTION
+    parameter: re.Pattern[bytes] = _PARAMETER
+    element: bytes = b"<function="
+    argument: bytes = b"<parameter="
+    closing: bytes = b"</function>"
+    forms: tuple[str, str, str] = (
+        "<function=%s>\n%s</function>",
+        "<parameter=%s>\n%s\n</parameter>\n",
+        "<tool_call>\n%s\n</tool_call>",
+    )
 
     def scan(self, text: bytes, start: int, end: int) -> Iterator[CallSpan]:
         position = start
-        while opening := _FUNCTION.search(text, position, end):
+        while opening := self.opening.search(text, position, end):
             body = opening.end()
-            closing = _FUNCTION_END.search(text, body, end)
-            body_end = closing.start() if closing else end
-            first = text.find(b"<parameter=", body, body_end)
-            last = text.rfind(b"</parameter>", body, body_end)
-            stop = last + len(b"</parameter>") if last > first else body_end
-            position = closing.end() if closing else end
+            closing, following = text.find(self.closing, body, end), text.find(self.element, body, end)
+            body_end = min((at for at in (closing, following) if at >= 0), default=end)
+            first = text.find(self.argument, body, body_end)
+            last = text.rfind(_PARAMETER_END, body, body_end)
+            stop = last + len(_PARAMETER_END) if last > first else body_end
+            position = body_end + len(self.closing) if body_end == closing else body_end
             yield CallSpan(opening.start(), position, opening.span(1), ((first, stop),) if first >= 0 else ())
 
     def load(self, text: bytes, call: CallSpan, limits: Limits, schemas: Schemas) -> ToolCall:
         whole = text[call.start : call.end]
-        opening = _FUNCTION.match(whole)
-        if opening is None or not opening.group(2) or not whole.endswith(b"</function>"):
-            raise ToolCallError(f"{shown(decoded(whole))} is not <function=name> ... </function>")
+        opening = self.opening.match(whole)
+        if opening is None or not opening.group(2) or not whole.endswith(self.closing):
+            form = decoded(self.element + b"name> ... " + self.closing)
+            raise ToolCallError(f"{shown(decoded(whole))} is not {form}")
         name = decoded(opening.group(1)).strip()
-        body = whole[opening.end() : -len(b"</function>")]
-        return _call(name, _PARAMETER, body, b"</parameter>", limits, schemas, trim=True)
+        body = whole[opening.end() : -len(self.closing)]
+        return _call(name, self.parameter, body, _PARAMETER_END, limits, schemas, trim=True)
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-        return "\n".join(
-            f"<tool_call>\n<function={name}>\n"
-            + "".join(f"<parameter={key}>\n{_written(value)}\n</parameter>\n" for key, value in arguments.items())
-            + "</function>\n</tool_call>"
+        call, parameter, around = self.forms
+        written = [
+            around % (call % (name, "".join(parameter % (key, _written(value)) for key, value in arguments.items())))
             for name, arguments in calls
-        )
+        ]
+        return "\n".join(written)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +147,7 @@ def _call(
             break
         key, value = decoded(element.group(1)).strip(), decoded(element.group(2) or b"")
         if trim:  # the newlines that the template puts around a value
-            value = value.removeprefix("\n").removesuffix("\n")
+            value = value.removeprefix("\r").removeprefix("\n").removesuffix("\n").removesuffix("\r")
         parameters[key] = json_value(value, schemas.get(name, {}).get(key), limits)
         position = element.end()
     if body[position:].strip():
