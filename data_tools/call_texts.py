@@ -386,7 +386,7 @@ def _is_cut(body: str) -> bool:
 
 
 _CUT_TAG = re.compile(
-    r"<[|/｜]?[^\W\d][^<>\n]{0,60}$|<[|/｜]*$"  # <tool_ca, <|python_t, </
+    r"<[|/｜]?[^\W\d][^<>\s]{0,60}$|<(?:invoke|parameter)\b[^<>\n]*$|<[|/｜]*$"  # <tool_ca, <|python_t, </
     r"|\[/?[A-Z]+(?:_[A-Z]*)?$"  # [TOOL_C
     r"|(?:^|\n)[ \t]*`{1,2}$"
 )
