@@ -120,7 +120,7 @@ _KIMI = _dialect(
     "kimi_k2",
     NamedCalls(
         opening=re.compile(
-            rb"<\|tool_call_begin\|>\s*(?:functions\.)?([^\s<:]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>"
+            rb"<\|tool_call_begin\|>\s*(?:functions\.)?+([^\s<:]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>"
         ),
         closing=b"<|tool_call_end|>",
         form="<|tool_call_begin|>functions.%s:0<|tool_call_argument_begin|>%s<|tool_call_end|>",
@@ -281,7 +281,7 @@ def _why_not(turn: Turn, dialect: Dialect, text: str) -> str:
         answer = _ANSWERS.get(dialect.name)
         is_answer = turn.response is not None and not turn.has_calls and answer is not None and answer in text
         return "" if is_answer else "no call is in it"
-    if dialect in (_OBJECTS, _ANY_PYTHON) and _is_list_open(text, dialect):
+    if dialect.name in (_OBJECTS.name, _ANY_PYTHON.name, MISTRAL.name) and _is_list_open(text, dialect):
         return "its list is never closed"
     if dialect is _OBJECTS and not any(tag in text for tag in _OPEN_TAGS):
         closes = [section.close.decode() for section in dialect.sections if section.close is not None]
@@ -410,7 +410,7 @@ def _looks_like_calls(body: str, tools: list[Tool]) -> bool:
         return True
     if _ENDS_AS_CALLS.search(body) and len(_PROSE.findall(body)) < FEWEST_PROSE_WORDS:
         return True
-    if _PYTHON_ARGUMENT.search(_CODE.sub("", body)):
+    if _PYTHON_ARGUMENT.search(_CODE.sub("", body)) or _FENCED_CALL.search(body):
         return True
     if any(re.search(rf"(?<!\w){re.escape(name)}\((?!s\))", body) for name in names):
         return True
@@ -436,6 +436,7 @@ _PROSE = re.compile(r"(?:^|\s)[^\W\d_]+(?=[\s.,;:!?]|$)")
 _ENDS_AS_CALLS = re.compile(r"[\"'\]}]\s*[)}\]]+[\s`\"']*$")
 _KEYWORDS = re.compile(r"\(\s*(?:\)|[A-Za-z_]\w*\s*=)")
 _CODE = re.compile(r"```(?!tool).*?(?:```|$)", re.DOTALL)
+_FENCED_CALL = re.compile(r"```\w*\s*\[\s*[^\s\[\](){}=,;:'\"][^\[\](){}=,;'\"\n]*\(\s*(?:\w+\s*=|\))")
 _PYTHON_ARGUMENT = re.compile(r"[(,]\s*\w+\s*=\s*[\"'\[{]")
 # What is left of a call's marks where some of them are damaged.
 _REMAINS = re.compile(

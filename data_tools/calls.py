@@ -66,13 +66,13 @@ def is_call(value: Any, names: Collection[str] = ()) -> bool:
     return bool(called) and (called[0] in names or any(key in value for key in ARGUMENT_KEYS))
 
 
-def holds_calls(value: Any) -> bool:
-    """Whether a value that is not read is a call, or a list with one; tools are none."""
+def holds_calls(value: Any, names: Collection[str] = ()) -> bool:
+    """Whether a value that is not read is a call (of a tool in ``names``), or a list with one; tools are none."""
     value = parsed(value)
     items = [parsed(item) for item in (value if isinstance(value, list) else [value])]
     return any(
         isinstance(item, dict)
-        and (is_call(item) or _SURE_KEYS & item.keys() or item.get("type") == "function")
+        and (is_call(item, names) or _SURE_KEYS & item.keys() or item.get("type") == "function")
         and "description" not in {*item, *(item.get("function") or ())}
         for item in items
     )

@@ -263,12 +263,12 @@ def _call_turn(message: dict[str, Any], content: Any, tools: list[Tool], form: M
 
 
 def _assistant(message: dict[str, Any], text: str, tools: list[Tool], form: MessageForm) -> Turn:
-    calls, ids = _calls_beside(message)
+    calls, ids = _calls_beside(message, {tool["name"] for tool in tools})
     beside = _thought_beside(message)
     return assistant_turn(text, tools, form.calls_in_text, thought=beside, calls=calls, call_ids=ids)
 
 
-def _calls_beside(message: dict[str, Any]) -> tuple[list[Call], tuple[str, ...]]:
+def _calls_beside(message: dict[str, Any], names: set[str]) -> tuple[list[Call], tuple[str, ...]]:
     """Calls that a message has beside its text, with their ids; under a key that nobody knows they are refused."""
     found: dict[str, list[Any]] = {}
     for key, value in message.items():
@@ -276,7 +276,7 @@ def _calls_beside(message: dict[str, Any]) -> tuple[list[Call], tuple[str, ...]]
             raw = parsed(value or [], "the calls of a message")
             if raw := raw if isinstance(raw, list) else [raw]:
                 found[key] = raw
-        elif key not in _KNOWN_KEYS and isinstance(value, (list, dict, str)) and holds_calls(value):
+        elif key not in _KNOWN_KEYS and isinstance(value, (list, dict, str)) and holds_calls(value, names):
             raise RowError(f"a message has calls under {key!r}", "an --adapter can rename it to tool_calls")
     read = {key: [read_call(item) for item in raw] for key, raw in found.items()}
     if not read:

@@ -153,6 +153,10 @@ UNREADABLE: dict[str, str] = {
     "escaped": "&lt;tool_call&gt;{&quot;name&quot;: &quot;price&quot;}&lt;/tool_call&gt;",
     "a list cut": '<|tool_call|>[{"name": "price", "arguments": {"item": "tea"}},',
     "a tag cut": "I look. <tool_ca",
+    "mistral, cut": '[TOOL_CALLS] [{"name": "price", "arguments": {"item": "tea"}}',
+    "kimi, no name": "<|tool_calls_section_begin|><|tool_call_begin|>functions.:0<|tool_call_argument_begin|>{}"
+    "<|tool_call_end|><|tool_calls_section_end|>",
+    "in prose, Python": "I call it:\n```python\n[rate(of='tea')]\n```",
     "a thought cut": "<think>\nI look.",
     "in prose": f"I call it:\n```json\n{json.dumps(CALLS[1])}\n```",
     "broken Python": "[price(item='tea'",

@@ -528,6 +528,8 @@ def key_renamed(row: Row, right: Right, chance: random.Random) -> tuple[Row, Rig
         return row, right
     key, (*rest, last) = found
     calls = last["tool_calls"]
+    if isinstance(calls, list) and any(isinstance(call, str) for call in calls):
+        return row, right  # names of tools are no calls
     name = chance.choice(("toolCalls", "tool_call", "calls_made", "functions_called", "_calls"))
     return {**row, key: [*rest, {"role": "assistant", "content": "I look it up.", name: calls}]}, right
 
