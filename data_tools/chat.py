@@ -29,7 +29,7 @@ class ChatTokenizer:
     """Chat template and token ids of one tokenizer folder.
 
     ``dialect`` is how answers are written (its tags are text, whatever the vocabulary calls them); ``template`` is
-    stock, append_only or a path, as ``model.chat_template``.
+    stock, append_only, a shipped one's name or a path, as ``model.chat_template``.
     """
 
     def __init__(self, folder: str | Path, *, dialect: Dialect = TOOLRL, template: str = STOCK) -> None:
@@ -47,14 +47,11 @@ class ChatTokenizer:
         try:
             self.template_identity = prompt_files.template_identity(folder)
             self._template = ChatTemplate.of_folder(folder, template)
-            beside = prompt_files.tokens_beside(folder)
+            differs = prompt_files.why_ids_differ(folder)
         except ValueError as error:
             raise DataError(f"--tokenizer: {error}") from error
-        if beside:
-            raise DataError(
-                f"--tokenizer: {folder} adds tokens beside tokenizer.json ({', '.join(beside[:5])}), so ids would not "
-                "be an engine's: save it again with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
+        if differs:
+            raise DataError(f"--tokenizer: {differs}")
         self.template_text = self._template.text
         try:
             self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))

@@ -109,7 +109,7 @@ def _add_convert_options(p: argparse.ArgumentParser) -> None:
         "--chat-template",
         default="stock",
         metavar="NAME",
-        help="stock (default), append_only or a path: as model.chat_template of the run",
+        help="stock (default), append_only, the name of a shipped one (say qwen3_no_think) or a path",
     )
     p.add_argument("--licence", default="", metavar="TEXT", help="licence and attribution, kept in the manifest")
     p.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")

@@ -73,7 +73,7 @@ class ConvertOptions:
     rows_per_shard: int = 1 << 16
     progress_bar: bool = True
     chat_template: str = "stock"
-    """stock, append_only or a path, as ``model.chat_template``."""
+    """As ``model.chat_template``: stock, append_only, a shipped one's name or a path."""
 
     def __post_init__(self) -> None:
         if self.encode.dialect not in (AUTO, *DIALECTS):

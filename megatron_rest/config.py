@@ -139,7 +139,8 @@ class ModelConfig:
     deepseek_v31 or pythonic; auto = as the prompts were prepared (their manifest says it)."""
     chat_template: str = "stock"
     """stock: the folder's own; append_only: one that never rewrites what was said, for environments (shipped for the
-    families whose own drops earlier thoughts); or a path."""
+    families whose own drops earlier thoughts); the name of a shipped one (qwen3_no_think: Qwen3 with thinking off); or
+    a path."""
     head: str = "fused"
     """fused: log-probs from hidden states, rows without loss are not projected; logits: through logits of every row."""
 
@@ -148,7 +149,7 @@ class ModelConfig:
         _one_of("model.head", self.head, ("fused", "logits"))
         _one_of("model.dialect", self.dialect, ("auto", *DIALECT_NAMES))
         if not self.chat_template:
-            raise ConfigError("model.chat_template is empty: stock, append_only or a path")
+            raise ConfigError("model.chat_template is empty: stock, append_only, the name of a shipped one or a path")
         _at_least("model.max_sequence_length", self.max_sequence_length, 2)
 
 

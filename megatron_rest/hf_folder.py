@@ -8,6 +8,8 @@ loaded as something else.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +56,26 @@ def load_tokenizer(folder: str | Path) -> Any:
     refuse_remote_code(folder)
     if not Path(folder).is_dir():
         raise ConfigError(f"model.path: {folder} is not a folder on this machine")
+    with _of_the_folder():
+        differs = prompt_files.why_ids_differ(folder)
+    if differs:
+        raise ConfigError(f"model.path: {differs}")
+    reads = PreTrainedTokenizerFast if (Path(folder) / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        if (Path(folder) / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = reads.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers do: KeyError, TypeError, Rust's own
         raise ConfigError(
             f"model.path: the tokenizer of {folder} does not load ({type(error).__name__}: {error})"
         ) from error
+    with _of_the_folder():
+        rows = prompt_files.json_object(Path(folder) / "config.json").get("vocab_size")
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(rows, int) and size > rows:
+        raise ConfigError(
+            f"model.path: {folder} has tokens up to id {size - 1}, but rows for {rows} (vocab_size in config.json): "
+            "add rows with resize_token_embeddings of transformers, or take the tokenizer that belongs to the model"
+        )
+    return tokenizer
 
 
 def stop_token_ids(
@@ -76,31 +90,32 @@ def stop_token_ids(
     Args:
         folder: HF folder with tokenizer.json.
         dialect: how the model writes.
-        chat_template: stock, append_only or a path.
+        chat_template: as ``model.chat_template``.
         end_of_turn: the token that ends the answers of prepared prompts (their manifest names it); goes first.
 
     Raises :class:`ConfigError` if there is none, so that no answer would ever end, or if ``end_of_turn`` is no token.
     """
-    spec = _read_object(Path(folder) / "tokenizer.json")
+    with _of_the_folder():
+        spec = prompt_files.json_object(Path(folder) / "tokenizer.json")
+        eos = prompt_files.special_tokens(folder).get("eos_token")
+        ends = _configured_ends(Path(folder))
     vocab = spec.get("model", {}).get("vocab")
     ids = dict(vocab) if isinstance(vocab, dict) else {}
     added = {token["content"]: int(token["id"]) for token in spec.get("added_tokens") or []}
     ids |= added
     try:
         from_template = ChatTemplate.of_folder(folder, chat_template).end_of_turn(list(added))
-    except ValueError:  # a folder without a template: what prepared prompts say, and eos_token
-        from_template = ""
+    except ValueError as error:
+        if chat_template != STOCK:
+            raise ConfigError(f"model.chat_template: {error}") from error
+        from_template = ""  # a folder without a template: what prepared prompts say, and eos_token
     if end_of_turn and end_of_turn not in ids:
         raise ConfigError(
             f"model.path: answers of the prepared prompts end with {end_of_turn!r}, which is no token of {folder}: "
             "convert the data again with --tokenizer of this folder"
         )
-    eos = prompt_files.special_tokens(folder).get("eos_token")
     names = (end_of_turn, dialect.turn_end, from_template, dialect.call_end, eos)
-    found = [ids[name] for name in names if name and name in ids]
-    generation = Path(folder) / "generation_config.json"
-    ends = _read_object(generation if generation.is_file() else Path(folder) / "config.json").get("eos_token_id")
-    found += [int(i) for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int)]
+    found = [ids[name] for name in names if name and name in ids] + ends
     if not found:
         raise ConfigError(
             f"model.path: {folder} names no token that ends a turn (neither its chat template nor eos_token nor "
@@ -109,9 +124,21 @@ def stop_token_ids(
     return list(dict.fromkeys(found))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _configured_ends(folder: Path) -> list[int]:
+    """``eos_token_id`` of generation_config.json, of config.json where there is none: an id or a list of ids."""
+    generation = folder / "generation_config.json"
+    path = generation if generation.is_file() else folder / "config.json"
+    ends = prompt_files.json_object(path).get("eos_token_id")
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"eos_token_id of {path} is {ends!r}, expected a token id or a list of them")
+    return ids
+
+
+@contextmanager
+def _of_the_folder() -> Iterator[None]:
+    """What is wrong with its files is the configuration's: they are what ``model.path`` names."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
+        yield
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from error

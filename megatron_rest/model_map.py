@@ -16,8 +16,8 @@ Megatron's layouts, all along dimension 0 unless said otherwise:
 Experts are never cut along TP (Megatron's ``expert_tensor_parallel_size`` is 1): expert ``e`` of ``E`` lies whole on
 rank ``e * EP // E`` of every expert-parallel group, and nowhere else in that group.
 
-Covered: Qwen3 (QK norm), Qwen2 / Qwen2.5 (QKV bias), Llama 2 / 3 and Qwen3-MoE, tied or untied embeddings.  Layer and
-expert numbers in the names are global: the caller adds its pipeline and expert offsets.
+Covered: Qwen3 (QK norm), Qwen2 / Qwen2.5 (QKV bias), Llama 2 / 3, Mistral without a window and Qwen3-MoE, tied or
+untied embeddings.  Layer and expert numbers in the names are global: the caller adds its pipeline and expert offsets.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # names, shapes and counts are read where there is no torch; 
     from torch import Tensor
 
 __all__ = [
+    "ARCHITECTURES",
     "ModelShape",
     "ParameterKind",
     "ParameterSpec",
@@ -45,14 +46,26 @@ __all__ = [
 ]
 
 _LARGEST = 1 << 31
-_SUPPORTED = ("qwen3", "qwen2", "llama", "qwen3_moe")
+ARCHITECTURES: Mapping[str, str] = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""The supported values of ``model_type``, and the class that transformers and vLLM have for each."""
+_WITH_QK_NORM = ("qwen3", "qwen3_moe")
+
 # Options of config.json that change a model's numbers and have no mapping, with the values that change nothing.  null
 # and false always change nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "use_sliding_window": (),
+    "dual_chunk_attention_config": (),  # Qwen2.5-1M's: vLLM follows it, transformers does not
     "mlp_bias": (),
     "attention_bias": (),  # of the output projection, too
+    "qkv_bias": (),
+    "bias": (),
     "partial_rotary_factor": (1, 1.0),
     "attn_logit_softcapping": (),
     "final_logit_softcapping": (),
@@ -67,7 +80,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "dim_model_base": (),
     "no_rope_layers": ([],),  # SmolLM3's and Llama 4's: layers without rotary embedding
     "no_rope_layer_interval": (0,),
-    "use_qk_norm": (),
     "use_parallel_residual": (),
     "scoring_func": ("softmax",),
     "n_group": (1,),
@@ -78,11 +90,16 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # What transformers' classes take where config.json says nothing (a null is something else: heads share nothing then).
 _DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "llama": {},
+    "mistral": {"num_key_value_heads": 8},
     "qwen2": {"num_key_value_heads": 32},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "qwen3_moe": {
         "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768
     },
+}  # fmt: skip
+
+_LLAMA3_CONSTANTS: Mapping[str, Any] = {  # of Llama 3.1 to 3.3, and of Megatron's scaling
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
 }  # fmt: skip
 
 
@@ -164,8 +181,8 @@ class ModelShape:
     @classmethod
     def _read(cls, config: Mapping[str, Any], vocab_multiple: int) -> ModelShape:
         model_type = str(config.get("model_type", ""))
-        if model_type not in _SUPPORTED:
-            raise ValueError(f"model_type {model_type!r} has no mapping to Megatron; known: {', '.join(_SUPPORTED)}")
+        if model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type {model_type!r} has no mapping to Megatron; known: {', '.join(ARCHITECTURES)}")
         _refuse_unmapped(config, model_type)
         config = {**_DEFAULTS[model_type], **config}
         if quantization := config.get("quantization_config") or config.get("compression_config"):
@@ -190,7 +207,7 @@ class ModelShape:
             vocab_size=int(config["vocab_size"]),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             has_qkv_bias=model_type == "qwen2",
-            has_qk_norm=model_type in ("qwen3", "qwen3_moe"),
+            has_qk_norm=model_type in _WITH_QK_NORM,
             norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(theta),
             rope_scaling=scaling,
@@ -215,6 +232,23 @@ def _refuse_unmapped(config: Mapping[str, Any], model_type: str) -> None:
     other = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if other:
         raise ValueError(f"layer_types names {', '.join(other)}: only full_attention is supported")
+    normed = config.get("use_qk_norm")  # Qwen3-Coder's says what its architecture does
+    if normed is not None and bool(normed) is not (model_type in _WITH_QK_NORM):
+        raise ValueError(f"use_qk_norm={normed!r} in config.json of a {model_type} model is not supported")
+    # Qwen's have a switch of their own, off by default; of a Llama with a window transformers sees none and vLLM one.
+    window = config.get("sliding_window", 4096 if model_type == "mistral" else None)
+    if window is not None and model_type in ("llama", "mistral"):
+        raise ValueError(
+            f"sliding_window={window!r} in config.json of a {model_type} model is not supported: only null"
+        )
+    if config.get("is_causal") is False:
+        raise ValueError("is_causal=False: an encoder, which predicts no next token")
+    heads = config.get("architectures") or [ARCHITECTURES[model_type]]
+    if ARCHITECTURES[model_type] not in heads:
+        raise ValueError(
+            f"architectures names {', '.join(map(str, heads))}: only {ARCHITECTURES[model_type]} is a policy that "
+            "engines sample from"
+        )
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
@@ -233,7 +267,14 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         return float(theta), {}
     if kind != "llama3":
         raise ValueError(f"rotary embeddings of type {kind!r} have no mapping: only 'default' and 'llama3' do")
-    return float(theta), rope
+    scaling = {name: value for name, value in rope.items() if name not in ("type", "rope_type")}
+    constants = {name: value for name, value in scaling.items() if name != "factor"}
+    if "factor" not in scaling or constants != _LLAMA3_CONSTANTS:
+        raise ValueError(
+            f"rotary parameters {scaling} of type 'llama3' are not those that Megatron computes with: a factor and "
+            f"{dict(_LLAMA3_CONSTANTS)}"
+        )
+    return float(theta), {"rope_type": "llama3", **scaling}
 
 
 def _dense_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:

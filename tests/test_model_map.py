@@ -36,6 +36,7 @@ CONFIGS = {
     "qwen3-untied": {**BASE, "model_type": "qwen3", "tie_word_embeddings": False},
     "qwen2": {**BASE, "model_type": "qwen2", "tie_word_embeddings": True, "head_dim": 4},
     "llama": {**BASE, "model_type": "llama", "tie_word_embeddings": False},
+    "mistral": {**BASE, "model_type": "mistral", "tie_word_embeddings": False, "sliding_window": None},
     "qwen3_moe": {**BASE, **MOE, "model_type": "qwen3_moe", "tie_word_embeddings": False, "mlp_only_layers": [0]},
 }
 
@@ -168,8 +169,13 @@ def test_what_cannot_be_mapped_is_refused() -> None:
 
 
 def test_rotary_parameters_of_both_transformers_generations() -> None:
-    old = {**CONFIGS["llama"], "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     new = {k: v for k, v in CONFIGS["llama"].items() if k != "rope_theta"}
-    new["rope_parameters"] = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
-    assert ModelShape.from_hf_config(old) == ModelShape.from_hf_config(new)
+    new["rope_parameters"] = {"rope_type": "llama3", **scaling, "rope_theta": 5e5}
+    for kind in ("rope_type", "type"):
+        old = {**CONFIGS["llama"], "rope_theta": 5e5, "rope_scaling": {kind: "llama3", **scaling}}
+        assert ModelShape.from_hf_config(old) == ModelShape.from_hf_config(new)
+    for wrong in ({"high_freq_factor": 8.0}, {"original_max_position_embeddings": 4096}):
+        with pytest.raises(ValueError, match="not those that Megatron computes with"):
+            ModelShape.from_hf_config({**new, "rope_parameters": {**new["rope_parameters"], **wrong}})
     assert ModelShape.from_hf_config(CONFIGS["llama"]).rope_scaling == {}

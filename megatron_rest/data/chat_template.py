@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "ChatTemplate",
     "TemplateError",
     "append_only_template",
+    "shipped_templates",
     "template_of",
 ]
 
@@ -136,18 +137,29 @@ class ChatTemplate:
 
 
 def template_of(stock: ChatTemplate, choice: str) -> ChatTemplate:
-    """The template that ``model.chat_template`` names: ``stock``, ``append_only`` or a path.  Raises ValueError."""
+    """The template that ``model.chat_template`` names: ``stock``, ``append_only``, a shipped one's name or a path.
+
+    Raises ValueError for what is none of them.
+    """
     if choice in ("", STOCK):
         return stock
     if choice == APPEND_ONLY:
         return append_only_template(stock)
+    shipped = shipped_templates()
     try:
-        text = Path(choice).read_text(encoding="utf-8")
+        text = shipped[choice] if choice in shipped else Path(choice).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"model.chat_template: {choice} cannot be read ({error}); it is stock, append_only or a path"
+            f"model.chat_template: {choice} cannot be read ({error}); it is stock, append_only, a path, or one of "
+            f"{', '.join(shipped)}"
         ) from error
     return ChatTemplate(text, stock.special_tokens, text)
+
+
+@cache
+def shipped_templates() -> dict[str, str]:
+    """Texts of the append-only templates of this package, by name."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(_SHIPPED.glob("*.jinja"))}
 
 
 PROBE_TOOLS: list[dict[str, Any]] = [
@@ -185,8 +197,7 @@ def append_only_template(stock: ChatTemplate) -> ChatTemplate:
     """
     if is_append_only(stock):
         return stock
-    for path in sorted(_SHIPPED.glob("*.jinja")):
-        text = path.read_text(encoding="utf-8")
+    for text in shipped_templates().values():
         shipped = ChatTemplate(text, stock.special_tokens, text)
         try:
             if all(_first(shipped, *asked) == _first(stock, *asked) for asked in _FIRST_TURNS) and is_append_only(
@@ -195,10 +206,10 @@ def append_only_template(stock: ChatTemplate) -> ChatTemplate:
                 return shipped
         except TemplateError:
             continue
-    names = ", ".join(sorted(path.stem for path in _SHIPPED.glob("*.jinja")))
     raise ValueError(
         "model.chat_template=append_only: the folder's template rewrites earlier turns, and none of the shipped ones "
-        f"({names}) begins a conversation as it does: write one and name its path"
+        f"({', '.join(shipped_templates())}) begins a conversation as it does: name the one of the model's family, or "
+        "the path of one that you write"
     )
 
 

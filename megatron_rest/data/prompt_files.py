@@ -70,7 +70,8 @@ def tokenizer_identity(folder: str | Path) -> str:
 def chat_template(folder: str | Path, *, for_tools: bool = False) -> str:
     """The chat template of an HF tokenizer folder (``chat_template.jinja`` first, then ``tokenizer_config.json``).
 
-    Where a folder has a list of templates it is the one called default, or ``for_tools`` the one called tool_use.
+    Where a folder has several by name (a list or an object in ``tokenizer_config.json``, files in
+    ``additional_chat_templates``) it is the one called default, or ``for_tools`` the one called tool_use.
     """
     folder = Path(folder)
     jinja = folder / "chat_template.jinja"
@@ -81,11 +82,14 @@ def chat_template(folder: str | Path, *, for_tools: bool = False) -> str:
         return jinja.read_text(encoding="utf-8")
     template: Any = tokenizer_config(folder).get("chat_template")
     if isinstance(template, list):
-        by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = (by_name.get("tool_use") if for_tools else None) or by_name.get("default")
-    if not isinstance(template, str) or not template:
-        raise ValueError(f"{folder} has no chat template: add chat_template.jinja to the tokenizer folder")
-    return template
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    by_name = template if isinstance(template, dict) else {"default": template}
+    text = (by_name.get("tool_use") if for_tools else None) or by_name.get("default")
+    if not isinstance(text, str) or not text:
+        others = ", ".join(str(name) for name in by_name if name != "default")
+        what = f"no chat template called default (it has {others})" if others else "no chat template"
+        raise ValueError(f"{folder} has {what}: add chat_template.jinja to the tokenizer folder")
+    return text
 
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -97,58 +101,92 @@ def special_tokens(folder: str | Path) -> dict[str, Any]:
     ``tokenizer_config.json`` goes first where it lists the added tokens, as it does for transformers.
     """
     found: dict[str, Any] = {}
-    path = Path(folder) / "special_tokens_map.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = json_object(Path(folder) / "special_tokens_map.json")
     config = tokenizer_config(folder)
     for source in (values, config) if "added_tokens_decoder" in config else (config, values):
-        if not isinstance(source, dict):
-            continue
         extra = source.get("extra_special_tokens")
         for name, token in {**(extra if isinstance(extra, dict) else {}), **source}.items():
-            text = token.get("content") if isinstance(token, dict) else token
-            if (name in _ROLES or (name.endswith("_token") and not name.startswith("add_"))) and isinstance(text, str):
+            text = _token_text(token)
+            if (name in _ROLES or (name.endswith("_token") and not name.startswith("add_"))) and text is not None:
                 found[name] = text
     return found
 
 
-def tokens_beside(folder: str | Path) -> list[str]:
-    """Tokens that ``tokenizer_config.json`` or ``added_tokens.json`` add and ``tokenizer.json`` does not know.
+def why_ids_differ(folder: str | Path) -> str:
+    """Why ids by ``tokenizer.json`` alone are not those of transformers and vLLM, with the remedy; empty if they are.
 
-    transformers and vLLM would number them behind the others, while whoever reads ``tokenizer.json`` spells them out.
+    Both follow the files beside it as well: these may add tokens (numbered behind the others), make special what was
+    text, trim spaces around tokens, or switch special tokens off.
     """
     folder = Path(folder)
-    config = tokenizer_config(folder)
-    named: list[Any] = [*(config.get("added_tokens_decoder") or {}).values()]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        extra = config.get(key) or []
-        named += list(extra.values()) if isinstance(extra, dict) else extra
-    path = folder / "added_tokens.json"
-    named += json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    texts = [token.get("content") if isinstance(token, dict) else token for token in named]
     try:
         spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []  # for its reader to complain about
+    except (OSError, ValueError, RecursionError):
+        return ""  # for its reader to complain about
     vocabulary = (spec.get("model") or {}).get("vocab")
-    known = {token.get("content") for token in spec.get("added_tokens") or []}
-    known |= set(vocabulary) if isinstance(vocabulary, dict) else set()
-    return [text for text in dict.fromkeys(texts) if isinstance(text, str) and text not in known]
+    known = set(vocabulary) if isinstance(vocabulary, dict) else set()
+    added = {token["content"]: token for token in spec.get("added_tokens") or []}
+    config = tokenizer_config(folder)
+    beside = (config.get("added_tokens_decoder") or {}).values()
+    flags = {text: token for token in beside if (text := _token_text(token)) is not None}
+    named: list[Any] = [*flags, *special_tokens(folder).values()]
+    for source in (config, json_object(folder / "special_tokens_map.json")):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            extra = source.get(key) or []
+            named += list(extra.values()) if isinstance(extra, dict) else extra
+    named += json_object(folder / "added_tokens.json")
+    texts = [text for text in dict.fromkeys(map(_token_text, named)) if text is not None and text not in added]
+    trims = [
+        text
+        for text, token in flags.items()
+        if text in added
+        and any(bool(token.get(side)) != bool(added[text].get(side)) for side in ("lstrip", "rstrip", "single_word"))
+    ]
+    for found, does in (
+        ([text for text in texts if text not in known], "adds tokens beside tokenizer.json"),
+        ([text for text in texts if text in known], "makes tokens special that are none in tokenizer.json"),
+        (trims, "trims spaces around tokens otherwise than tokenizer.json"),
+    ):
+        if found:
+            return (
+                f"{folder} {does} ({', '.join(found[:5])}), so ids would not be an engine's: save it again with "
+                "PreTrainedTokenizerFast.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers"
+            )
+    if config.get("split_special_tokens"):
+        return (
+            f"{folder} has special tokens spelled out (split_special_tokens), so no turn would ever end: set it to "
+            "false in tokenizer_config.json"
+        )
+    return ""
+
+
+def _token_text(token: Any) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def tokenizer_config(folder: str | Path) -> dict[str, Any]:
     """``tokenizer_config.json`` of an HF tokenizer folder; empty where there is none."""
-    path = Path(folder) / "tokenizer_config.json"
-    if not path.is_file():
+    return json_object(Path(folder) / "tokenizer_config.json")
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """What is in a JSON file, empty where there is none.  Raises ValueError for one that is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
         return {}
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+    if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object")
-    return config
+    return values
 
 
 def template_identity(folder: str | Path) -> str:
-    """Hash of the chat template's text."""
-    return _digest(chat_template(folder))
+    """Hash of the chat template's text, and of that for conversations with tools where it is another."""
+    text, for_tools = chat_template(folder), chat_template(folder, for_tools=True)
+    return _digest(text if text == for_tools else json.dumps([text, for_tools]))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -82,9 +82,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         "--dialect", choices=(AUTO, *DIALECTS), default=AUTO,
         help="how it is asked and read (default auto: as its training data was, else as its chat template shows calls)",
     )  # fmt: skip
-    run.add_argument(
-        "--chat-template", default=STOCK, metavar="NAME", help="stock, append_only or a path, as model.chat_template"
-    )
+    run.add_argument("--chat-template", default=STOCK, metavar="NAME", help="as model.chat_template")
     run.add_argument("--prompt-style", choices=STYLES, help="as the training data (default: as a run's, else original)")
     run.add_argument("--max-model-len", type=int, default=0, metavar="N", help="tokens of prompt and answer (model's)")
     run.add_argument("--max-response-tokens", type=int, default=2048, metavar="N", help="longest answer (%(default)s)")

@@ -128,7 +128,7 @@ class Interviewer:
         if environment:
             translator = ChatTranslator(self._tokenizer, chat=self._chat)
             for role in ("tool", "user"):  # raises for a chat template that no conversation can be appended to
-                translator.suffix([Message(role=role, content="ok")])
+                translator.end_and_suffix([Message(role=role, content="ok")])
         prompts = tuple(
             PromptSample(prompt_id=case.case_id, token_ids=self._encode(case), ground_truth=case.task) for case in cases
         )

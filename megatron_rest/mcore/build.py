@@ -304,21 +304,10 @@ def _mark_experts(model: Any, context: ParallelContext) -> None:
 
 
 def _rope_scaling(shape: ModelShape) -> dict[str, Any]:
-    """Llama-3's frequency scaling is the one that ``GPTModel`` knows.
-
-    With other constants it would be silently wrong.
-    """
-    if not shape.rope_scaling:
-        return {}
-    scaling = dict(shape.rope_scaling)
-    factor = float(scaling.pop("factor", 8.0))
-    rest = {k: v for k, v in scaling.items() if k not in ("rope_type", "type")}
-    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if scaling.get("rope_type") != "llama3" or rest != llama3:
-        raise ConfigError(
-            f"model.path: rotary scaling {dict(shape.rope_scaling)} is not what Megatron's Llama-3 scaling computes"
-        )
-    return {"rope_scaling": True, "rope_scaling_factor": factor}
+    """Llama-3's frequency scaling, the one that ``GPTModel`` knows (:class:`ModelShape` refuses other constants)."""
+    return (
+        {"rope_scaling": True, "rope_scaling_factor": float(shape.rope_scaling["factor"])} if shape.rope_scaling else {}
+    )
 
 
 def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: ParallelContext) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from megatron_rest.config import ConfigError
 from megatron_rest.hf_folder import refuse_remote_code
-from megatron_rest.model_map import ModelShape, parameter_map, to_megatron
+from megatron_rest.model_map import ModelShape, ParameterKind, parameter_map, to_megatron
 
 __all__ = ["INDEX_FILE", "load_hf_weights", "read_shape"]
 
 INDEX_FILE = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 
 _log = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def read_shape(folder: str | Path) -> ModelShape:
 class _Safetensors(Mapping[str, Tensor]):
     """All tensors of a folder by name, read lazily: of the files that its index names, else of all ``*.safetensors``.
 
-    What the index does not name was left over by somebody: an earlier export, the unsharded file, an adapter.  Without
-    an index a name that stands in two files would be one or the other by chance, and is refused.
+    What the index does not name was left over by somebody: an earlier export, the unsharded file, an adapter, the same
+    weights under other names (``consolidated``).  Without an index a name that stands in two files would be one or the
+    other by chance, and is refused.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +86,8 @@ class _Safetensors(Mapping[str, Tensor]):
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    other = ("adapter_", "consolidated")  # an adapter; the same weights under Mistral's and Llama's own names
+    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(other))
     index = folder / INDEX_FILE
     if index.is_file():
         try:
@@ -96,8 +99,17 @@ def _weight_files(folder: Path) -> list[Path]:
             ) from error
         missing = [file.name for file in listed if not file.is_file()]
         if missing:
-            raise ConfigError(f"model.path: {index} names {missing[0]}, which is not there: was the copy complete?")
+            whole = "; or is the index left over, and model.safetensors has everything? Then remove the index"
+            raise ConfigError(
+                f"model.path: {index} names {missing[0]}, which is not there: was the copy complete"
+                f"{whole if folder / 'model.safetensors' in files else '?'}"
+            )
         left = [file.name for file in files if file not in listed]
+        if "model.safetensors" in left:
+            raise ConfigError(
+                f"model.path: {folder} has model.safetensors, which transformers reads, and {INDEX_FILE}, which names "
+                "other files and which vLLM reads: remove what was left over"
+            )
         if left:
             _log.warning("%s: %s is not in %s and is not read", folder, ", ".join(left), INDEX_FILE)
         return listed
@@ -113,6 +125,19 @@ def _open(file: Path) -> Any:
         raise ConfigError(f"model.path: {file} is damaged or no safetensors file: {error}") from error
 
 
+def _refuse_unmapped(source: Collection[str], folder: str | Path, shape: ModelShape) -> None:
+    """Raise ConfigError for tensors that nothing reads: a bias or a layer more than config.json says is no detail."""
+    mapped = {name for spec in parameter_map(shape) for name in spec.hf_names} | {HEAD}
+    # Old exports have the rotary frequencies, which are computed.
+    left = sorted(name for name in source if name not in mapped and not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        raise ConfigError(
+            f"model.path: {folder} has {left[0]} ({len(left)} such tensors), for which a {shape.model_type} model of "
+            "its config.json has no place: it would compute something else without them. Is config.json that of the "
+            "weights?"
+        )
+
+
 @torch.no_grad()
 def load_hf_weights(
     shards: Mapping[str, Tensor], folder: str | Path, shape: ModelShape, *, tp_rank: int, tp_size: int
@@ -122,6 +147,7 @@ def load_hf_weights(
     Every shard must be in the map and every map entry that this rank holds must be in the folder; else ``ConfigError``.
     """
     source = _Safetensors(Path(folder))
+    _refuse_unmapped(source, folder, shape)
     filled = set()
     for spec in parameter_map(shape):
         for name in (spec.megatron_name, *spec.alternatives, *spec.tied_copies):
@@ -138,6 +164,15 @@ def load_hf_weights(
                 raise ConfigError(
                     f"{name}: the folder gives {tuple(shard.shape)}, the model has {tuple(shards[name].shape)}"
                 )
+            if HEAD in source and shape.tied_embeddings and spec.kind is ParameterKind.VOCAB:
+                head = to_megatron(
+                    spec, {spec.hf_names[0]: source[HEAD]}, tp_rank=tp_rank, tp_size=tp_size, shape=shape
+                )
+                if not torch.equal(head, shard):
+                    raise ConfigError(
+                        f"model.path: {folder} ties the head to the embedding (tie_word_embeddings), but its {HEAD} is "
+                        "another: set tie_word_embeddings to false in config.json, or remove that tensor"
+                    )
             shards[name].copy_(shard)
             filled.add(name)
     left = sorted(set(shards) - filled)

@@ -20,8 +20,15 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rest.data.chat_template import APPEND_ONLY, STOCK, TEMPLATE_DATE, ChatTemplate, template_of
-from megatron_rest.regions import TOOLRL, Dialect, TokenRegion, label_regions, read_turn, token_bytes_table
+from megatron_rest.data.chat_template import (
+    APPEND_ONLY,
+    STOCK,
+    TEMPLATE_DATE,
+    ChatTemplate,
+    shipped_templates,
+    template_of,
+)
+from megatron_rest.regions import HERMES, TOOLRL, Dialect, TokenRegion, label_regions, read_turn, token_bytes_table
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.environments.base import Message
 from megatron_rest.rollout.environments.calls import Call
@@ -32,14 +39,6 @@ __all__ = ["CertificationError", "certify", "serving_notes"]
 
 class CertificationError(ValueError):
     """The tokenizer or its chat template is not fit; the message lists why."""
-
-
-def _hermes(*calls: Call, thought: str = "", text: str = "") -> str:
-    parts = [f"<think>\n{thought}\n</think>\n\n"] if thought else []
-    parts += [text] if text else []
-    blocks = [json.dumps({"name": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in calls]
-    parts += ["\n".join(f"<tool_call>\n{block}\n</tool_call>" for block in blocks)]
-    return "".join(parts)
 
 
 _SAID: tuple[tuple[tuple[Call, ...], str, str], ...] = (
@@ -62,8 +61,7 @@ _TYPES |= {"tags": "array", "content": "string", "file_name": "string"}
 
 def _samples(dialect: Dialect) -> list[tuple[str, tuple[Call, ...]]]:
     """Answers as a model of the dialect writes them; in Hermes' form for ToolRL's tags, whose reader is the same."""
-    if dialect is TOOLRL:
-        return [(_hermes(*calls, thought=thought, text=text), calls) for calls, thought, text in _SAID]
+    dialect = HERMES if dialect is TOOLRL else dialect
     samples = []
     for calls, thought, text in _SAID:
         calls = calls[:1] if dialect.one_call_a_turn else calls
@@ -133,7 +131,10 @@ def _remedy(tokenizer: Any, chat: ChatSettings) -> str:
     try:
         template_of(ChatTemplate.of_tokenizer(tokenizer), APPEND_ONLY)
     except ValueError:
-        return "; name an append-only template of your own with model.chat_template=PATH"
+        return (
+            f"; set model.chat_template to the one of the model's family ({', '.join(shipped_templates())}), or to the "
+            "path of an append-only template of your own"
+        )
     return "; set model.chat_template=append_only"
 
 

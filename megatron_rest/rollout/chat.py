@@ -27,7 +27,7 @@ class ChatSettings:
 
     dialect: str = TOOLRL.name
     chat_template: str = STOCK
-    """stock, append_only or a path."""
+    """stock, append_only, a shipped one's name or a path."""
 
     @property
     def reads(self) -> Dialect:

@@ -80,12 +80,8 @@ class ChatTranslator:
         """Tool calls of an answer as :meth:`text` gives it."""
         return parse_calls(text, dialect=self._dialect)
 
-    def suffix(self, messages: Sequence[Message]) -> str:
-        """What follows the end-of-turn token of an answer: the messages and the next generation prompt."""
-        return self.end_and_suffix(messages)[1]
-
     def end_and_suffix(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """The token that ends an answer which ``messages`` follow, and what follows it."""
+        """The token that ends an answer which ``messages`` follow; then these and the next generation prompt."""
         said = [{"role": m.role, "content": m.content} for m in messages]
         whole = self.template([*_BEFORE, *said], add_generation_prompt=True)
         if not whole.startswith(self._before):
@@ -106,8 +102,13 @@ class ChatTranslator:
         return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
     def render(self, messages: Sequence[Message]) -> np.ndarray:
-        """int32: :meth:`suffix` as tokens.  Control tokens inside a message's content are defused first."""
-        return self.encode(self.suffix([Message(role=m.role, content=self._defused(m.content)) for m in messages]))
+        """int32: what follows an answer's end of turn.  Control tokens inside a message's content are defused first.
+
+        It is cut into tokens behind the end of turn, as in the conversation: some tokens take the spaces that follow.
+        """
+        said = [Message(role=m.role, content=self._defused(m.content)) for m in messages]
+        end, suffix = self.end_and_suffix(said)
+        return self.encode(end + suffix)[len(self.encode(end)) :]
 
     def _defused(self, text: str) -> str:
         """A tool must not be able to end its own turn and speak as the user or the policy."""

@@ -21,14 +21,14 @@ import numpy as np
 
 from megatron_rest.config import ConfigError
 from megatron_rest.hf_folder import load_tokenizer
-from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map
+from megatron_rest.model_map import ARCHITECTURES, ModelShape, hf_shapes, parameter_map
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["import_gguf", "main"]
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {name: ARCHITECTURES[name] for name in ("llama", "qwen2", "qwen3")}
 _BLOCK_BYTES = 32 << 20  # of float32 values at a time
 # Keys of ``<architecture>.*`` that are read below or change nothing; any other may change what the model computes.
 _READ_KEYS = {

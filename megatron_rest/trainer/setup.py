@@ -212,12 +212,14 @@ def chat_settings(config: RestConfig) -> ChatSettings:
     chat = ChatSettings(dialect=name, chat_template=config.model.chat_template)
     made = read_manifest(Path(config.data.train)).get("tokenizer", {}) if config.data.train else {}
     choice = str(made.get("chat_template", STOCK))
-    if choice != STOCK:
+    if choice != STOCK or chat.chat_template != STOCK:
         try:
-            used = ChatTemplate.of_folder(config.model.path, chat.chat_template).text
+            used = ChatTemplate.of_folder(config.model.path, chat.chat_template)
         except ValueError as error:
             raise ConfigError(f"model.chat_template: {error}") from error
-        if hashlib.sha256(used.encode()).hexdigest() != made.get("chat_template_sha256"):
+        prompt = used.generation_prompt()  # with or without a thought, opened or empty
+        differs = choice != STOCK and hashlib.sha256(used.text.encode()).hexdigest() != made.get("chat_template_sha256")
+        if differs or made.get("generation_prompt", prompt) != prompt:
             raise ConfigError(
                 f"model.chat_template is {chat.chat_template}, but the prompts of {config.data.train} were prepared "
                 f"with --chat-template {choice}: set model.chat_template={choice}, or convert them again"

@@ -14,6 +14,7 @@ from megatron_rest.data.chat_template import (
     ChatTemplate,
     TemplateError,
     append_only_template,
+    shipped_templates,
     template_of,
 )
 from megatron_rest.data.prompt_files import special_tokens
@@ -129,8 +130,9 @@ R1 = (
 
 def qwen_like(prompt: str) -> ChatTemplate:
     """First prompts, tools included, are those of the shipped file; later turns lose their thoughts."""
-    text = (module._SHIPPED / "qwen3.jinja").read_text()
-    text = text.replace("{{- message.content }}", "{{- message.content.split('</think>')[-1].lstrip('\\n') }}")
+    text = shipped_templates()["qwen3"].replace(
+        "{{- message.content }}", "{{- message.content.split('</think>')[-1].lstrip('\\n') }}"
+    )
     return ChatTemplate(text.replace("<|im_start|>assistant\\n' }}\n{%- endif %}", prompt + "' }}\n{%- endif %}"))
 
 
@@ -146,7 +148,7 @@ def qwen_like(prompt: str) -> ChatTemplate:
 def test_a_family_that_drops_thoughts_gets_its_shipped_template(stock: ChatTemplate, name: str) -> None:
     assert not module.is_append_only(stock)
     found = append_only_template(stock)
-    assert found.text == (module._SHIPPED / f"{name}.jinja").read_text() and module.is_append_only(found)
+    assert found.text == shipped_templates()[name] and module.is_append_only(found)
     for messages, tools in module._FIRST_TURNS:
         first = [t.render(messages, tools, add_generation_prompt=True) for t in (stock, found)]
         assert first[0] == first[1]
@@ -160,18 +162,28 @@ def test_what_is_append_only_stays_and_what_nobody_ships_is_refused(tmp_path: Pa
     own = tmp_path / "own.jinja"
     own.write_text(LOOP)
     assert template_of(stock, str(own)).text == LOOP
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"none.jinja cannot be read .* or one of deepseek_r1, .*qwen3_no_think"):
         template_of(stock, str(tmp_path / "none.jinja"))
+    assert template_of(stock, "qwen3_no_think").text == shipped_templates()["qwen3_no_think"]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_thinking", "deepseek_r1", "glm45", "qwen3_5", "qwen3_5_no_think"])
+def test_the_templates_of_one_family_differ_where_an_answer_begins() -> None:
+    """Each has to be whole in an exported folder; what they share is the same."""
+    shared = {}
+    for name, opened in {"": "", "_thinking": "<think>\\n", "_no_think": "<think>\\n\\n</think>\\n\\n"}.items():
+        text = shipped_templates()[f"qwen3{name}"].partition("-#}")[2]
+        assert text.count(f"'<|im_start|>assistant\\n{opened}' }}") == (2 if not opened else 1)
+        shared[name] = text.replace(f"assistant\\n{opened}' }}", "assistant\\n' }")
+    assert len(set(shared.values())) == 1
+
+
+@pytest.mark.parametrize("name", sorted(shipped_templates()))
 def test_shipped_templates_write_structured_messages_as_their_text(name: str) -> None:
     """A server that has parsed thoughts and calls renders what the policy wrote, in its dialect."""
     from megatron_rest.regions import DEEPSEEK, GLM45, HERMES, QWEN3_CODER
 
     dialect = {"deepseek_r1": DEEPSEEK, "glm45": GLM45}.get(name, QWEN3_CODER if "3_5" in name else HERMES)
-    text = (module._SHIPPED / f"{name}.jinja").read_text()
-    template = ChatTemplate(text, {"bos_token": "<b>"})
+    template = ChatTemplate(shipped_templates()[name], {"bos_token": "<b>"})
     calls = [("f", {"a": "ü"}), ("g", {})]
     said = {"role": "assistant", "content": dialect.write(calls, thought="hm")}
     told = {

@@ -194,34 +194,6 @@ def test_answers_are_stored_as_a_vocabulary_composes_them(trained: Path, tmp_pat
     assert ChatTokenizer(folder).decode(row["answer_token_ids"][:-1]) == row["answer_text"]
 
 
-EXTRA = {"content": "<extra>", "special": False}
-
-
-@pytest.mark.parametrize(
-    "files",
-    [
-        {"added_tokens.json": {"<extra>": 400}},
-        {"tokenizer_config.json": {"added_tokens_decoder": {"400": EXTRA}}},
-        {"tokenizer_config.json": {"additional_special_tokens": ["<extra>"]}},
-    ],
-    ids=["added_tokens.json", "added_tokens_decoder", "additional_special_tokens"],
-)
-def test_tokens_that_only_side_files_add_are_refused(
-    trained: Path, tmp_path: Path, files: dict[str, dict[str, Any]]
-) -> None:
-    """transformers gives them ids of their own; the same names in tokenizer.json are no reason to refuse."""
-    from transformers import AutoTokenizer
-
-    folder = folder_of(trained, tmp_path / "model", chat_template=LOOP + SAY)
-    for name, values in files.items():
-        path = folder / name
-        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | values))
-    with pytest.raises(DataError, match=r"adds tokens beside tokenizer.json \(<extra>\)"):
-        convert([ROW], folder, tmp_path)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
-    convert([ROW], folder, tmp_path)
-
-
 def test_base_models_stop_at_the_templates_end_and_at_their_own(trained: Path, tmp_path: Path) -> None:
     folder = folder_of(trained, tmp_path / "model", eos_token="<|endoftext|>", chat_template=LOOP + SAY)
     ids = {

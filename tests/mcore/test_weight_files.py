@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_rest.config import ConfigError
-from megatron_rest.mcore.hf import INDEX_FILE, _Safetensors
+from megatron_rest.mcore.hf import INDEX_FILE, _Safetensors, load_hf_weights, read_shape
 from megatron_rest.trainer.export import export_hf
 from tests.helpers.distributed import run_distributed
 from tests.helpers.tiny_model import build_tiny_model
@@ -41,10 +44,66 @@ def test_a_name_in_two_files_without_an_index_is_refused(tmp_path: Path) -> None
         _Safetensors(tmp_path)
 
 
-def test_an_adapter_is_no_weight(tmp_path: Path) -> None:
+def test_adapters_and_copies_under_other_names_are_no_weights(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
-    assert _Safetensors(tmp_path)["a"].tolist() == [0, 0]
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    found = _Safetensors(tmp_path)
+    assert list(found) == ["a"] and found["a"].tolist() == [0, 0]
+
+
+def test_a_whole_file_beside_the_shards_of_an_index_is_refused(tmp_path: Path) -> None:
+    """transformers takes the first, vLLM the second: a policy would not start where its engine does."""
+    for name in ("model", "model-00001-of-00001"):
+        save_file({"a": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    index(tmp_path, {"a": "model-00001-of-00001.safetensors"})
+    with pytest.raises(ConfigError, match=r"has model.safetensors, which transformers reads, .* remove what was left"):
+        _Safetensors(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        arch: build_tiny_model(folder / arch, arch=arch, tied=arch == "qwen3", with_tokenizer=False)
+        for arch in ("qwen3", "llama")
+    }
+
+
+def with_tensors(folder: Path, base: Path, **extra: torch.Tensor) -> Path:
+    shutil.copytree(base, folder)
+    save_file({**load_file(base / "model.safetensors"), **extra}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj.bias"),  # attention_bias is not in config.json
+        ("llama", "model.layers.2.self_attn.q_proj.weight"),  # num_hidden_layers was made smaller
+        ("llama", "model.layers.0.self_attn.q_norm.weight"),
+        ("qwen3", "model.layers.0.self_attn.q_proj.weight_scale_inv"),  # quantised, and config.json does not say so
+        ("qwen3", "score.weight"),
+        ("qwen3", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_refused_by_name(arch: str, name: str, folders: Any, tmp_path: Path) -> None:
+    folder = with_tensors(tmp_path / "model", folders[arch], **{name: torch.ones(4)})
+    with pytest.raises(ConfigError, match=rf"has {re.escape(name)} \(1 such tensors\), for which a {arch} model"):
+        load_hf_weights({}, folder, read_shape(folder), tp_rank=0, tp_size=1)
+
+
+def test_a_tied_head_may_be_stored_and_another_head_is_refused(folders: Any, tmp_path: Path) -> None:
+    """transformers 5 then leaves the head untied, vLLM ties it."""
+    embedding = load_file(folders["qwen3"] / "model.safetensors")["model.embed_tokens.weight"]
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of old exports; computed anyway
+    same = with_tensors(tmp_path / "same", folders["qwen3"], **{"lm_head.weight": embedding.clone(), **inv_freq})
+    other = with_tensors(tmp_path / "other", folders["qwen3"], **{"lm_head.weight": embedding + 1})
+    for rank in (0, 1):
+        shards = {"embedding.word_embeddings.weight": torch.empty(-(-len(embedding) // 2), embedding.shape[1])}
+        load_hf_weights(shards, same, read_shape(same), tp_rank=rank, tp_size=2)
+        with pytest.raises(ConfigError, match=r"set tie_word_embeddings to false in config.json, or"):
+            load_hf_weights(shards, other, read_shape(other), tp_rank=rank, tp_size=2)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +118,10 @@ def test_a_damaged_index_is_one_line(text: str, tmp_path: Path) -> None:
 
 def test_a_file_that_the_index_names_must_be_there(tmp_path: Path) -> None:
     index(tmp_path, {"a": "model-00001-of-00001.safetensors"})
-    with pytest.raises(ConfigError, match="which is not there"):
+    with pytest.raises(ConfigError, match=r"which is not there: was the copy complete\?$"):
+        _Safetensors(tmp_path)
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model.safetensors has everything\? Then remove the index"):
         _Safetensors(tmp_path)
 
 
