@@ -89,7 +89,7 @@ $(HOST): requirements/host.txt | $(STAMP)
 	@mv $@.part $@ && touch $@
 
 test-host: $(HOST) ## the Megatron layer on the second supported line, megatron-core 0.19.2 (docs/embedding.md)
-	@PYTHONPATH=$(CURDIR)/$(HOST) MEGATRON_REST_HOST=$(HOST_VERSION) $(BIN)/python -m pytest -m "not extended" $(HOST_TESTS) $(TEST_ARGS)
+	@PYTHONPATH=$(CURDIR)/$(HOST) MEGATRON_REST_HOST=$(HOST_VERSION) $(BIN)/python -m pytest $(WORKERS) -m "not extended" $(HOST_TESTS) $(TEST_ARGS)
 
 test-gpu: ## tests that need a CUDA device, FP8 certificates, step time and memory; 8 minutes; in the environment that python3 is
 	@python3 -m megatron_rest.doctor || true  # what this machine has, above what it measured

@@ -6,6 +6,9 @@ import math
 import random
 from pathlib import Path
 
+import pytest
+
+from megatron_rest.analysis import plots
 from megatron_rest.analysis.series import REGIONS
 from megatron_rest.trainer.metrics import MetricsWriter
 from megatron_rest.types import StepReport
@@ -48,3 +51,8 @@ def make_run(run_dir: Path, num_steps: int, *, slope: float = 0.1, seed: int = 0
         for step in range(1, num_steps + 1):
             writer.write(make_report(step, slope=slope, seed=seed))
     return run_dir
+
+
+def draw_only(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Leave the other plots out: a second each, where a test looks at none of them."""
+    patch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in names})

@@ -33,7 +33,7 @@ from megatron_rest.eval.scoring import Verdict, summarise, write_json
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.plan import make_plan
 from megatron_rest.types import TokenRegion
-from tests.analysis.runs import make_run
+from tests.analysis.runs import draw_only, make_run
 from tests.helpers.tiny_model import VOCAB_SIZE, build_tiny_model, build_tokenizer
 
 HOSTILE = '<script>alert(1)</script> & "quoted" \N{SNOWMAN}'
@@ -238,7 +238,8 @@ def test_benchmark_scores_stand_on_it(page):
     assert "version_000005" not in page.text, "the last validation stands for all"
 
 
-def test_a_damaged_summary_is_one_line(run_dir, tmp_path, capsys):
+def test_a_damaged_summary_is_one_line(run_dir, tmp_path, capsys, monkeypatch):
+    draw_only(monkeypatch, "reward")
     folder = make_run(tmp_path / "damaged", 3)
     (folder / "eval").mkdir()
     (folder / "eval" / "summary.json").write_text('{"all": 3}')
@@ -284,7 +285,8 @@ def test_tokens_say_region_weight_and_entropy(page):
     assert all(re.fullmatch(r"thinking, weight \d\.\d{3}, entropy \d\.\d{3} nats", title) for title in titles)
 
 
-def test_a_long_rollout_is_cut_and_says_so(tmp_path, capsys):
+def test_a_long_rollout_is_cut_and_says_so(tmp_path, capsys, monkeypatch):
+    draw_only(monkeypatch, "reward")
     folder = make_run(tmp_path / "long", 3)
     build_tokenizer(folder / "hf")
     one = rollouts(1)
@@ -308,7 +310,8 @@ def test_a_long_rollout_is_cut_and_says_so(tmp_path, capsys):
     assert "... and 1800 more tokens" in capsys.readouterr().out
 
 
-def test_without_a_tokenizer_the_page_says_what_is_missing(tmp_path, capsys):
+def test_without_a_tokenizer_the_page_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    draw_only(monkeypatch, "reward")
     folder = make_run(tmp_path / "bare", 3)
     assert report.main([str(folder)]) == 0
     assert "tokenizer was not found" in (folder / PAGE_FILE).read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from megatron_rest.analysis import compare, report
 from megatron_rest.analysis.plots import PLOTS, moving_mean, plot_runs
 from megatron_rest.analysis.series import MetricsFileError, Window, load_runs
 from megatron_rest.trainer.metrics import MetricsWriter
-from tests.analysis.runs import make_report, make_run
+from tests.analysis.runs import draw_only, make_report, make_run
 
 DRAWN = set(PLOTS) - {"variance_ratio", "validation"}  # those two want what these runs do not have
 
@@ -51,7 +51,7 @@ def test_report_draws_every_plot_and_prints_the_summary(tmp_path: Path, capsys: 
     assert "reward, total" in output and "rollout" in output
 
 
-def test_several_runs_share_a_plot_in_their_own_colours(tmp_path: Path) -> None:
+def test_several_runs_share_a_plot_in_their_own_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = make_run(tmp_path / "grpo", 12, slope=0.05, seed=1), make_run(tmp_path / "rest", 10)
     assert report.main([str(a), str(b), "--output", str(tmp_path / "both")]) == 0
     for name in DRAWN - {"phases"}:
@@ -59,6 +59,7 @@ def test_several_runs_share_a_plot_in_their_own_colours(tmp_path: Path) -> None:
         assert has_colour(pixels, "#0072B2") and has_colour(pixels, "#D55E00"), name
     picture(tmp_path / "both" / "phases.png")
     assert not (a / "plots").exists()
+    draw_only(monkeypatch, "reward")
     assert report.main([str(a), str(b)]) == 0  # the plots of run a alone are not overwritten
     assert sorted(path.name for path in a.iterdir()) == ["metrics.jsonl", "plots_compared"]
 
@@ -153,8 +154,9 @@ def test_difference_equals_the_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compare_prints_a_table_and_never_calls_one_seed_evidence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    draw_only(monkeypatch, "reward")
     a, b = make_run(tmp_path / "grpo", 12, slope=0.0, seed=1), make_run(tmp_path / "rest", 10, slope=5.0)
     assert compare.main([str(a), str(b), "--output", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out

@@ -262,6 +262,13 @@ def parent_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return encoded
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the rows: hundreds of them are as many chunks as thousands would be."""
+    monkeypatch.setattr("data_tools.readers.json_text.CHUNK_ROWS", 64)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_a_worker_that_dies_is_an_error_not_a_hang(
     tokenizer_folder: Path,
     sft_rows: Rows,
@@ -269,18 +276,19 @@ def test_a_worker_that_dies_is_an_error_not_a_hang(
     monkeypatch: pytest.MonkeyPatch,
     parent_chunks: list[int],
 ) -> None:
-    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 5000)
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 630)
     monkeypatch.setattr(convert_module, "_work", die)
     with pytest.raises(DataError, match="a worker process died"):
         convert_rows(options([path], tmp_path / "out", tokenizer_folder, processes=2))
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_bytes_depend_on_the_input_alone(
     tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, parent_chunks: list[int]
 ) -> None:
-    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 5000)
-    one = options([path], tmp_path / "one", tokenizer_folder, rows_per_shard=900)
-    two = options([path], tmp_path / "two", tokenizer_folder, rows_per_shard=900, processes=2)
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 630)
+    one = options([path], tmp_path / "one", tokenizer_folder, rows_per_shard=112)
+    two = options([path], tmp_path / "two", tokenizer_folder, rows_per_shard=112, processes=2)
     convert_rows(two)
     by_parent = len(parent_chunks)
     assert 1 <= by_parent < 10, "parent and worker share the ten chunks"
@@ -288,17 +296,18 @@ def test_bytes_depend_on_the_input_alone(
     assert len(parent_chunks) == by_parent + 10
     assert digest(one.output) == digest(two.output)
     assert len(manifest["outputs"]) == 5  # a shard ends with the chunk that fills it
-    assert manifest["counts"]["rows_quarantined"] == len(range(0, 5000, 97))
+    assert manifest["counts"]["rows_quarantined"] == len(range(0, 630, 97))
     numbers = [row["source_row"] for row in rows_of(one.output)]
-    assert numbers == [n for n in range(5000) if n % 97]
+    assert numbers == [n for n in range(630) if n % 97]
 
 
+@pytest.mark.usefixtures("small_chunks")
 def test_an_interrupted_conversion_goes_on(
     tokenizer_folder: Path, sft_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 3000)
-    whole = options([path], tmp_path / "whole", tokenizer_folder, rows_per_shard=600)
-    cut = options([path], tmp_path / "cut", tokenizer_folder, rows_per_shard=600)
+    path = many_rows(tmp_path / "rows.jsonl", sft_rows, 375)
+    whole = options([path], tmp_path / "whole", tokenizer_folder, rows_per_shard=75)
+    cut = options([path], tmp_path / "cut", tokenizer_folder, rows_per_shard=75)
     convert_rows(whole)
     encode, calls = convert_module.encode_chunk, 0
 

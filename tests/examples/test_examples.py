@@ -13,7 +13,7 @@ from tests.helpers.forked import run_module
 def run(name: str, *arguments: str, ranks: int = 0) -> str:
     """What an example prints; its standard error in the failure message."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    done = run_module(f"examples.{name}", *arguments, ranks=ranks, env=env, timeout=240)
+    done = run_module(f"examples.{name}", *arguments, ranks=ranks, env=env, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -33,14 +33,22 @@ def test_ops_only_gives_the_same_run_on_one_and_two_ranks():
     assert run("ops_only", ranks=2) == alone
 
 
-@pytest.mark.parametrize(("arguments", "ranks"), [((), 0), (("--tensor-parallel", "2"), 2)], ids=["one", "tp2"])
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [pytest.param((), 0, marks=pytest.mark.extended), (("--tensor-parallel", "2"), 2)],
+    ids=["one", "tp2"],
+)
 @pytest.mark.slow
 def test_megatron_loop_learns(arguments, ranks):
     first, last = rewards(run("megatron_loop", *arguments, ranks=ranks))
     assert last > first + 0.3
 
 
-@pytest.mark.parametrize(("arguments", "ranks"), [((), 0), (("--pipeline-parallel", "2"), 2)], ids=["one", "pp2"])
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [pytest.param((), 0, marks=pytest.mark.extended), (("--pipeline-parallel", "2"), 2)],
+    ids=["one", "pp2"],
+)
 def test_pretrain_forward_step_moves_answers_by_their_advantage(arguments, ranks):
     text = run("pretrain_forward_step", *arguments, ranks=ranks)
     rows = re.findall(r"advantage ([-+][\d.]+)  log-prob a token (-[\d.]+) -> (-[\d.]+)", text)

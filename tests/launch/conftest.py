@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from .forked import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,3 +30,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "REST_"))}
     home = tmp_path_factory.mktemp("nemo")
     return env | {"NEMORUN_HOME": str(home), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+
+
+@pytest.fixture(scope="session")
+def server(environment: dict[str, str]) -> Iterator[Server]:
+    """Where ``nemo-run`` commands are forked from."""
+    one = Server(environment)
+    yield one
+    one.close()

@@ -33,7 +33,7 @@ def main() -> None:
     if config.trainer.steps > 1:
         signal.signal(signal.SIGTERM, lambda *_: save(folder, record["RANK"]))
         (folder / f"waiting-{record['RANK']}").touch()
-        time.sleep(100)
+        time.sleep(1000)
 
 
 def save(folder: Path, rank: int) -> None:

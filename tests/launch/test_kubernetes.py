@@ -57,7 +57,7 @@ class Cluster:
     def nemo_run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "launch.cli", *arguments],
-            capture_output=True, text=True, cwd=self.folder, env=self.env | env, stdin=subprocess.DEVNULL, timeout=300,
+            capture_output=True, text=True, cwd=self.folder, env=self.env | env, stdin=subprocess.DEVNULL, timeout=500,
             check=False,
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from launch.recipe import Stage
 
 from .conftest import ROOT
 
-TIMEOUT = 120.0
+TIMEOUT = 400.0
 
 
 @contextmanager
@@ -92,7 +92,9 @@ def test_a_failed_stage_stops_the_rest_and_shows_the_rank_that_failed(
     assert "second" not in text
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.extended)]
+)
 def test_a_signal_ends_every_process(
     signum: signal.Signals, status: int, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from megatron_rest.trainer.engine_nodes import hosted_place
 from megatron_rest.weighting import RestWeighting
 
 from .conftest import ROOT
+from .forked import Server
 
 CLUSTER = {"rest_8b": 8, "rest_70b": 64, "rest_30b_a3b": 16}  # recipe: ranks
 ENGINE_NODES = {"rest_8b": 0, "rest_70b": 4, "rest_30b_a3b": 1}
@@ -158,8 +158,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
-    """All commands of this file, run in one go: a process start each would take minutes."""
+def done(folder: Path, environment: dict[str, str], server: Server) -> dict[str, Done]:
+    """All commands of this file, run in one go."""
     runs = RUNS | {
         argument: (["rest_8b", "--dryrun", argument], {"PLANTED_API_KEY": "planted-s3cr3t"}) for argument in WRONG
     }
@@ -169,16 +169,11 @@ def done(folder: Path, environment: dict[str, str]) -> dict[str, Done]:
         )
         for argument in WRONG_ON_KUBERNETES
     }  # fmt: skip
-    cases = {
-        name: {"arguments": [str(ROOT / f"launch/{recipe}.py"), *rest], "env": env}
-        for name, ((recipe, *rest), env) in runs.items()
-    }
-    (folder / "cases.json").write_text(json.dumps(cases))
-    answer = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("forked.py")), str(folder / "cases.json")],
-        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=folder, env=environment, check=True, timeout=580,
-    )  # fmt: skip
-    return {name: Done(**result) for name, result in json.loads(answer.stdout).items()}
+    found = {}
+    for name, ((recipe, *rest), env) in runs.items():
+        run = server.run([str(ROOT / f"launch/{recipe}.py"), *rest], env=environment | env, cwd=folder)
+        found[name] = Done(run.returncode, run.stdout, run.stderr)
+    return found
 
 
 @pytest.mark.parametrize("recipe", CLUSTER)

@@ -49,6 +49,20 @@ LOSSES: dict[str, RestPolicyLoss | str] = {
 # One of each kind, and the others: the same two paths of the head with other formulas.
 MAIN = ("sequence_mean", "tis_sequence", "a_function")
 OTHERS = tuple(name for name in LOSSES if name not in MAIN)
+Case = tuple[str, bool, tuple[str, ...]]  # layout, whether the embedding is tied, losses
+
+
+def cases(world_size: int, *, is_main: bool) -> list[Case]:
+    """In ``make test`` every layout with one of the two embeddings, in turns, and ``MAIN``; else what is left."""
+    found: list[Case] = []
+    for number, layout in enumerate(LAYOUTS[world_size]):
+        for is_tied in (True, False):
+            in_main = is_tied == (number % 2 == 1)
+            if is_main and in_main:
+                found.append((layout, is_tied, MAIN))
+            elif not is_main:
+                found.append((layout, is_tied, OTHERS if in_main else tuple(LOSSES)))
+    return found
 
 
 def squares(inputs: LossInputs) -> LossOutput:
@@ -97,35 +111,32 @@ def attach_all(parts, form: str) -> None:
         attach(module, vocab_size=parts.shape.vocab_size, temperature=TEMPERATURE, form=form)
 
 
-def both_forms(
-    rank: int, world_size: int, models: list[str], layouts: list[dict], losses: tuple[str, ...]
-) -> list[dict]:
+def both_forms(rank: int, world_size: int, models: list[str], chosen: list[Case]) -> list[dict]:
     from megatron.core import parallel_state
 
     runs = []
-    for model in models:
-        for layout in layouts:
-            parts = make_policy(layout_config(model, **layout))
-            batch = scored_batch(parts)
-            found: dict[str, list] = {}
-            for name in losses:
-                loss = squares if name == "a_function" else LOSSES[name]
-                for form in ("fused", "logits"):
-                    attach_all(parts, form)
-                    found.setdefault(name, []).append(gradients(parts, batch, loss))
-            runs.append(found)
-            parallel_state.destroy_model_parallel()
+    for layout, is_tied, losses in chosen:
+        parts = make_policy(layout_config(models[0 if is_tied else 1], **LAYOUTS[world_size][layout]))
+        batch = scored_batch(parts)
+        found: dict[str, list] = {}
+        for name in losses:
+            loss = squares if name == "a_function" else LOSSES[name]
+            for form in ("fused", "logits"):
+                attach_all(parts, form)
+                found.setdefault(name, []).append(gradients(parts, batch, loss))
+        runs.append(found)
+        parallel_state.destroy_model_parallel()
     return runs
 
 
-@pytest.mark.parametrize("losses", [MAIN, pytest.param(OTHERS, marks=pytest.mark.extended)], ids=["main", "others"])
+@pytest.mark.parametrize("is_main", [True, pytest.param(False, marks=pytest.mark.extended)], ids=["main", "others"])
 @pytest.mark.parametrize("world_size", LAYOUTS)
 @pytest.mark.slow
-def test_fused_head_has_the_loss_and_gradients_of_the_logits(world_size, losses, models):
-    layouts = LAYOUTS[world_size]
-    for runs in run_distributed(both_forms, world_size, models, list(layouts.values()), losses):
-        labels = [f"{kind} {layout}" for kind in ("tied", "untied") for layout in layouts]
-        for label, run in zip(labels, runs, strict=True):
+def test_fused_head_has_the_loss_and_gradients_of_the_logits(world_size, is_main, models):
+    chosen = cases(world_size, is_main=is_main)
+    for runs in run_distributed(both_forms, world_size, models, chosen):
+        for (layout, is_tied, _), run in zip(chosen, runs, strict=True):
+            label = f"{'tied' if is_tied else 'untied'} {layout}"
             for loss, (fused, logits) in run.items():
                 assert fused.keys() == logits.keys()
                 for name, expected in logits.items():

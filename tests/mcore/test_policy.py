@@ -136,6 +136,10 @@ def test_scores_equal_hugging_face_in_float64(model, single):
         np.testing.assert_allclose(got[1], entropy[mask].detach().numpy(), atol=2e-5)
 
 
+# Tied embeddings in `make test`: tests/mcore/test_parallel_matrix.py, against float64.
+@pytest.mark.parametrize(
+    "model", [pytest.param(True, marks=pytest.mark.extended), False], ids=["tied", "untied"], indirect=True
+)
 @pytest.mark.parametrize("world_size", LAYOUTS)
 @pytest.mark.slow
 def test_every_layout_gives_the_same_numbers(world_size, model, single):

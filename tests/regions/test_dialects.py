@@ -136,8 +136,9 @@ def test_the_prompt_may_have_opened_the_thought(dialect: Dialect) -> None:
     assert read_turn("on and on", dialect=dialect, starts_in_think=True).is_thought_closed is False
 
 
+@pytest.mark.parametrize("num_cases", [300, pytest.param(1500, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("dialect", EVERY)
-def test_broken_turns_are_errors_or_text_and_every_byte_has_a_region(dialect: Dialect) -> None:
+def test_broken_turns_are_errors_or_text_and_every_byte_has_a_region(dialect: Dialect, num_cases: int) -> None:
     """Cut, spliced and shuffled turns, seeded: reading never raises, and finds names only where regions have them."""
     chance = random.Random(dialect.name)
     whole = [text.encode() for text, _, _ in written(dialect)]
@@ -159,7 +160,7 @@ def test_broken_turns_are_errors_or_text_and_every_byte_has_a_region(dialect: Di
         b",",
         b"\\",
     ]
-    for _ in range(1500):
+    for _ in range(num_cases):
         raw = chance.choice(whole)
         for _ in range(chance.randrange(1, 4)):
             at, to = sorted((chance.randrange(len(raw) + 1), chance.randrange(len(raw) + 1)))

@@ -1,4 +1,4 @@
-"""Properties over random bytes, grammar soup and prefixes of real answers: more than 10^5 cases, seeded.
+"""Properties over random bytes, grammar soup and prefixes of real answers, seeded; the extended tier tries 10^5 cases.
 
 For longer runs: ``python -m tests.regions.fuzz --seconds 3600``.
 
@@ -12,6 +12,7 @@ import itertools
 import random
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,33 +78,48 @@ def expected_of_split(text: bytes, tokens: list[bytes], by_byte: np.ndarray, dia
     return labels
 
 
-@settings(max_examples=2500, deadline=None, derandomize=True)
-@given(text=texts, points=st.lists(st.integers(0, 10_000), max_size=12), dialect=st.sampled_from(DIALECTS))
-def test_labels_do_not_depend_on_the_split(text: bytes, points: list[int], dialect: Dialect) -> None:
-    tokens = cut(text, points)
-    by_byte = label_regions(single_bytes(text), dialect=dialect)
-    assert label_regions(tokens, dialect=dialect).tolist() == expected_of_split(text, tokens, by_byte, dialect)
+def tiers(main: int, extended: int) -> pytest.MarkDecorator:
+    """How many cases ``make test`` tries, and how many the extended tests."""
+    return pytest.mark.parametrize("num_cases", [main, pytest.param(extended, marks=pytest.mark.extended)])
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True)
-@given(text=texts, in_think=st.booleans(), dialect=st.sampled_from(DIALECTS))
-def test_labels_partition_the_tokens(text: bytes, in_think: bool, dialect: Dialect) -> None:
-    ids = label_regions(single_bytes(text), starts_in_think=in_think, dialect=dialect)
-    assert len(ids) == len(text)
-    possible = {dialect.glue, dialect.outside, *PRIORITY[1:]}
-    assert {int(i) for i in ids} <= {int(r) for r in possible}
-    if dialect is not TOOLRL_TAGS_ONLY:
-        assert (ids != TokenRegion.CONTEXT).all()
+@tiers(500, 2500)
+def test_labels_do_not_depend_on_the_split(num_cases: int) -> None:
+    @settings(max_examples=num_cases, deadline=None, derandomize=True)
+    @given(text=texts, points=st.lists(st.integers(0, 10_000), max_size=12), dialect=st.sampled_from(DIALECTS))
+    def check(text: bytes, points: list[int], dialect: Dialect) -> None:
+        tokens = cut(text, points)
+        by_byte = label_regions(single_bytes(text), dialect=dialect)
+        assert label_regions(tokens, dialect=dialect).tolist() == expected_of_split(text, tokens, by_byte, dialect)
+
+    check()
 
 
-def test_random_bytes_and_soup_never_raise_and_are_covered() -> None:
-    fuzz(random.Random(20250926), num_cases=100_000)
+@tiers(300, 1500)
+def test_labels_partition_the_tokens(num_cases: int) -> None:
+    @settings(max_examples=num_cases, deadline=None, derandomize=True)
+    @given(text=texts, in_think=st.booleans(), dialect=st.sampled_from(DIALECTS))
+    def check(text: bytes, in_think: bool, dialect: Dialect) -> None:
+        ids = label_regions(single_bytes(text), starts_in_think=in_think, dialect=dialect)
+        assert len(ids) == len(text)
+        possible = {dialect.glue, dialect.outside, *PRIORITY[1:]}
+        assert {int(i) for i in ids} <= {int(r) for r in possible}
+        if dialect is not TOOLRL_TAGS_ONLY:
+            assert (ids != TokenRegion.CONTEXT).all()
+
+    check()
 
 
-def test_every_prefix_of_valid_answers_is_covered() -> None:
-    """All prefixes of the structured part and of the shortened thought of real answers (more than 40,000 of them)."""
+@tiers(20_000, 100_000)
+def test_random_bytes_and_soup_never_raise_and_are_covered(num_cases: int) -> None:
+    fuzz(random.Random(20250926), num_cases=num_cases)
+
+
+@pytest.mark.parametrize(("every", "at_least"), [(10, 5_000), pytest.param(2, 40_000, marks=pytest.mark.extended)])
+def test_every_prefix_of_valid_answers_is_covered(every: int, at_least: int) -> None:
+    """All prefixes of the structured part and of the shortened thought of real answers."""
     cases = 0
-    for answer in sample_answers()[::2]:
+    for answer in sample_answers()[::every]:
         thought, close, rest = answer.partition("</think>")
         raw = (thought[:40] + close + rest).encode()
         tokens = single_bytes(raw)
@@ -112,7 +128,7 @@ def test_every_prefix_of_valid_answers_is_covered() -> None:
             assert len(ids) == end
             assert ids.all()
             cases += 1
-    assert cases > 40_000
+    assert cases > at_least
 
 
 def test_a_megabyte_of_hostile_text_takes_linear_time() -> None:

@@ -59,13 +59,14 @@ generated_calls = st.lists(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(
-    calls=generated_calls, ascii_only=st.booleans(), thought=st.sampled_from(["q", "a <tool_call> b", '{"name": "x"}'])
-)
-def test_name_runs_are_the_parsed_calls_of_any_valid_answer(
-    calls: list[tuple[str, dict[str, object], bool]], ascii_only: bool, thought: str
-) -> None:
+@pytest.mark.parametrize("num_cases", [100, pytest.param(500, marks=pytest.mark.extended)])
+def test_name_runs_are_the_parsed_calls_of_any_valid_answer(num_cases: int) -> None:
+    thoughts = st.sampled_from(["q", "a <tool_call> b", '{"name": "x"}'])
+    check = given(calls=generated_calls, ascii_only=st.booleans(), thought=thoughts)(check_name_runs)
+    settings(max_examples=num_cases, deadline=None, derandomize=True)(check)()
+
+
+def check_name_runs(calls: list[tuple[str, dict[str, object], bool]], ascii_only: bool, thought: str) -> None:
     lines = []
     for name, values, name_first in calls:
         items = [("name", name), ("parameters", values)]

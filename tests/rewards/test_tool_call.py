@@ -222,19 +222,24 @@ FRAGMENTS = [
 ]
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True)
-@given(
-    parts=st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=20),
-    reference=st.sampled_from([ONE, TWO, SPEAK]),
-)
-def test_no_answer_raises_and_every_reward_is_in_range(parts: list[str], reference: str) -> None:
-    for config in (RewardConfig(), RewardConfig(opaque_thought=True, strict_format=True, granularity="whole_calls")):
-        reward = tool_call_reward("".join(parts), reference, step=20, config=config)
-        ranges = reward_ranges(20, config)
-        assert 0 <= reward.accuracy <= 1
-        assert reward.format in (ranges.format_pass, ranges.format_fail)
-        assert ranges.correctness_min <= reward.correctness <= ranges.correctness_max
-        assert reward.total == reward.format + reward.correctness
+@pytest.mark.parametrize("num_cases", [300, pytest.param(1000, marks=pytest.mark.extended)])
+def test_no_answer_raises_and_every_reward_is_in_range(num_cases: int) -> None:
+    @settings(max_examples=num_cases, deadline=None, derandomize=True)
+    @given(
+        parts=st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=20),
+        reference=st.sampled_from([ONE, TWO, SPEAK]),
+    )
+    def check(parts: list[str], reference: str) -> None:
+        strict = RewardConfig(opaque_thought=True, strict_format=True, granularity="whole_calls")
+        for config in (RewardConfig(), strict):
+            reward = tool_call_reward("".join(parts), reference, step=20, config=config)
+            ranges = reward_ranges(20, config)
+            assert 0 <= reward.accuracy <= 1
+            assert reward.format in (ranges.format_pass, ranges.format_fail)
+            assert ranges.correctness_min <= reward.correctness <= ranges.correctness_max
+            assert reward.total == reward.format + reward.correctness
+
+    check()
 
 
 def test_thought_text_is_free() -> None:

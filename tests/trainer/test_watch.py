@@ -40,8 +40,9 @@ def waiting(rank: int, world_size: int) -> tuple[str, str]:
     try:
         with Watch(rank=rank, world_size=world_size, limit_seconds=LIMIT) as place:
             place.enter(7, "reward")
+            while [sign.phase for sign in place.signs().values()] != ["reward"] * world_size:
+                time.sleep(0.05)
             dist.barrier()
-            time.sleep(2.0)  # until the sign is given
             if rank == 1:
                 subprocess.Popen(["sh", "-c", f"sleep {LIMIT + 2}; kill -CONT {os.getpid()}"])
                 os.kill(os.getpid(), signal.SIGSTOP)

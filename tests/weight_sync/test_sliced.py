@@ -76,8 +76,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "_TRANSPORTS_IN_PROCESS", ("local", "gloo"))
 
 
+MAIN = ("qwen2-bias", "llama-bf16", "qwen3_moe")
+
+
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [name if name in MAIN else pytest.param(name, marks=pytest.mark.extended) for name in SETTINGS]
+)
 def test_engine_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     setting = dict(SETTINGS[name])
     if setting.get("num_attention_heads") == 2:
