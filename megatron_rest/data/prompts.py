@@ -154,15 +154,17 @@ class PromptDataset:
         return self._batches[number], row - (self._ends[number - 1] if number else 0)
 
 
-def prompts_for_step(num_prompts: int, prompts_per_step: int, *, seed: int, step: int) -> list[int]:
+def prompts_for_step(num_prompts: int, prompts_per_step: int, *, seed: int, step: int, draw: int = 0) -> list[int]:
     """Prompts of step ``step`` (from 1).  Consecutive steps walk through one permutation per epoch and lose none.
 
+    Extra draws of a step (``draw`` from 1) walk through permutations of their own.
     A step that crosses the border of an epoch may hold a prompt twice (the last of one epoch, the first of the next).
     """
     if num_prompts < 1 or prompts_per_step < 1 or step < 1:
         raise ValueError(
             f"num_prompts={num_prompts}, prompts_per_step={prompts_per_step} and step={step} must all be at least 1"
         )
+    seed = _mix_int(seed) ^ draw if draw else seed
     start = (step - 1) * prompts_per_step
     order: list[int] = []
     while len(order) < prompts_per_step:

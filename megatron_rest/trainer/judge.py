@@ -34,7 +34,7 @@ class Verdict:
     samples: tuple[TrainSample, ...]
     rewards: tuple[RewardOutput, ...]
     static_rewards: tuple[float, ...]  # total without the schedule: comparable between steps
-    num_zero_groups: int  # groups whose advantages are all zero: no gradient comes from them
+    is_zero_group: tuple[bool, ...]  # a group each: whether its advantages are all zero, so that it teaches nothing
     num_truncated: int  # rollouts that hit the length limit
 
 
@@ -72,17 +72,20 @@ class Judge:
         samples: list[TrainSample] = []
         rewards: list[RewardOutput] = []
         static: list[float] = []
-        zero_groups = 0
-        for group in groups:
+        is_zero: list[bool] = []
+        for number, group in enumerate(groups):
             judged = [self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))]
             advantages = group_relative_advantages(
                 np.array([reward.total for reward, _ in judged]),
                 estimator=self.advantage.estimator,
                 epsilon=self.advantage.epsilon,
             )
-            zero_groups += int(not np.any(advantages))
+            is_zero.append(not np.any(advantages))
             for rollout, (reward, static_total), advantage in zip(group.rollouts, judged, advantages, strict=True):
-                samples.append(self.sample(group, rollout, advantage=float(advantage), sequence_id=len(samples)))
+                sample = self.sample(
+                    group, rollout, advantage=float(advantage), sequence_id=len(samples), group_id=number
+                )
+                samples.append(sample)
                 rewards.append(reward)
                 static.append(static_total)
         truncated = sum(r.stop_reason is not StopReason.EOS for g in groups for r in g.rollouts)
@@ -90,7 +93,7 @@ class Judge:
             samples=tuple(samples),
             rewards=tuple(rewards),
             static_rewards=tuple(static),
-            num_zero_groups=zero_groups,
+            is_zero_group=tuple(is_zero),
             num_truncated=truncated,
         )
 
@@ -149,7 +152,9 @@ class Judge:
         regions[ends] = self.dialect.glue
         return regions
 
-    def sample(self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int) -> TrainSample:
+    def sample(
+        self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int, group_id: int = -1
+    ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss."""
         prompt = group.prompt.token_ids
         regions = self._regions(prompt, rollout)
@@ -161,6 +166,7 @@ class Judge:
             rollout_log_probs=np.concatenate([nothing, rollout.log_probs]).astype(np.float32),
             advantage=advantage,
             sequence_id=sequence_id,
+            group_id=group_id,
         )
 
 

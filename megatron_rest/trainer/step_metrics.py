@@ -14,9 +14,9 @@ from megatron_rest.config import LossConfig
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.trainer.judge import Verdict
 from megatron_rest.trainer.metrics import SumCount
-from megatron_rest.types import MicroBatch, RolloutGroup, StopReason, TokenRegion
+from megatron_rest.types import MicroBatch, RolloutGroup, StopReason, TokenRegion, TrainBatch
 
-__all__ = ["REGION_NAMES", "reward_metrics", "rollout_metrics", "token_metrics", "update_metrics"]
+__all__ = ["REGION_NAMES", "packing_metrics", "reward_metrics", "rollout_metrics", "token_metrics", "update_metrics"]
 
 REGION_NAMES = {
     TokenRegion.FORMAT: "format",
@@ -47,7 +47,7 @@ def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
         "reward/static": fmean(verdict.static_rewards),
         "response/length": fmean(float(s.loss_mask.sum()) for s in verdict.samples),
         "response/truncated": verdict.num_truncated / len(rewards),
-        "advantage/zero_groups": verdict.num_zero_groups / num_groups,
+        "advantage/zero_groups": sum(verdict.is_zero_group) / num_groups,
     }
 
 
@@ -63,6 +63,20 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: 
     for reason in StopReason:
         metrics[f"stop/{reason}"] = fmean(rollout.stop_reason is reason for rollout in rollouts)
     return metrics
+
+
+def packing_metrics(batches: Sequence[TrainBatch], *, num_left_out: int) -> dict[str, float]:
+    """How the work of a step's updates was dealt out; the same on every rank."""
+    reports = [batch.packing for batch in batches if batch.packing is not None]
+    rows, plain = sum(r.rows for r in reports), sum(r.plain_rows for r in reports)
+    return {
+        "pack/rows": float(rows),
+        "pack/rows_saved": 1.0 - rows / plain if plain else 0.0,
+        "pack/left_out": float(num_left_out),
+        "pack/prompt_copies": fmean(r.prompt_copies for r in reports),
+        "pack/imbalance": max(r.imbalance for r in reports),
+        "pack/empty_microbatches": float(sum(r.num_empty for r in reports)),
+    }
 
 
 def token_metrics(
