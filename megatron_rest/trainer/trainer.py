@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
@@ -318,7 +319,7 @@ class RestTrainer:
                 microbatch.region_ids, microbatch.sequence_ids, loss_mask=microbatch.loss_mask, progress=progress
             )
             weighed.append(microbatch.with_scores(old_log_probs=old, token_weights=weights, ref_log_probs=reference))
-        return TrainBatch(microbatches=tuple(weighed), totals=batch.totals)
+        return replace(batch, microbatches=tuple(weighed))
 
     def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:
         """Entropy, weight mass and mismatch over all updates of the step that were scored."""
