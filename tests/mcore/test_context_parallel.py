@@ -15,7 +15,6 @@ from megatron_rest.data.batching import make_microbatch
 from megatron_rest.mcore.context_parallel import shard, zigzag_order
 from tests.helpers.policies import random_samples
 
-
 _OF_THE_WHOLE = {"cu_seqlens", "bounds", "parents", "cp_size", "active_rows", "left_out_tokens"}  # not of rows
 
 

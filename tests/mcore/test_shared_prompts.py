@@ -17,6 +17,7 @@ import torch
 
 from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import LossConfig
+from megatron_rest.data.batching import make_train_batch
 from megatron_rest.types import LossInputs, LossOutput, TokenRegion, TrainBatch, TrainSample
 from tests.helpers.distributed import run_distributed
 from tests.helpers.gradients import full_gradient
@@ -198,6 +199,42 @@ def test_more_layouts(dense, experts):
     check(dense, 4, [{"cp": 2, "pp": 2}, {"tp": 4}, {"distributed_optimizer": True, "loss": "rest"}])
     check(experts, 1, [{}])
     check(experts, 4, [{"ep": 2, "pp": 2}, {"ep": 2, "cp": 2}, {"ep": 4, "tp": 2, "sp": True}])
+
+
+def float64_passes(rank: int, world_size: int, folder: str) -> list[dict[str, Any]]:
+    """Plain, plain in another order, shared: loss, gradients and log-probs of the bare model in float64."""
+    from megatron_rest.mcore.forward_step import forward_step
+    from megatron_rest.trainer.setup import build_bare_policy
+
+    torch.set_num_threads(1)
+    parts = build_bare_policy(layout_config(folder, overrides=LENGTHS))
+    model = parts.policy.modules[0].double()
+    model.rotary_pos_emb.inv_freq = model.rotary_pos_emb.inv_freq.float()  # as it is in training
+    samples = grouped_samples(parts.shape.vocab_size)
+    results = []
+    for is_sharing, ordered in ((False, samples), (False, samples[::-1]), (True, samples)):
+        model.zero_grad(set_to_none=True)
+        batch = weighed(make_train_batch(ordered, max_tokens=4096, is_sharing=is_sharing))
+        [m] = batch.microbatches
+        output, step = forward_step(iter([m]), model, loss=smooth_loss, totals=batch.totals)
+        loss, num_tokens, _ = step(output)
+        loss.backward()
+        at = [(int(m.sequence_ids[t]), int(m.position_ids[t]), t) for t in m.loss_mask.nonzero()[:, 0].tolist()]
+        results.append(
+            {
+                "scores": {(i, p): (float(output.log_probs[0, t]), float(output.entropy[0, t])) for i, p, t in at},
+                "loss": (float(loss), float(num_tokens)),
+                "gradient": {name: p.grad.numpy().copy() for name, p in model.named_parameters()},
+            }
+        )
+    return results
+
+
+def test_in_float64_only_the_order_of_sums_differs(dense):
+    [[plain, reordered, shared]] = run_distributed(float64_passes, 1, str(dense), timeout=240)
+    noise, found = distance([plain], [reordered]), distance([plain], [shared])
+    loss, scores, gradient = found
+    assert loss < 1e-14 and scores < 1e-12 and gradient < 1e-13, (found, noise)
 
 
 def restart_positions(parts: Any) -> None:
