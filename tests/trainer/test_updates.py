@@ -169,6 +169,12 @@ def test_draws_until_enough_groups_have_a_signal():
     assert draw({first[0], first[2]}, most=5)[0] == groups, "a resumed run draws the same"
 
 
+def test_one_group_too_few_is_drawn_again():
+    first = prompts_for_step(100, 4, seed=1, step=3)
+    groups, trainer = draw({first[1]}, most=1)
+    assert groups == [first[0], first[2], first[3], trainer.fleet.begun[0][0][0]]  # type: ignore[attr-defined]
+
+
 def test_draws_are_bounded_and_a_step_is_whole_nevertheless():
     groups, trainer = draw(set(range(100)), most=2)
     assert groups == prompts_for_step(100, 4, seed=1, step=3), "all teach nothing: the first ones stay"
