@@ -52,6 +52,13 @@ class StopReason(StrEnum):
     TOOL_TIMEOUT = "tool_timeout"  # the environment did not answer within rollout.tool_timeout_seconds
     TOOL_FAILED = "tool_failed"  # the environment itself raised (an error that a tool reports is a tool output)
 
+    @property
+    def is_infrastructure(self) -> bool:
+        """Whether something else than the policy ended it: such a rollout carries no loss, and no sibling is compared
+        with it.
+        """
+        return self in (StopReason.ABORTED, StopReason.TOOL_TIMEOUT, StopReason.TOOL_FAILED)
+
 
 def _same_length(owner: str, expected: int, **arrays: np.ndarray | Tensor | None) -> None:
     for name, array in arrays.items():

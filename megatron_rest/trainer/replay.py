@@ -93,7 +93,10 @@ def record_update(
         batch=_columns(chosen, seen),
         step={
             "rewards": torch.tensor([reward.total for reward in verdict.rewards], dtype=torch.float64),
-            "group_ids": torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts]),
+            # What infrastructure ended is compared with nobody.
+            "group_ids": torch.tensor(
+                [-1 if r.stop_reason.is_infrastructure else i for i, group in enumerate(groups) for r in group.rollouts]
+            ),
         },
         weights=weights,
         seen=seen,

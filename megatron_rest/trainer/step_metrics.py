@@ -37,16 +37,18 @@ _LOSS_NAMES = {
 
 def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
     """Rewards, lengths and advantages; the same on every rank."""
-    rewards = verdict.rewards
+    judged = [i for i, is_judged in enumerate(verdict.is_judged) if is_judged] or list(range(len(verdict.rewards)))
+    rewards, samples = [verdict.rewards[i] for i in judged], [verdict.samples[i] for i in judged]
     return {
         "reward/total": fmean(r.total for r in rewards),
         "reward/format": fmean(r.format for r in rewards),
         "reward/correctness": fmean(r.correctness for r in rewards),
         "reward/accuracy": fmean(r.accuracy for r in rewards),
         "reward/format_valid": fmean(float(r.is_format_valid) for r in rewards),
-        "reward/static": fmean(verdict.static_rewards),
-        "response/length": fmean(float(s.loss_mask.sum()) for s in verdict.samples),
-        "response/truncated": verdict.num_truncated / len(rewards),
+        "reward/static": fmean(verdict.static_rewards[i] for i in judged),
+        "reward/not_judged": 1.0 - sum(verdict.is_judged) / len(verdict.is_judged),
+        "response/length": fmean(float(s.loss_mask.sum()) for s in samples),
+        "response/truncated": verdict.num_truncated / len(verdict.rewards),
         "advantage/zero_groups": sum(verdict.is_zero_group) / num_groups,
     }
 

@@ -62,7 +62,12 @@ def judged(samples: list[TrainSample], estimator: str) -> tuple[list[TrainSample
         for r in rewards.reshape(-1)
     )
     verdict = Verdict(
-        samples=tuple(samples), rewards=outputs, static_rewards=(), is_zero_group=(True,), num_truncated=0
+        samples=tuple(samples),
+        rewards=outputs,
+        static_rewards=(),
+        is_zero_group=(True,),
+        num_truncated=0,
+        is_judged=(True,) * len(samples),
     )
     return samples, groups, verdict
 
