@@ -93,9 +93,8 @@ class PackedCoreAttention(MegatronModule):
         for i, parts in enumerate(chunks):
             above = ancestors(parents, i)
             for _, end in parts:
-                seen = [torch.cat([*(x[j] for j in above), x[i][:, :, :end]], dim=2) if above else x[i][:, :, :end]
-                        for x in (keys, values)]  # fmt: skip
-                outs.append(_causal_attention(next(queries), *seen, self.scale))
+                key_seen, value_seen = (_behind([x[j] for j in above], x[i][:, :, :end]) for x in (keys, values))
+                outs.append(_causal_attention(next(queries), key_seen, value_seen, self.scale))
         out = torch.cat(outs, dim=2).permute(2, 0, 1, 3).contiguous()  # [s, b, h, d]
         return out.squeeze(1) if packed else out.view(out.size(0), out.size(1), -1)
 
@@ -109,6 +108,11 @@ class PackedCoreAttention(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save: there are no parameters."""
         return {}
+
+
+def _behind(above: list[Tensor], own: Tensor) -> Tensor:
+    """What a segment sees: those that it continues, then itself.  Not copied if there are none."""
+    return torch.cat([*above, own], dim=2) if above else own
 
 
 def _chunks(length: int, cp_rank: int, cp_size: int) -> list[tuple[int, int | None]]:

@@ -14,6 +14,7 @@ place that puts values back into sequence order.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ def shard(microbatch: MicroBatch, *, cp_rank: int, cp_size: int) -> MicroBatch:
     if cp_size == 1:
         return microbatch
     mine = zigzag_order(microbatch.cu_seqlens.diff(), cp_size)[cp_rank]
-    tokens = {
+    tokens: dict[str, Any] = {
         f.name: value[mine]
         for f in fields(microbatch)
         if isinstance(value := getattr(microbatch, f.name), Tensor) and f.name not in _WHOLE
