@@ -156,6 +156,8 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     """Megatron's ``TransformerConfig`` for a HF model shape and our layout."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_rest.mcore.specs import is_sharing_prompts
+
     p = config.parallel
     dtype = getattr(torch, config.model.dtype)
     is_cpu = not torch.cuda.is_available()
@@ -195,6 +197,8 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         masked_softmax_fusion=not is_cpu,
         gradient_accumulation_fusion=accelerations.has_apex_weight_gradients(),
         persist_layer_norm=False,
+        # The fused kernel would spare four reads of the device a layer, but Transformer Engine's leaves rows outside
+        # cu_seqlens unwritten and is reported to give NaN gradients on packed Qwen3 models.
         apply_rope_fusion=False,
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
@@ -208,7 +212,13 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         **_expert_settings(shape, config),
         **precision.transformer_settings(config.precision),
     )
-    return settings.make(TransformerConfig, "transformer", ours, config.megatron.transformer)
+    made = settings.make(TransformerConfig, "transformer", ours, config.megatron.transformer)
+    if made.apply_rope_fusion and is_sharing_prompts(config):
+        raise ConfigError(
+            "megatron.transformer.apply_rope_fusion=true counts positions from where a segment begins, and an answer "
+            "that continues a prompt does not begin at 0: leave it out, or set trainer.share_prompts=off"
+        )
+    return made
 
 
 def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
@@ -246,7 +256,7 @@ def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": has_transformer_engine(),  # one kernel for all experts; one product after the other without
-        "moe_permute_fusion": False,
+        "moe_permute_fusion": accelerations.has_fused_permutation(),  # else the host waits for each expert's count
         "expert_model_parallel_size": p.expert_parallel,
         "expert_tensor_parallel_size": 1,  # model_map: an expert is never cut
     }
