@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rest.packing_report import PackingReport
 from megatron_rest.reward_output import RewardOutput
 from megatron_rest.token_region import TokenRegion
 
@@ -236,18 +237,6 @@ class MicroBatch:
     ) -> MicroBatch:
         """The same microbatch after the scoring passes; ``old_log_probs`` None: the update's own are the old ones."""
         return replace(self, old_log_probs=old_log_probs, token_weights=token_weights, ref_log_probs=ref_log_probs)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackingReport:
-    """How the samples of one optimiser step were dealt out, over all replicas."""
-
-    num_microbatches: int  # of each replica
-    num_empty: int  # microbatches without a sample: there were fewer samples than places
-    rows: int  # that go through the layers, padding of sequences included
-    plain_rows: int  # the same with every sequence whole
-    prompt_copies: float  # of a group on average; 1: every group lies in one microbatch
-    imbalance: float  # work of the slowest replica, relative to the mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which samples go into which microbatch: even work, nothing left out.  Integers and floats only.
+"""Which samples go into which microbatch: even work, nothing left out.  Integers and floats only: no torch.
 
 The *row* is the unit: one position that goes through the layers.  A bin is a microbatch.  Bins are filled longest
 first, each item into the bin with the least work that has room, so that replicas end together and a pipeline is not
@@ -13,16 +13,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from megatron_rest.model_map import ModelShape
-from megatron_rest.types import PackingReport, TrainSample
+from megatron_rest.packing_report import PackingReport
 
-__all__ = ["ROWS_ONLY", "Part", "RowCost", "deal", "even_bins", "shared_rows"]
+__all__ = ["ROWS_ONLY", "Packable", "Part", "RowCost", "deal", "even_bins", "shared_rows"]
 
 _CUTS = (float("inf"), 2.0, 1.0, 0.75, 0.5, 0.35, 0.25)  # largest part, in mean bins
 _WORTH_CUTTING = 0.98  # a cut computes rows again: it must win at least this
+
+
+class Packable(Protocol):
+    """What is looked at of a ``TrainSample``; the planner has lengths alone, and packs those."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...
+
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+
+    @property
+    def group_id(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +77,7 @@ class Part:
     cost: float
 
 
-def shared_rows(samples: Sequence[TrainSample], *, multiple: int = 1) -> int:
+def shared_rows(samples: Sequence[Packable], *, multiple: int = 1) -> int:
     """Rows that all ``samples`` begin with and that carry no loss in any of them; 0 for one sample alone.
 
     The row of the last prompt token predicts the first token of the answer, so it is never among them: every row has
@@ -83,7 +97,7 @@ def shared_rows(samples: Sequence[TrainSample], *, multiple: int = 1) -> int:
 
 
 def deal(
-    samples: Sequence[TrainSample],
+    samples: Sequence[Packable],
     *,
     max_rows: int,
     dp_size: int,
@@ -145,7 +159,7 @@ def even_bins(rows: Sequence[int], costs: Sequence[float], *, num_bins: int, max
 class _PartMaker:
     """Parts of samples, each made once."""
 
-    def __init__(self, samples: Sequence[TrainSample], row_multiple: int, cost: RowCost) -> None:
+    def __init__(self, samples: Sequence[Packable], row_multiple: int, cost: RowCost) -> None:
         self.samples, self.multiple, self.cost = samples, row_multiple, cost
         self._made: dict[tuple[int, ...], Part] = {}
 
@@ -163,7 +177,7 @@ class _PartMaker:
         return self._made[members]
 
 
-def _groups(samples: Sequence[TrainSample]) -> list[list[int]]:
+def _groups(samples: Sequence[Packable]) -> list[list[int]]:
     """Samples by ``group_id``; one that belongs to none is alone."""
     groups: dict[int, list[int]] = {}
     for i, sample in enumerate(samples):

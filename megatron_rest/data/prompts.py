@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_rest.data.prompt_files import map_shard, read_manifest, template_identity, tokenizer_identity
+from megatron_rest.data.prompt_files import (
+    map_shard,
+    offsets,
+    read_manifest,
+    template_identity,
+    token_counts,
+    tokenizer_identity,
+)
 from megatron_rest.types import PromptSample
 
 __all__ = ["PromptDataset", "prompts_for_step"]
@@ -89,8 +96,7 @@ class PromptDataset:
         return self._lengths("answer_token_ids")
 
     def _lengths(self, column: str) -> np.ndarray:
-        lengths = [np.diff(_offsets(batch.column(column))) for batch in self._batches]
-        return np.concatenate(lengths).astype(np.int64)[self._rows] if lengths else np.zeros(0, dtype=np.int64)
+        return token_counts(self._batches, column)[self._rows]
 
     def select(
         self, *, max_prompt_tokens: int, max_answer_tokens: int | None = None, max_prompts: int = 0
@@ -124,7 +130,7 @@ class PromptDataset:
 
     def _ids(self, batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
         column = batch.column(name)
-        return self._slice(_offsets(column), column.values.to_numpy(zero_copy_only=True), row)
+        return self._slice(offsets(column), column.values.to_numpy(zero_copy_only=True), row)
 
     def _text(self, batch: pa.RecordBatch, name: str, row: int) -> str:
         column = batch.column(name)
@@ -207,7 +213,3 @@ def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str
                 f"({actual[:12]}): "
                 f"its token ids mean something else; convert the data again with --tokenizer {tokenizer_path}"
             )
-
-
-def _offsets(column: pa.ListArray) -> np.ndarray:
-    return np.asarray(column.offsets.to_numpy(zero_copy_only=True))

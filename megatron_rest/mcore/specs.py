@@ -13,8 +13,9 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rest.config import ConfigError, RestConfig
+from megatron_rest.config import RestConfig
 from megatron_rest.mcore.attention import PackedCoreAttention
+from megatron_rest.passes import shares_prompts
 
 __all__ = ["block_spec", "has_transformer_engine", "is_sharing_prompts"]
 
@@ -26,13 +27,7 @@ def has_transformer_engine() -> bool:
 
 def is_sharing_prompts(config: RestConfig) -> bool:
     """``trainer.share_prompts`` of this process; :class:`ConfigError` where its attention cannot do it."""
-    wanted = config.trainer.share_prompts
-    if wanted == "on" and has_transformer_engine():
-        raise ConfigError(
-            "trainer.share_prompts=on: Transformer Engine's attention is not known to be exact where answers continue "
-            "a prompt: set auto or off"
-        )
-    return wanted != "off" and not has_transformer_engine()
+    return shares_prompts(config, has_transformer_engine=has_transformer_engine())
 
 
 def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:

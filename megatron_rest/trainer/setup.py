@@ -28,6 +28,7 @@ from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.mcore.specs import is_sharing_prompts
 from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.passes import least_microbatches, microbatches_multiple
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix, find_dialect
 from megatron_rest.rollout.certify import serving_notes
 from megatron_rest.rollout.chat import ChatSettings, dialect_name
@@ -96,8 +97,8 @@ def build_bare_policy(config: RestConfig) -> PolicyParts:
         shape=shape,
         context=context,
         alignment=packing_alignment(config.precision.recipe, config.parallel),
-        num_microbatches_multiple=context.pp_size if config.parallel.virtual_pipeline > 1 else 1,
-        min_microbatches=2 * context.pp_size if context.pp_size > 1 else 1,
+        num_microbatches_multiple=microbatches_multiple(config.parallel),
+        min_microbatches=least_microbatches(config.parallel),
         is_sharing=is_sharing_prompts(config),
     )
 

@@ -25,6 +25,7 @@ from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
+from megatron_rest.passes import is_scored
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
 from megatron_rest.trainer.exchange import all_token_scores
@@ -262,13 +263,8 @@ class RestTrainer:
         return self.weighting.statistic == "beta"
 
     def score(self, batch: TrainBatch, number: int, *, step: int) -> Sequence[Scores]:
-        """Scores of an update's microbatches, as the step begins; empty where nothing needs them before the update.
-
-        The weights need them if their source measures this step, ratios if an earlier update of the step will have
-        moved the policy (and the engine's log-probs do not take their place), a file if the step is saved.
-        """
-        needs_old = self.config.loss.old_log_probs == "policy" or is_saved(step, self.config.trainer)
-        if self.weighting.statistic is None and (number == 0 or not needs_old):
+        """Scores of an update's microbatches, as the step begins; empty where nothing needs them before the update."""
+        if not is_scored(self.config, number, is_saved=is_saved(step, self.config.trainer)):
             return ()
         return self.policy.score(batch.microbatches, with_beta=self.is_measuring_beta)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_rest.config import LossAggregation, LossConfig
+from megatron_rest.config import LossConfig
 from megatron_rest.data.batching import batch_totals
+from megatron_rest.passes import has_gradient_without_advantage
 from megatron_rest.types import BatchTotals, TrainSample
 
-__all__ = ["UpdateSamples", "has_gradient_without_advantage", "split_updates"]
+__all__ = ["UpdateSamples", "split_updates"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,15 +24,6 @@ class UpdateSamples:
     trained: tuple[TrainSample, ...]
     left_out: tuple[TrainSample, ...]  # no gradient comes from them
     totals: BatchTotals  # of both
-
-
-def has_gradient_without_advantage(loss: LossConfig) -> bool:
-    """Whether a sequence of advantage 0 changes the gradient.
-
-    Entropy and KL terms do not ask for the advantage, and ``reference_code`` averages over whatever shares a
-    microbatch.
-    """
-    return bool(loss.entropy_coef or loss.kl_coef) or loss.aggregation is LossAggregation.REFERENCE_CODE
 
 
 def split_updates(samples: Sequence[TrainSample], *, num_updates: int, loss: LossConfig) -> list[UpdateSamples]:

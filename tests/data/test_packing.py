@@ -15,7 +15,7 @@ from megatron_rest.data.packing import RowCost, deal, even_bins, shared_rows
 from megatron_rest.mcore.segments import ancestors
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.shapes import PUBLISHED
-from megatron_rest.planner.steptime import forward_flops
+from megatron_rest.planner.work import forward_flops
 from megatron_rest.types import MicroBatch, TrainSample
 
 COST = RowCost(pair=1e-4, loss_row=0.2)
