@@ -178,7 +178,7 @@ class MicroBatch:
     parents: Tensor | None = None  # int64 [S] on the CPU: the segment that each one continues, or -1; None: none does
     left_out_tokens: int = 0  # loss tokens that count in this microbatch's share of the denominator, but are not here
     cp_size: int = 1  # ranks that share every sequence
-    bounds: tuple[int, ...] = ()  # cu_seqlens on the host; made here, so that no device is asked
+    bounds: tuple[int, ...] = ()  # cu_seqlens on the host; made here, before a device has to be asked
     active_rows: Tensor | None = (
         None  # int64 on the CPU: where loss_mask is True; made here, so that no device is asked
     )
@@ -187,7 +187,7 @@ class MicroBatch:
         n = len(self.token_ids)
         if self.loss_mask.device.type == "cpu":  # always anew, so that a part of a microbatch lists its own rows
             object.__setattr__(self, "active_rows", self.loss_mask.nonzero()[:, 0])
-        if self.cu_seqlens.device.type == "cpu":
+        if self.cu_seqlens.device.type == "cpu" or not self.bounds:
             object.__setattr__(self, "bounds", tuple(self.cu_seqlens.tolist()))
         for name in (
             "labels",
