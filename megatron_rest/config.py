@@ -267,11 +267,15 @@ class DataConfig:
     """Use only the first so many usable prompts; 0 = all."""
     require_reachable: bool = False
     """Leave out prompts whose reference answer is longer than rollout.max_response_tokens."""
+    resample_zero_groups: int = 0
+    """Dynamic sampling: most extra draws of prompts_per_step prompts a step, while fewer groups than that have
+    rewards that differ; 0 = none."""
 
     def __post_init__(self) -> None:
         _at_least("data.prompts_per_step", self.prompts_per_step, 1)
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
         _at_least("data.max_prompts", self.max_prompts, 0)
+        _at_least("data.resample_zero_groups", self.resample_zero_groups, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -503,10 +507,13 @@ class LossConfig:
     """token or sequence."""
     max_log_ratio: float = 20.0
     """Log-ratios are clamped to +- this before exp."""
+    old_log_probs: str = "policy"
+    """What ratios start from: policy (as it was when the step began) or engine (as sampled; nothing is scored)."""
 
     def __post_init__(self) -> None:
         _one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         _one_of("loss.tis_level", self.tis_level, ("token", "sequence"))
+        _one_of("loss.old_log_probs", self.old_log_probs, ("policy", "engine"))
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise ConfigError(f"loss.dual_clip is {self.dual_clip}: it bounds -c*A for c > 1, or is null")
         _within("loss.clip_low", self.clip_low, 0, 1)
@@ -617,6 +624,8 @@ class TrainerConfig:
     """Seed of model, data order and sampling."""
     max_tokens_per_microbatch: int = 4096
     """Packed tokens of one pipeline microbatch."""
+    share_prompts: str = "auto"
+    """Compute the prompt of a group once for all its answers: on, off, or auto (on where it is known to be exact)."""
     save_rollouts_every: int = 0
     """RL steps between files of rollouts in run_dir/rollouts; the first and the last step always leave one."""
     threads: int = 0
@@ -628,6 +637,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _at_least("trainer.steps", self.steps, 1)
+        _one_of("trainer.share_prompts", self.share_prompts, ("auto", "on", "off"))
         _at_least("trainer.seed", self.seed, 0)
         _at_least("trainer.threads", self.threads, 0)
         _at_least("trainer.timeout_minutes", self.timeout_minutes, 1)
@@ -772,6 +782,11 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         )
 
 
+def _is_corrected(loss: LossConfig) -> bool:
+    """Whether the loss knows that the engine's policy is not the trainer's."""
+    return loss.tis_cap is not None or loss.old_log_probs == "engine"
+
+
 def _check_objective(config: RestConfig) -> None:
     """Objectives that cannot work, and those that are biased without a correction."""
     is_cut = config.rollout.top_p < 1.0 or config.rollout.top_k > 0
@@ -780,6 +795,16 @@ def _check_objective(config: RestConfig) -> None:
             f"rollout.top_p={config.rollout.top_p:g} and rollout.top_k={config.rollout.top_k} sample from a cut "
             "distribution, the trainer scores the whole one, and nothing corrects for it: set loss.tis_cap=2.0, or "
             "rollout.top_p=1.0 and rollout.top_k=0"
+        )
+    if config.loss.old_log_probs == "engine" and config.loss.tis_cap is not None:
+        raise ConfigError(
+            "loss.old_log_probs=engine corrects for the engine in the ratio itself, and loss.tis_cap would do it a "
+            "second time: set loss.tis_cap=null, or loss.old_log_probs=policy"
+        )
+    if config.data.resample_zero_groups and config.rollout.max_staleness:
+        raise ConfigError(
+            "data.resample_zero_groups draws again when a step's rewards are known, and with rollout.max_staleness=1 "
+            "the engines are at the next step's prompts by then: set one of them to 0"
         )
     if config.loss.kl_coef and config.precision.parameters:
         raise ConfigError(
@@ -816,18 +841,18 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
             "rollout.max_staleness=1 samples while the policy trains, which needs engines in processes of their own: "
             "set rollout.replicas, or rollout.max_staleness to 0"
         )
-    if config.rollout.max_staleness and config.loss.tis_cap is None:
+    if config.rollout.max_staleness and not _is_corrected(config.loss):
         raise ConfigError(
             "rollout.max_staleness=1 trains on rollouts of an older policy, which loss.tis_cap corrects: set it (2.0 "
             "is common), or rollout.max_staleness to 0"
         )
     cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
-    if cache.startswith(("fp8", "nvfp4", "int8", "turboquant")) and config.loss.tis_cap is None:
+    if cache.startswith(("fp8", "nvfp4", "int8", "turboquant")) and not _is_corrected(config.loss):
         raise ConfigError(
             f"rollout.engine_args.kv_cache_dtype={cache} samples from a rounded policy, which loss.tis_cap corrects: "
             "set it (2.0 is common), or leave the cache's type out"
         )
-    if config.rollout.quantization is not RolloutQuantization.NONE and config.loss.tis_cap is None:
+    if config.rollout.quantization is not RolloutQuantization.NONE and not _is_corrected(config.loss):
         raise ConfigError(
             f"rollout.quantization={config.rollout.quantization} samples from a rounded policy, which loss.tis_cap "
             "corrects: set it (2.0 is common), or rollout.quantization=none"

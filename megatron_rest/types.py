@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_rest.packing_report import PackingReport
 from megatron_rest.reward_output import RewardOutput
 from megatron_rest.token_region import TokenRegion
 
@@ -28,6 +29,7 @@ __all__ = [
     "LossInputs",
     "LossOutput",
     "MicroBatch",
+    "PackingReport",
     "PromptSample",
     "RewardOutput",
     "Rollout",
@@ -50,6 +52,13 @@ class StopReason(StrEnum):
     TURNS = "turns"  # rollout.max_turns answers, and the environment would go on
     TOOL_TIMEOUT = "tool_timeout"  # the environment did not answer within rollout.tool_timeout_seconds
     TOOL_FAILED = "tool_failed"  # the environment itself raised (an error that a tool reports is a tool output)
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """Whether something else than the policy ended it: such a rollout carries no loss, and no sibling is compared
+        with it.
+        """
+        return self in (StopReason.ABORTED, StopReason.TOOL_TIMEOUT, StopReason.TOOL_FAILED)
 
 
 def _same_length(owner: str, expected: int, **arrays: np.ndarray | Tensor | None) -> None:
@@ -110,6 +119,7 @@ class TrainSample:
     rollout_log_probs: np.ndarray  # float32 [L], 0 outside the mask
     advantage: float
     sequence_id: int  # unique in the step
+    group_id: int = -1  # samples of one group begin with the same prompt; -1: of none
 
     def __post_init__(self) -> None:
         _same_length(
@@ -143,6 +153,11 @@ class MicroBatch:
     Padding that fills up a sequence comes after its tokens, where a causal model cannot see it, and belongs to no
     sequence in ``sequence_ids``.
 
+    With ``parents`` these are segments, some of which continue others: segment ``i`` sees itself up to each row, and
+    all of segment ``parents[i]``, which lies before it, and of those that one continues.  A prompt is there once, its
+    answers continue it.  What is continued has no loss and belongs to no sequence; ``position_ids`` are those of the
+    whole sequence.
+
     With ``cp_size`` > 1 the tensors hold one context-parallel rank's tokens (``mcore/context_parallel.py`` cuts them),
     and ``cu_seqlens`` still the bounds of the whole sequences.
     """
@@ -160,7 +175,10 @@ class MicroBatch:
     old_log_probs: Tensor | None = None  # float32 [T], from the scoring pass
     token_weights: Tensor | None = None  # float32 [T]; None = uniform
     ref_log_probs: Tensor | None = None  # float32 [T], of the reference policy, where there is one
+    parents: Tensor | None = None  # int64 [S] on the CPU: the segment that each one continues, or -1; None: none does
+    left_out_tokens: int = 0  # loss tokens that count in this microbatch's share of the denominator, but are not here
     cp_size: int = 1  # ranks that share every sequence
+    bounds: tuple[int, ...] = ()  # cu_seqlens on the host; made here, before a device has to be asked
     active_rows: Tensor | None = (
         None  # int64 on the CPU: where loss_mask is True; made here, so that no device is asked
     )
@@ -169,6 +187,8 @@ class MicroBatch:
         n = len(self.token_ids)
         if self.loss_mask.device.type == "cpu":  # always anew, so that a part of a microbatch lists its own rows
             object.__setattr__(self, "active_rows", self.loss_mask.nonzero()[:, 0])
+        if self.cu_seqlens.device.type == "cpu" or not self.bounds:
+            object.__setattr__(self, "bounds", tuple(self.cu_seqlens.tolist()))
         for name in (
             "labels",
             "position_ids",
@@ -183,27 +203,39 @@ class MicroBatch:
             "ref_log_probs",
         ):
             _same_length("MicroBatch", n, **{name: getattr(self, name)})
-        if int(self.cu_seqlens[-1]) != n * self.cp_size:
+        if self.bounds[-1] != n * self.cp_size:
             raise ValueError(
-                f"MicroBatch.cu_seqlens ends at {int(self.cu_seqlens[-1])}, but there are {n * self.cp_size} tokens"
+                f"MicroBatch.cu_seqlens ends at {self.bounds[-1]}, but there are {n * self.cp_size} tokens"
             )
+        if self.parents is not None:
+            self._check_parents(self.parents.tolist())
+
+    def _check_parents(self, parents: list[int]) -> None:
+        if len(parents) != self.num_sequences or any(not -1 <= parent < i for i, parent in enumerate(parents)):
+            raise ValueError(
+                f"MicroBatch.parents {parents} are not one earlier segment, or -1, for each of {self.num_sequences}"
+            )
+        if self.cp_size == 1 and self.loss_mask.device.type == "cpu":
+            continued = {parent for parent in parents if parent >= 0}
+            if any(self.loss_mask[self.bounds[i] : self.bounds[i + 1]].any() for i in continued):
+                raise ValueError("MicroBatch.parents: a segment that others continue carries loss: whose would it be?")
 
     @property
     def num_sequences(self) -> int:
-        return len(self.cu_seqlens) - 1
+        return len(self.bounds) - 1
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same microbatch on ``device``; ``active_rows`` stays on the CPU."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "active_rows"}
+        """The same microbatch on ``device``; ``active_rows`` and ``parents`` stay on the CPU."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("active_rows", "parents")}
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
     def with_scores(
-        self, *, old_log_probs: Tensor, token_weights: Tensor | None, ref_log_probs: Tensor | None = None
+        self, *, old_log_probs: Tensor | None, token_weights: Tensor | None, ref_log_probs: Tensor | None = None
     ) -> MicroBatch:
-        """The same microbatch after the scoring passes."""
+        """The same microbatch after the scoring passes; ``old_log_probs`` None: the update's own are the old ones."""
         return replace(self, old_log_probs=old_log_probs, token_weights=token_weights, ref_log_probs=ref_log_probs)
 
 
@@ -213,6 +245,7 @@ class TrainBatch:
 
     microbatches: tuple[MicroBatch, ...]
     totals: BatchTotals
+    packing: PackingReport | None = None  # of all replicas together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

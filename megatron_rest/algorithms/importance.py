@@ -57,12 +57,23 @@ def truncated_ratios(
 
 def _sum_over_sequence(values: Tensor, mask: Tensor, sequence_ids: Tensor, sequence_lengths: Tensor) -> Tensor:
     """Sum of ``values`` over the valid tokens of each token's sequence, ``[T]``."""
-    _, index = torch.unique(sequence_ids, return_inverse=True)
+    index = _numbered(sequence_ids)
     zeros = values.new_zeros(len(values))
     counts = zeros.index_add(0, index, mask.to(values.dtype))[index]
-    if (mask & (counts != sequence_lengths)).any():
-        raise ValueError(
-            "a sequence is cut: sequence-level importance sampling needs all its tokens in one microbatch on one "
-            "context-parallel rank; use tis_level=token"
-        )
+    message = (
+        "a sequence is cut: sequence-level importance sampling needs all its tokens in one microbatch on one "
+        "context-parallel rank; use tis_level=token"
+    )
+    is_whole = ~(mask & (counts != sequence_lengths)).any()
+    if is_whole.device.type != "cpu":
+        torch._assert_async(is_whole, message)
+    elif not bool(is_whole):
+        raise ValueError(message)
     return zeros.index_add(0, index, values)[index]
+
+
+def _numbered(ids: Tensor) -> Tensor:
+    """int64 ``[T]``: the same number, below T, for the same id.  ``torch.unique`` would ask the device how many."""
+    ordered, order = ids.sort()
+    number = torch.cat([ordered.new_zeros(min(len(ids), 1)), (ordered.diff() != 0).to(ordered.dtype)]).cumsum(0)
+    return torch.empty_like(order).scatter_(0, order, number.to(order.dtype))

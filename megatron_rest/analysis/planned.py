@@ -16,9 +16,10 @@ from megatron_rest.analysis.summary import table_lines
 from megatron_rest.config import ConfigError, RestConfig, load
 from megatron_rest.planner.hardware import HARDWARE, Hardware
 from megatron_rest.planner.plan import Plan, make_plan
-from megatron_rest.planner.steptime import forward_flops
 
 __all__ = ["planned_lines"]
+
+_MOST_ZERO_GROUPS = 0.99  # a run in which nothing was trained has no plan
 
 
 def planned_lines(run: RunMetrics) -> list[str]:
@@ -33,8 +34,9 @@ def planned_lines(run: RunMetrics) -> list[str]:
     prompt, response = _mean(run, "prompt/length"), _mean(run, "response/length")
     try:
         plan = make_plan(
-            config, hardware, world_size=int(start["world_size"]), mean_prompt=prompt, mean_response=response
-        )
+            config, hardware, world_size=int(start["world_size"]), mean_prompt=prompt, mean_response=response,
+            zero_groups=min(_mean(run, "advantage/zero_groups"), _MOST_ZERO_GROUPS),
+        )  # fmt: skip
     except ConfigError as error:
         return [f"no plan: {error}"]
     return _table(run, plan)
@@ -43,9 +45,7 @@ def planned_lines(run: RunMetrics) -> list[str]:
 def _table(run: RunMetrics, plan: Plan) -> list[str]:
     lengths, config = plan.lengths, plan.config
     sequences = config.data.prompts_per_step * config.rollout.rollouts_per_prompt
-    mean = lengths.prompt + lengths.response
-    forward = forward_flops(plan.shape, tokens=sequences * mean, mean_context=mean / 2)
-    operations = {"score": forward, "update": 3 * forward}
+    operations = {"score": plan.work.score_flops, "update": plan.work.update_flops}
     time = plan.time
     planned = {} if time is None else {"rollout": time.rollout, "score": time.score, "update": time.update}
     if plan.sync is not None:
@@ -53,21 +53,21 @@ def _table(run: RunMetrics, plan: Plan) -> list[str]:
     rows = []
     for phase in ("rollout", "score", "update", "sync"):
         took, said = _seconds(run, phase), planned.get(phase)
-        rate = operations.get(phase, math.nan) / took / plan.world_size if took > 0 else math.nan
+        rate = operations.get(phase, 0.0) / took / plan.world_size if took > 0 else 0.0
         rows.append(
             [
                 phase,
                 "-" if said is None else f"{said:.3g}",
                 f"{took:.3g}" if took > 0 else "-",
                 f"{took / said:.2f}" if said and took > 0 else "-",
-                f"{rate / 1e9:,.1f}" if math.isfinite(rate) else "-",
+                f"{rate / 1e9:,.1f}" if rate > 0 else "-",
             ]
         )
     where = "this machine's CPU" if plan.hardware.is_cpu else plan.hardware.name
     notes = [
         f"mean over the steps after the first; {lengths.prompt:.0f} + {lengths.response:.0f} tokens a rollout, "
         f"{sequences} rollouts a step, {plan.world_size} rank{'s' if plan.world_size > 1 else ''} on {where}; "
-        "operations are the planner's, without recomputation"
+        f"{plan.work.left_out:.0%} of them without a gradient; operations are the planner's, of what has to be computed"
     ]
     if time is None:
         notes.append("planned seconds: none, the planner estimates no time on a CPU")
@@ -83,7 +83,7 @@ def _seconds(run: RunMetrics, phase: str) -> float:
 
 
 def _mean(run: RunMetrics, name: str) -> float:
-    """0 (the planner then takes half of the limit) where the run has no such metric."""
+    """0 (the planner then has its own assumption) where the run has no such metric."""
     values = run.series(name)[1]
     return float(values.mean()) if len(values) and math.isfinite(values.mean()) else 0.0
 

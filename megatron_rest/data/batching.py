@@ -2,22 +2,25 @@
 
 Every rank of a data-parallel replica calls this with the same samples and gets the same microbatches; replicas get
 disjoint ones, equally many (an empty microbatch takes part in every collective).  Denominators (:class:`BatchTotals`)
-are computed over all samples before anything is split, so how the work is packed or dealt out changes neither loss
-nor gradient.
+are computed over all samples before anything is split or left out, so how the work is packed or dealt out changes
+neither loss nor gradient.  ``packing.py`` decides what lies together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
+from megatron_rest.data.packing import ROWS_ONLY, RowCost, deal, shared_rows
 from megatron_rest.types import BatchTotals, MicroBatch, TokenRegion, TrainBatch, TrainSample
 
-__all__ = ["batch_totals", "make_microbatch", "make_train_batch", "pack"]
+__all__ = ["batch_totals", "make_microbatch", "make_train_batch", "pad_microbatch"]
 
 
 def make_train_batch(
@@ -29,33 +32,53 @@ def make_train_batch(
     alignment: PackingAlignment = UNALIGNED,
     num_microbatches_multiple: int = 1,
     min_microbatches: int = 1,
+    is_sharing: bool = False,
+    cost: RowCost = ROWS_ONLY,
+    totals: BatchTotals | None = None,
 ) -> TrainBatch:
     """Pack ``samples`` of one optimiser step and return the share of ``dp_rank``.
 
     Args:
         samples: of ALL data-parallel ranks, in the same order everywhere.
-        max_tokens: most tokens of one microbatch, rounded up to ``alignment``; a longer sample raises ``ValueError``
+        max_tokens: most rows of one microbatch, rounded up to ``alignment``; a longer sample raises ``ValueError``
             (nothing is cut).
         alignment: multiples that sequences and microbatches are padded to.
         num_microbatches_multiple: pipeline size under interleaved schedules, else 1.
         min_microbatches: microbatches that every replica should get if there are samples enough: a pipeline idles
-            less with
-            several small ones than with one large one.
+            less with several small ones than with one large one.
+        is_sharing: whether the rows that samples of one ``group_id`` begin with are there once for all of them.
+        cost: of rows, for even work.
+        totals: denominators, where ``samples`` are not all of the step: those left out have no gradient, and count.
+            None: all there is.
+
+    Raises ValueError if there are no samples and no ``totals``.
     """
-    if not samples:
+    if not samples and totals is None:
         raise ValueError("no samples to train on")
-    lengths = [_round_up(len(s.token_ids) - 1, alignment.sequence) for s in samples]
-    wanted = max(min_microbatches, 1) * dp_size
-    limit = _round_up(max_tokens, alignment.sequence)
-    bins = pack(lengths, min(limit, max(-(-sum(lengths) // wanted), max(lengths))))
-    per_rank = -(-len(bins) // dp_size)
-    per_rank = -(-per_rank // num_microbatches_multiple) * num_microbatches_multiple
-    # Bins come sorted by size, so dealing them round robin balances the replicas.
-    mine = [bins[i] if i < len(bins) else [] for i in range(dp_rank, per_rank * dp_size, dp_size)]
-    return TrainBatch(
-        microbatches=tuple(make_microbatch([samples[i] for i in b], alignment=alignment) for b in mine),
-        totals=batch_totals(samples),
+    present = batch_totals(samples)
+    replicas, report = deal(
+        samples,
+        max_rows=_round_up(max_tokens, alignment.sequence),
+        dp_size=dp_size,
+        multiple=num_microbatches_multiple,
+        min_bins=max(min_microbatches, 1),
+        row_multiple=alignment.sequence,
+        is_sharing=is_sharing,
+        cost=cost,
     )
+    microbatches = [
+        make_microbatch(
+            [samples[i] for part in parts for i in part.members],
+            alignment=alignment,
+            shared_by=[len(part.members) for part in parts] if is_sharing else None,
+        )
+        for parts in replicas[dp_rank]
+    ]
+    totals = present if totals is None else totals
+    left_out = int(totals.num_tokens - present.num_tokens)
+    if left_out and dp_rank == 0:
+        microbatches[0] = replace(microbatches[0], left_out_tokens=left_out)
+    return TrainBatch(microbatches=tuple(microbatches), totals=totals, packing=report)
 
 
 def batch_totals(samples: Sequence[TrainSample]) -> BatchTotals:
@@ -70,45 +93,89 @@ def batch_totals(samples: Sequence[TrainSample]) -> BatchTotals:
     )
 
 
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: indices of ``lengths`` in bins of at most ``max_tokens``, fullest bins first."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        if lengths[i] > max_tokens:
-            raise ValueError(
-                f"sample {i} has {lengths[i]} tokens, more than the {max_tokens} of a microbatch: "
-                "raise trainer.max_tokens_per_microbatch or shorten prompts and responses"
-            )
-        b = next((b for b, free in enumerate(room) if free >= lengths[i]), len(bins))
-        if b == len(bins):
-            bins.append([])
-            room.append(max_tokens)
-        bins[b].append(i)
-        room[b] -= lengths[i]
-    return [bins[b] for b in sorted(range(len(bins)), key=lambda b: (room[b], b))]
-
-
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def make_microbatch(samples: Sequence[TrainSample], *, alignment: PackingAlignment = UNALIGNED) -> MicroBatch:
+def make_microbatch(
+    samples: Sequence[TrainSample],
+    *,
+    alignment: PackingAlignment = UNALIGNED,
+    shared_by: Sequence[int] | None = None,
+) -> MicroBatch:
     """Pack ``samples`` into one microbatch.
 
-    Every sequence is padded to ``alignment.sequence``; a last, masked one fills up to ``alignment.total``.
+    Every sequence or segment is padded to ``alignment.sequence``; a last, masked one fills up to ``alignment.total``.
+    ``shared_by`` says how many consecutive samples each have their common first rows once; None: nobody shares.
     """
-    lengths = [len(s.token_ids) - 1 for s in samples]
-    spans = [_round_up(n, alignment.sequence) for n in lengths]
+    segments: list[tuple[TrainSample, int, int]] = []  # sample, its first row here, the row behind its last
+    parents: list[int] = []
+    is_owned: list[bool] = []
+    left = iter(samples)
+    for size in [1] * len(samples) if shared_by is None else shared_by:
+        members = list(islice(left, size))
+        shared = shared_rows(members, multiple=alignment.sequence)
+        parent = len(segments) if shared else -1
+        if shared:
+            segments.append((members[0], 0, shared))
+            parents.append(-1)
+            is_owned.append(False)
+        for sample in members:
+            segments.append((sample, shared, len(sample.token_ids) - 1))
+            parents.append(parent)
+            is_owned.append(True)
+    spans = [_round_up(end - start, alignment.sequence) for _, start, end in segments]
     total = sum(spans)
     padding = -total % alignment.total if total else alignment.total
     bounds = np.cumsum([0, *spans, *([padding] if padding else [])])
-    size = total + padding
-    columns = {
+    columns = _empty_columns(int(bounds[-1]))
+    columns["position_ids"] = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+    for (sample, start, end), owned, first in zip(segments, is_owned, bounds, strict=False):
+        here, there = slice(first, first + end - start), slice(start + 1, end + 1)
+        columns["token_ids"][here] = sample.token_ids[start:end]
+        columns["position_ids"][first : first + _round_up(end - start, alignment.sequence)] += start
+        if not owned:
+            continue
+        columns["labels"][here] = sample.token_ids[there]
+        columns["loss_mask"][here] = sample.loss_mask[there]
+        columns["region_ids"][here] = sample.region_ids[there]
+        columns["sequence_ids"][here] = sample.sequence_id
+        columns["sequence_lengths"][here] = max(int(sample.loss_mask.sum()), 1)
+        columns["advantages"][here] = sample.advantage
+        columns["rollout_log_probs"][here] = sample.rollout_log_probs[there]
+    tensors: dict[str, Any] = {name: torch.from_numpy(column) for name, column in columns.items()}
+    if padding:
+        parents.append(-1)
+    continues = torch.tensor(parents) if any(parent >= 0 for parent in parents) else None
+    return MicroBatch(cu_seqlens=torch.from_numpy(bounds.astype(np.int32)), parents=continues, **tensors)
+
+
+def pad_microbatch(microbatch: MicroBatch, length: int) -> MicroBatch:
+    """The same microbatch with one more masked sequence, so that it has ``length`` rows."""
+    missing = length - len(microbatch.token_ids)
+    if missing == 0:
+        return microbatch
+    padding = _empty_columns(missing)
+    padding["position_ids"] = np.arange(missing)
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(microbatch, name), torch.from_numpy(column)]) for name, column in padding.items()
+    }
+    for name in ("old_log_probs", "token_weights", "ref_log_probs"):
+        column = getattr(microbatch, name)
+        if column is not None:
+            tensors[name] = torch.cat([column, column.new_zeros(missing)])
+    if microbatch.parents is not None:
+        tensors["parents"] = torch.cat([microbatch.parents, torch.tensor([-1])])
+    bounds = torch.cat([microbatch.cu_seqlens, torch.tensor([length], dtype=torch.int32)])
+    return replace(microbatch, cu_seqlens=bounds, **tensors)
+
+
+def _empty_columns(size: int) -> dict[str, np.ndarray]:
+    """Of rows that belong to no sequence."""
+    return {
         "token_ids": np.zeros(size, np.int64),
         "labels": np.zeros(size, np.int64),
-        "position_ids": np.arange(size) - np.repeat(bounds[:-1], np.diff(bounds)),
+        "position_ids": np.zeros(size, np.int64),
         "loss_mask": np.zeros(size, bool),
         "region_ids": np.full(size, int(TokenRegion.CONTEXT), np.int64),
         "sequence_ids": np.full(size, -1, np.int64),
@@ -116,15 +183,3 @@ def make_microbatch(samples: Sequence[TrainSample], *, alignment: PackingAlignme
         "advantages": np.zeros(size, np.float32),
         "rollout_log_probs": np.zeros(size, np.float32),
     }
-    for sample, n, start in zip(samples, lengths, bounds, strict=False):
-        here = slice(start, start + n)
-        columns["token_ids"][here] = sample.token_ids[:-1]
-        columns["labels"][here] = sample.token_ids[1:]
-        columns["loss_mask"][here] = sample.loss_mask[1:]
-        columns["region_ids"][here] = sample.region_ids[1:]
-        columns["sequence_ids"][here] = sample.sequence_id
-        columns["sequence_lengths"][here] = max(int(sample.loss_mask.sum()), 1)
-        columns["advantages"][here] = sample.advantage
-        columns["rollout_log_probs"][here] = sample.rollout_log_probs[1:]
-    tensors: dict[str, Any] = {name: torch.from_numpy(column) for name, column in columns.items()}
-    return MicroBatch(cu_seqlens=torch.from_numpy(bounds.astype(np.int32)), **tensors)

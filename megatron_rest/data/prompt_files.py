@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 2
@@ -235,6 +237,17 @@ def map_shard(folder: Path, entry: dict[str, Any]) -> list[pa.RecordBatch]:
     if sum(batch.num_rows for batch in batches) != entry["rows"]:
         raise ValueError(f"{path} does not hold the {entry['rows']} rows of the manifest: copy it again")
     return batches
+
+
+def offsets(column: pa.ListArray) -> np.ndarray:
+    """int32 [rows + 1]: where each row's list begins among the values."""
+    return np.asarray(column.offsets.to_numpy(zero_copy_only=True))
+
+
+def token_counts(batches: Sequence[pa.RecordBatch], column: str) -> np.ndarray:
+    """int64 [rows]: length of each row's list in ``column``; no value is read."""
+    lengths = [np.diff(offsets(batch.column(column))) for batch in batches]
+    return np.concatenate(lengths).astype(np.int64) if lengths else np.zeros(0, dtype=np.int64)
 
 
 def _digest(text: str) -> str:

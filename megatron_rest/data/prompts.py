@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_rest.data.prompt_files import map_shard, read_manifest, template_identity, tokenizer_identity
+from megatron_rest.data.prompt_files import (
+    map_shard,
+    offsets,
+    read_manifest,
+    template_identity,
+    token_counts,
+    tokenizer_identity,
+)
 from megatron_rest.types import PromptSample
 
 __all__ = ["PromptDataset", "prompts_for_step"]
@@ -89,8 +96,7 @@ class PromptDataset:
         return self._lengths("answer_token_ids")
 
     def _lengths(self, column: str) -> np.ndarray:
-        lengths = [np.diff(_offsets(batch.column(column))) for batch in self._batches]
-        return np.concatenate(lengths).astype(np.int64)[self._rows] if lengths else np.zeros(0, dtype=np.int64)
+        return token_counts(self._batches, column)[self._rows]
 
     def select(
         self, *, max_prompt_tokens: int, max_answer_tokens: int | None = None, max_prompts: int = 0
@@ -124,7 +130,7 @@ class PromptDataset:
 
     def _ids(self, batch: pa.RecordBatch, name: str, row: int) -> np.ndarray:
         column = batch.column(name)
-        return self._slice(_offsets(column), column.values.to_numpy(zero_copy_only=True), row)
+        return self._slice(offsets(column), column.values.to_numpy(zero_copy_only=True), row)
 
     def _text(self, batch: pa.RecordBatch, name: str, row: int) -> str:
         column = batch.column(name)
@@ -154,15 +160,17 @@ class PromptDataset:
         return self._batches[number], row - (self._ends[number - 1] if number else 0)
 
 
-def prompts_for_step(num_prompts: int, prompts_per_step: int, *, seed: int, step: int) -> list[int]:
+def prompts_for_step(num_prompts: int, prompts_per_step: int, *, seed: int, step: int, draw: int = 0) -> list[int]:
     """Prompts of step ``step`` (from 1).  Consecutive steps walk through one permutation per epoch and lose none.
 
+    Extra draws of a step (``draw`` from 1) walk through permutations of their own.
     A step that crosses the border of an epoch may hold a prompt twice (the last of one epoch, the first of the next).
     """
     if num_prompts < 1 or prompts_per_step < 1 or step < 1:
         raise ValueError(
             f"num_prompts={num_prompts}, prompts_per_step={prompts_per_step} and step={step} must all be at least 1"
         )
+    seed = _mix_int(seed) ^ draw if draw else seed
     start = (step - 1) * prompts_per_step
     order: list[int] = []
     while len(order) < prompts_per_step:
@@ -205,7 +213,3 @@ def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str
                 f"({actual[:12]}): "
                 f"its token ids mean something else; convert the data again with --tokenizer {tokenizer_path}"
             )
-
-
-def _offsets(column: pa.ListArray) -> np.ndarray:
-    return np.asarray(column.offsets.to_numpy(zero_copy_only=True))

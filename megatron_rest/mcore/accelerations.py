@@ -2,6 +2,7 @@
 
 * Layers and norms: Transformer Engine's where it is installed with a GPU (``specs.py``), else Megatron's and torch's.
 * Adam: Megatron takes Transformer Engine's, else Apex's, else torch's, when it is imported.
+* Tokens sorted by expert (``moe_permute_fusion``): Transformer Engine's kernels where they are.
 * Weight gradients added to ``main_grad`` inside the matrix product: Apex's extension ``fused_weight_gradient_mlp_cuda``
   switches it on for the whole model.  Transformer Engine's layers can do it alone; Megatron's one flag for both would
   then fail in the output layer, so the layers are switched one by one (:func:`fuse_weight_gradients`).
@@ -16,7 +17,7 @@ import torch
 
 from megatron_rest.mcore.specs import has_transformer_engine
 
-__all__ = ["Accelerations", "active", "fuse_weight_gradients", "has_apex_weight_gradients"]
+__all__ = ["Accelerations", "active", "fuse_weight_gradients", "has_apex_weight_gradients", "has_fused_permutation"]
 
 _TE_SWITCH = "fuse_wgrad_accumulation"  # attribute of Transformer Engine's linear layers, read at every forward pass
 
@@ -26,6 +27,14 @@ def has_apex_weight_gradients() -> bool:
     from megatron.core.tensor_parallel import layers
 
     return torch.cuda.is_available() and layers._grad_accum_fusion_available
+
+
+def has_fused_permutation() -> bool:
+    """Whether tokens can be sorted by expert without the host knowing how many each gets (Transformer Engine)."""
+    from megatron.core.transformer.moe import moe_utils
+
+    names = ("permute", "permute_with_probs", "sort_chunks_by_index", "sort_chunks_by_index_with_probs", "unpermute")
+    return has_transformer_engine() and all(getattr(moe_utils, f"fused_{name}", None) for name in names)
 
 
 def fuse_weight_gradients(model: Any) -> int:

@@ -1,7 +1,8 @@
 """Causal core attention over packed sequences and context-parallel ranks without Transformer Engine.
 
 Megatron's local ``DotProductAttention`` refuses both.  This module takes its place through ``ModuleSpec`` and runs one
-causal ``scaled_dot_product_attention`` per packed sequence, so that no [T, T] mask is ever made.
+causal ``scaled_dot_product_attention`` per packed sequence, so that no [T, T] mask is ever made.  A segment that
+continues others (``segments.py``) attends to the keys of those, and to its own.
 
 Context-parallel ranks hold their tokens in zigzag order (``context_parallel.py``).  Keys and values are gathered, once
 a layer and as one tensor, before grouped heads are repeated; their gradients are reduce-scattered.  Each of the two
@@ -10,6 +11,7 @@ chunks that a rank holds of a sequence then attends to the keys up to its own en
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from megatron.core.utils import divide
 from torch import Tensor
 
 from megatron_rest.mcore.context_parallel import zigzag_order
+from megatron_rest.mcore.segments import SegmentParams, ancestors
 
 __all__ = ["PackedCoreAttention"]
 
@@ -70,37 +73,46 @@ class PackedCoreAttention(MegatronModule):
         packed = packed_seq_params is not None
         if packed:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            bounds = packed_seq_params.cu_seqlens_q
+            is_shared = isinstance(packed_seq_params, SegmentParams)
+            bounds = packed_seq_params.bounds if is_shared else packed_seq_params.cu_seqlens_q.tolist()
+            parents = packed_seq_params.parents if is_shared else ()
         else:
-            bounds = torch.tensor([0, query.size(0) * self.cp_group.size()])
+            bounds, parents = (0, query.size(0) * self.cp_group.size()), ()
+        lengths = [end - start for start, end in pairwise(bounds)]
         if self.cp_group.size() > 1:
-            key, value = self._whole_sequences(key, value, bounds)
+            key, value = self._whole_sequences(key, value, torch.tensor(lengths))
         if self.heads_per_group > 1:
             key = key.repeat_interleave(self.heads_per_group, dim=2)
             value = value.repeat_interleave(self.heads_per_group, dim=2)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, h, s, d]
         # Split, not sliced: the gradient of every slice would be as large as the whole microbatch.
-        lengths = bounds.diff().tolist()
         chunks = [_chunks(length, self.cp_group.rank(), self.cp_group.size()) for length in lengths]
         queries = iter(q.split([size for parts in chunks for size, _ in parts], dim=2))
-        outs = [
-            _causal_attention(next(queries), keys[:, :, :end], values[:, :, :end], self.scale)
-            for keys, values, parts in zip(k.split(lengths, dim=2), v.split(lengths, dim=2), chunks, strict=True)
-            for _, end in parts
-        ]
+        keys, values = k.split(lengths, dim=2), v.split(lengths, dim=2)
+        outs = []
+        for i, parts in enumerate(chunks):
+            above = ancestors(parents, i)
+            for _, end in parts:
+                key_seen, value_seen = (_behind([x[j] for j in above], x[i][:, :, :end]) for x in (keys, values))
+                outs.append(_causal_attention(next(queries), key_seen, value_seen, self.scale))
         out = torch.cat(outs, dim=2).permute(2, 0, 1, 3).contiguous()  # [s, b, h, d]
         return out.squeeze(1) if packed else out.view(out.size(0), out.size(1), -1)
 
-    def _whole_sequences(self, key: Tensor, value: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    def _whole_sequences(self, key: Tensor, value: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all ranks, [s * CP, b, h, d], in sequence order."""
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.cp_group)
-        place = zigzag_order(bounds.diff(), self.cp_group.size()).flatten().argsort()
+        place = zigzag_order(lengths, self.cp_group.size()).flatten().argsort()
         key, value = both.index_select(0, place.to(both.device)).chunk(2, dim=-1)
         return key, value
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save: there are no parameters."""
         return {}
+
+
+def _behind(above: list[Tensor], own: Tensor) -> Tensor:
+    """What a segment sees: those that it continues, then itself.  Not copied if there are none."""
+    return torch.cat([*above, own], dim=2) if above else own
 
 
 def _chunks(length: int, cp_rank: int, cp_size: int) -> list[tuple[int, int | None]]:

@@ -156,10 +156,13 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     """Megatron's ``TransformerConfig`` for a HF model shape and our layout."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_rest.mcore.specs import is_sharing_prompts
+
     p = config.parallel
     dtype = getattr(torch, config.model.dtype)
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
+    is_overlapped = interleaved and p.pipeline_parallel == 2
     precision.check_sizes(shape, config)
     ours = dict(
         num_layers=shape.num_layers,
@@ -188,25 +191,34 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
         bf16=dtype is torch.bfloat16,
         use_cpu_initialization=is_cpu,
         calculate_per_token_loss=True,  # Megatron divides by the global token count: no split changes the gradient
-        variable_seq_lengths=True,  # packed microbatches differ in length
-        moe_token_dispatcher_type="alltoall",  # Megatron ties variable_seq_lengths to this name, dense models too
+        variable_seq_lengths=False,  # MegatronPolicy pads the microbatches of a call to one length
+        moe_token_dispatcher_type="alltoall",
         attention_softmax_in_fp32=True,
         masked_softmax_fusion=not is_cpu,
         gradient_accumulation_fusion=accelerations.has_apex_weight_gradients(),
         persist_layer_norm=False,
+        # The fused kernel would spare four reads of the device a layer, but Transformer Engine's leaves rows outside
+        # cu_seqlens unwritten and is reported to give NaN gradients on packed Qwen3 models.
         apply_rope_fusion=False,
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
         # Interleaved PP=2 without overlap matches messages in the wrong order; with overlap, deallocating outputs frees
-        # storage that gloo is still sending.  Both are silent.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=not interleaved,
+        # storage that gloo is still sending.  Both are silent.  Longer pipelines need no overlap to be right, and have
+        # been seen to hang with it (Megatron-LM issue 5240).
+        overlap_p2p_comm=is_overlapped,
+        batch_p2p_comm=not is_overlapped,
+        deallocate_pipeline_outputs=not is_overlapped,
         **_recompute(config.parallel.recompute, is_moe=bool(shape.num_experts)),
         **_expert_settings(shape, config),
         **precision.transformer_settings(config.precision),
     )
-    return settings.make(TransformerConfig, "transformer", ours, config.megatron.transformer)
+    made = settings.make(TransformerConfig, "transformer", ours, config.megatron.transformer)
+    if made.apply_rope_fusion and is_sharing_prompts(config):
+        raise ConfigError(
+            "megatron.transformer.apply_rope_fusion=true counts positions from where a segment begins, and an answer "
+            "that continues a prompt does not begin at 0: leave it out, or set trainer.share_prompts=off"
+        )
+    return made
 
 
 def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
@@ -244,7 +256,7 @@ def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": has_transformer_engine(),  # one kernel for all experts; one product after the other without
-        "moe_permute_fusion": False,
+        "moe_permute_fusion": accelerations.has_fused_permutation(),  # else the host waits for each expert's count
         "expert_model_parallel_size": p.expert_parallel,
         "expert_tensor_parallel_size": 1,  # model_map: an expert is never cut
     }
@@ -265,6 +277,7 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     from megatron_rest.mcore.output import attach
+    from megatron_rest.mcore.segments import follow_positions
     from megatron_rest.mcore.specs import block_spec
 
     chunks = []
@@ -285,6 +298,7 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
             vp_stage=stage,
         )
         attach(model, vocab_size=shape.vocab_size, temperature=config.rollout.temperature, form=config.model.head)
+        follow_positions(model)
         accelerations.fuse_weight_gradients(model)
         _mark_experts(model, context)
         chunks.append(model.to(context.device))

@@ -14,6 +14,7 @@ place that puts values back into sequence order.
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch import Tensor
 from megatron_rest.types import MicroBatch
 
 __all__ = ["gather", "shard", "zigzag_order"]
+
+_WHOLE = ("cu_seqlens", "parents", "active_rows")  # speak of sequences, not of rows, or are made anew
 
 
 def zigzag_order(lengths: Tensor, cp_size: int) -> Tensor:
@@ -51,12 +54,14 @@ def shard(microbatch: MicroBatch, *, cp_rank: int, cp_size: int) -> MicroBatch:
     if cp_size == 1:
         return microbatch
     mine = zigzag_order(microbatch.cu_seqlens.diff(), cp_size)[cp_rank]
-    tokens = {
+    tokens: dict[str, Any] = {
         f.name: value[mine]
         for f in fields(microbatch)
-        if isinstance(value := getattr(microbatch, f.name), Tensor) and f.name not in ("cu_seqlens", "active_rows")
+        if isinstance(value := getattr(microbatch, f.name), Tensor) and f.name not in _WHOLE
     }
-    return replace(microbatch, cp_size=cp_size, **tokens)
+    # The ranks' counts are added up.
+    left_out = microbatch.left_out_tokens if cp_rank == 0 else 0
+    return replace(microbatch, cp_size=cp_size, left_out_tokens=left_out, **tokens)
 
 
 def gather(local: Tensor, lengths: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,6 +9,8 @@ A loop with batches of its own writes these few lines itself: ``step_loss.py`` h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,15 +18,21 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rest.mcore.head import HeadContext, PolicyOutput
+from megatron_rest.mcore.segments import segment_params
 from megatron_rest.mcore.step_loss import LossTokens, PolicyLoss, StepLoss
 from megatron_rest.types import BatchTotals, MicroBatch
 
-__all__ = ["forward_step", "packed_seq_params", "score_step"]
+__all__ = ["SCORES", "forward_step", "packed_seq_params", "score_step"]
+
+SCORES = "scores"
+"""What a training pass calls its log-probs and entropy, [2, T], among the results of a microbatch."""
 
 
 def packed_seq_params(microbatch: MicroBatch) -> PackedSeqParams:
     """Megatron's description of packed sequences; what fills a sequence up counts as part of it."""
-    longest = int((microbatch.cu_seqlens[1:] - microbatch.cu_seqlens[:-1]).max())
+    if microbatch.parents is not None:
+        return segment_params(microbatch)
+    longest = max(end - start for start, end in pairwise(microbatch.bounds))
     # Transformer Engine's context parallelism wants the padded bounds named, and takes a slower kernel where they are.
     padded = microbatch.cu_seqlens if microbatch.cp_size > 1 else None
     return PackedSeqParams(
@@ -50,12 +58,27 @@ def _forward(microbatch: MicroBatch, model: Any, context: HeadContext) -> Any:
 
 
 def forward_step(
-    data_iterator: Iterator[MicroBatch], model: Any, *, loss: PolicyLoss, totals: BatchTotals
-) -> tuple[Any, StepLoss]:
-    """Training pass of one microbatch: Megatron's ``forward_step_func`` once ``loss`` and ``totals`` are bound."""
+    data_iterator: Iterator[MicroBatch],
+    model: Any,
+    *,
+    loss: PolicyLoss,
+    totals: BatchTotals,
+    with_scores: bool = False,
+) -> tuple[Any, Callable[..., Any]]:
+    """Training pass of one microbatch: Megatron's ``forward_step_func`` once ``loss`` and ``totals`` are bound.
+
+    ``with_scores`` adds the log-probs and entropy of its rows, detached, to the results under :data:`SCORES`.
+    """
     microbatch = next(data_iterator)
     step = StepLoss(loss, LossTokens.of_microbatch(microbatch, totals))
-    return _forward(microbatch, model, step.context), step
+    output = _forward(microbatch, model, step.context)
+    return output, partial(_with_scores, step) if with_scores else step
+
+
+def _with_scores(step: StepLoss, output: PolicyOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    loss_sum, num_tokens, results = step(output)
+    log_probs, entropy, *_ = output
+    return loss_sum, num_tokens, results | {SCORES: torch.stack([log_probs[0].detach(), entropy[0].detach()])}
 
 
 def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Callable[..., Any]]:

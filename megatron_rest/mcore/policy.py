@@ -19,9 +19,10 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_rest.data.batching import pad_microbatch
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.context_parallel import gather, shard
-from megatron_rest.mcore.forward_step import forward_step, score_step
+from megatron_rest.mcore.forward_step import SCORES, forward_step, score_step
 from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.mcore.precision import dequantised, settle_scales, untouched_scales, without_fp8
 from megatron_rest.mcore.settings import resolved
@@ -50,6 +51,7 @@ class UpdateReport:
     is_skipped: bool  # the weights are unchanged
     metrics: Mapping[str, tuple[float, float]]  # (sum, count) over the global batch
     nonfinite: tuple[str, ...] = ()  # why it was skipped: the loss, or gradients by parameter and rank
+    scores: tuple[Scores, ...] = ()  # of its microbatches before the step, if asked for
 
 
 _NAMES_OF_A_RANK, _NAMES = 2, 6  # of what is not finite: enough to look at, and one NaN soon is everywhere
@@ -117,18 +119,21 @@ class MegatronPolicy:
                 if temperature is not None:
                     measuring.enter_context(at_temperature(module, temperature))
             outputs = self._schedule(score_step, microbatches, forward_only=True)
+        return self._scores(outputs, microbatches, rows=3 if with_beta else 2)
+
+    def _scores(self, outputs: Sequence[Tensor], microbatches: Sequence[MicroBatch], *, rows: int) -> list[Scores]:
+        """``[rows, T / CP]`` of each microbatch from the last stage -> scores of whole sequences on every rank."""
         context = self.context
-        lengths = [len(m.token_ids) for m in microbatches]
-        flat = torch.empty(3 if with_beta else 2, sum(lengths), dtype=torch.float32, device=context.device)
+        padded = self._of_one_length(microbatches)
+        lengths = [len(m.token_ids) for m in padded]
+        flat = torch.empty(rows, sum(lengths), dtype=torch.float32, device=context.device)
         if context.is_last_stage:
-            sequences = torch.cat([m.cu_seqlens.diff() for m in microbatches])
-            flat.copy_(gather(torch.cat(outputs, dim=1), sequences, context.cp_group))
+            sequences = torch.cat([m.cu_seqlens.diff() for m in padded])
+            flat.copy_(gather(torch.cat(list(outputs), dim=1), sequences, context.cp_group))
         if context.pp_size > 1:
             dist.broadcast(flat, src=context.last_stage_rank, group=context.pp_group)
-        return [
-            Scores(log_probs=part[0], entropy=part[1], beta=part[2] if with_beta else None)
-            for part in flat.split(lengths, dim=1)
-        ]
+        parts = [part[:, : len(m.token_ids)] for part, m in zip(flat.split(lengths, dim=1), microbatches, strict=True)]
+        return [Scores(log_probs=part[0], entropy=part[1], beta=part[2] if rows > 2 else None) for part in parts]
 
     def settle_scales(self, microbatches: Sequence[MicroBatch]) -> None:
         """First scales of delayed FP8 scaling, from two forward passes (``mcore.precision.settle_scales``).
@@ -139,12 +144,15 @@ class MegatronPolicy:
             chunk.eval()
         settle_scales(self.modules, lambda: self._schedule(score_step, microbatches, forward_only=True))
 
-    def update(self, batch: TrainBatch, loss: PolicyLoss) -> UpdateReport:
+    def update(self, batch: TrainBatch, loss: PolicyLoss, *, with_scores: bool = False) -> UpdateReport:
         """One optimiser step over the global batch of which ``batch`` is this replica's share.
+
+        ``with_scores`` reports what :meth:`score` would have said before the step, from the step's own forward pass.
 
         Skipped on every rank if the loss or any gradient on any rank is not finite: neither weights nor the optimiser's
         state nor the learning rate's schedule move.  Collectives besides Megatron's: those of the metrics, and one MAX
-        all-reduce of an integer over all ranks; names travel only if there are any.
+        all-reduce of an integer over all ranks; names travel only if there are any.  Scores travel as those of
+        :meth:`score`.
         """
         if self.optimizer is None:
             raise RuntimeError("this policy was built without an optimiser")
@@ -152,8 +160,11 @@ class MegatronPolicy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        step = partial(forward_step, loss=loss, totals=batch.totals)
+        step = partial(forward_step, loss=loss, totals=batch.totals, with_scores=with_scores)
         results = self._schedule(step, batch.microbatches, forward_only=False)
+        scores: list[Scores] = []
+        if with_scores:
+            scores = self._scores([result.pop(SCORES) for result in results], batch.microbatches, rows=2)
         metrics = self._reduce_metrics(results)
         loss_sum, count = metrics.pop("loss")
         nonfinite = self._nonfinite_gradients()
@@ -172,6 +183,7 @@ class MegatronPolicy:
             is_skipped=not is_applied,
             metrics=metrics,
             nonfinite=nonfinite,
+            scores=tuple(scores),
         )
 
     def _nonfinite_gradients(self) -> tuple[str, ...]:
@@ -251,9 +263,8 @@ class MegatronPolicy:
         self, step: Callable[..., Any], microbatches: Sequence[MicroBatch], *, forward_only: bool
     ) -> list[Any]:
         context = self.context
-        on_device = [
-            shard(m, cp_rank=context.cp_rank, cp_size=context.cp_size).to(context.device) for m in microbatches
-        ]
+        whole = self._of_one_length(microbatches)
+        on_device = [shard(m, cp_rank=context.cp_rank, cp_size=context.cp_size).to(context.device) for m in whole]
         iterators: list[Iterator[MicroBatch]] = [iter(on_device) for _ in self.chunks]
         interleaved = len(self.chunks) > 1
         return get_forward_backward_func()(
@@ -261,11 +272,15 @@ class MegatronPolicy:
             data_iterator=iterators if interleaved else iterators[0],
             model=self.chunks if interleaved else self.chunks[0],
             num_microbatches=len(microbatches),
-            # Shapes travel with the tensors (variable_seq_lengths): these two are upper bounds that nothing depends on.
-            seq_length=max(len(m.token_ids) for m in microbatches),
+            seq_length=max(len(m.token_ids) for m in whole),  # what stages send each other is of this length
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+    def _of_one_length(self, microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Padded to the longest if pipeline stages exchange them: else every message would be preceded by its shape."""
+        longest = max(len(m.token_ids) for m in microbatches)
+        return [pad_microbatch(m, longest) if self.context.pp_size > 1 else m for m in microbatches]
 
     def _reduce_metrics(self, results: Iterable[Mapping[str, Tensor]]) -> dict[str, tuple[float, float]]:
         """Sum (sum, count) pairs over microbatches, DP and CP on the last stage, then tell the other stages."""

@@ -13,14 +13,21 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_rest.config import RestConfig
 from megatron_rest.mcore.attention import PackedCoreAttention
+from megatron_rest.passes import shares_prompts
 
-__all__ = ["block_spec", "has_transformer_engine"]
+__all__ = ["block_spec", "has_transformer_engine", "is_sharing_prompts"]
 
 
 def has_transformer_engine() -> bool:
     """Whether Megatron can use Transformer Engine here: installed, importable and with a CUDA device."""
     return torch.cuda.is_available() and getattr(gpt_layer_specs, "HAVE_TE", False)
+
+
+def is_sharing_prompts(config: RestConfig) -> bool:
+    """``trainer.share_prompts`` of this process; :class:`ConfigError` where its attention cannot do it."""
+    return shares_prompts(config, has_transformer_engine=has_transformer_engine())
 
 
 def block_spec(config: TransformerConfig, *, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -28,6 +28,8 @@ __all__ = ["LossTokens", "PolicyLoss", "SeparableLoss", "StepLoss"]
 
 PolicyLoss = Callable[[LossInputs], LossOutput]
 
+_NO_COLUMNS = ("totals", "active_rows", "left_out_tokens")
+
 
 @runtime_checkable
 class SeparableLoss(Protocol):
@@ -58,6 +60,7 @@ class LossTokens:
     sequence_ids: Tensor | None = None  # int64 [T]
     totals: BatchTotals | None = None
     active_rows: Tensor | None = None  # int64 on the CPU: rows with loss; None = not known there, all are projected
+    left_out_tokens: int = 0  # that count in the denominator, but need not be computed: they have no gradient
 
     @classmethod
     def of_microbatch(cls, microbatch: MicroBatch, totals: BatchTotals | None) -> LossTokens:
@@ -72,6 +75,7 @@ class LossTokens:
             sequence_ids=microbatch.sequence_ids,
             totals=totals,
             active_rows=microbatch.active_rows,
+            left_out_tokens=microbatch.left_out_tokens,
         )
 
     @classmethod
@@ -121,7 +125,7 @@ class LossTokens:
         return LossInputs(log_probs=log_probs, entropy=entropy, totals=self.totals, **columns)  # type: ignore[arg-type]
 
     def _columns(self) -> list[tuple[str, Tensor | None]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("totals", "active_rows")]
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in _NO_COLUMNS]
 
 
 class StepLoss:
@@ -147,9 +151,10 @@ class StepLoss:
         output = PolicyOutput(*output)
         out = self.loss(self.tokens.inputs(_rows(output.log_probs), _rows(output.entropy)))
         loss_sum = out.loss_sum if output.loss_sum is None else output.loss_sum
-        metrics = {**out.metrics, "loss": (loss_sum, out.num_tokens)}
+        num_tokens = out.num_tokens + self.tokens.left_out_tokens
+        metrics = {**out.metrics, "loss": (loss_sum, num_tokens)}
         pairs = {name: torch.stack([p.detach().float() for p in pair]) for name, pair in metrics.items()}
-        return loss_sum, out.num_tokens.to(torch.int), pairs
+        return loss_sum, num_tokens.to(torch.int), pairs
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -5,7 +5,10 @@ hardware.py    what a GPU has, and how much of it a program like this one gets
 parameters.py  parameters of every pipeline stage, from the table that loads and exports them
 activations.py what one layer keeps for its backward pass
 memory.py      bytes of one rank, item by item
-steptime.py    floating-point operations of a step, and seconds from them
+lengths.py     how long prompts and responses are: from the prepared data, or assumed
+work.py        operations of scoring and update, on drawn lengths packed as the trainer packs them
+steptime.py    seconds from them, and of the rollouts
+savings.py     what a step need not compute, and what each of these is worth
 plan.py        all of it for one configuration
 advice.py      which change would make it fit
 report.py      the page that ``megatron-rest plan`` and ``--dryrun`` print

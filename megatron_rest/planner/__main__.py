@@ -31,10 +31,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
     parser.add_argument("--gpus", type=int, default=0, help="ranks (default: the recipe's, or one replica)")
     parser.add_argument("--gpu", choices=sorted(HARDWARE), help="default: h100, or what the recipe names")
-    parser.add_argument("--mean-prompt", type=float, default=0, help="tokens (default: half of the limit)")
-    parser.add_argument("--mean-response", type=float, default=0, help="tokens (default: half of the limit)")
+    parser.add_argument(
+        "--mean-prompt", type=float, default=0, help="tokens (default: as in data.train, else half of the limit)"
+    )
+    parser.add_argument(
+        "--mean-response", type=float, default=0, help="tokens (default: as its references, else half of the limit)"
+    )
+    parser.add_argument(
+        "--zero-groups", type=float, default=0, metavar="SHARE",
+        help="share of groups whose rewards are all alike, in [0, 1): a run's advantage/zero_groups (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="bytes and seconds for programs")
     args = parser.parse_intermixed_args(argv)
+    if not 0 <= args.zero_groups < 1:
+        parser.error(f"--zero-groups {args.zero_groups:g}: a share from 0 to below 1")
     try:
         base, file, gpus, gpu = _source(args.config)
         config = load(file, args.overrides, base=base)
@@ -45,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             world_size=args.gpus or gpus or p.tensor_parallel * p.pipeline_parallel * p.context_parallel,
             mean_prompt=args.mean_prompt,
             mean_response=args.mean_response,
+            zero_groups=args.zero_groups,
         )
     except ConfigError as error:
         print(f"megatron-rest plan: {error}", file=sys.stderr)

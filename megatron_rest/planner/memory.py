@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_rest.config import Fp8Recipe, RestConfig, RolloutQuantization
 from megatron_rest.data.alignment import packing_alignment
 from megatron_rest.model_map import ModelShape, hf_shapes, padded_vocab_size, parameter_map
+from megatron_rest.passes import least_microbatches, microbatches_multiple, shares_prompts
 from megatron_rest.planner.activations import layer_bytes
 from megatron_rest.planner.hardware import Hardware
 from megatron_rest.planner.parameters import StageParameters, count_stages, layers_of_chunk, total_parameters
@@ -19,7 +20,6 @@ __all__ = [
     "engine_weight_bytes",
     "itemsize",
     "kv_bytes_per_token",
-    "num_microbatches",
     "stage_memories",
 ]
 
@@ -90,13 +90,14 @@ def _not_ours(hardware: Hardware, update: tuple[Item, ...]) -> Item:
     return Item(name="not ours", num_bytes=hardware.reserve + int(hardware.holes * _sum(update)), why=why)
 
 
-def num_microbatches(config: RestConfig, *, world_size: int, mean_tokens: float) -> int:
-    """Of one update and replica, for sequences of ``mean_tokens`` on average (data/batching.py packs them)."""
+def _num_microbatches(config: RestConfig, *, world_size: int) -> int:
+    """Of one update and replica, if all sequences are longest and whole (``data/packing.py`` has the rule)."""
     p = config.parallel
-    mine = _sequences(config) * mean_tokens / p.data_parallel(world_size)
-    count = max(math.ceil(mine / config.trainer.max_tokens_per_microbatch), _least_microbatches(config))
-    multiple = p.pipeline_parallel if p.virtual_pipeline > 1 else 1
-    return -(-count // multiple) * multiple
+    dp, sequences = p.data_parallel(world_size), _sequences(config)
+    least = min(least_microbatches(p), -(-sequences // dp))
+    in_one = config.trainer.max_tokens_per_microbatch // _longest(config)
+    multiple = microbatches_multiple(p)
+    return -(-max(-(-sequences // (dp * in_one)), least) // multiple) * multiple
 
 
 def kv_bytes_per_token(config: RestConfig, shape: ModelShape) -> int:
@@ -159,6 +160,17 @@ def _training(
         )
     ]
     t = p.tensor_parallel
+    if shares_prompts(config, has_transformer_engine=not hardware.is_cpu):
+        seen = _rows_seen(config, tokens)
+        width = 2 * shape.num_attention_heads * shape.head_dim // t * size
+        layers = 1 if p.recompute == "full" else in_flight * chunk
+        items.append(
+            Item(
+                name="keys of prompts",
+                num_bytes=layers * seen * width,
+                why=f"{seen} rows of keys and values, a prompt's beside each of its answers, x {layers} layers",
+            )
+        )
     ffn = shape.ffn_hidden_size // t
     if shape.num_experts:
         ffn = shape.moe_ffn_hidden_size * shape.num_experts_per_token // (t if p.sequence_parallel else 1)
@@ -186,11 +198,17 @@ def _training(
 def _tokens_per_rank(config: RestConfig, world_size: int) -> int:
     """Of the longest microbatch, on one context-parallel rank, padding included, if all sequences are longest."""
     p = config.parallel
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    mine = _sequences(config) * longest // (p.data_parallel(world_size) * _least_microbatches(config))
-    tokens = min(config.trainer.max_tokens_per_microbatch, max(mine, longest))
+    bins = p.data_parallel(world_size) * _num_microbatches(config, world_size=world_size)
+    tokens = min(config.trainer.max_tokens_per_microbatch, -(-_sequences(config) // bins) * _longest(config))
     alignment = packing_alignment(config.precision.recipe, p).total
     return -(-tokens // alignment) * alignment // p.context_parallel
+
+
+def _rows_seen(config: RestConfig, tokens: int) -> int:
+    """Keys that the answers of a microbatch of ``tokens`` rows attend to, if all sequences are longest."""
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    siblings = min(config.rollout.rollouts_per_prompt, max((tokens - prompt) // response, 1))
+    return tokens * siblings * (prompt + response) // (prompt + siblings * response) if siblings > 1 else 0
 
 
 def _sequences(config: RestConfig) -> int:
@@ -198,18 +216,16 @@ def _sequences(config: RestConfig) -> int:
     return config.data.prompts_per_step * config.rollout.rollouts_per_prompt // config.optimizer.updates_per_step
 
 
-def _least_microbatches(config: RestConfig) -> int:
-    """So many are made if there are sequences enough: fewer would leave pipeline stages idle (trainer/setup.py)."""
-    stages = config.parallel.pipeline_parallel
-    return 2 * stages if stages > 1 else 1
+def _longest(config: RestConfig) -> int:
+    """Tokens of the longest sequence."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def _chunks_in_flight(config: RestConfig, stage: int, world_size: int) -> int:
     """Forward passes of model chunks whose backward pass is still to come: Megatron's 1F1B, plain or interleaved."""
     p = config.parallel
     pp, vpp = p.pipeline_parallel, p.virtual_pipeline
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    most = num_microbatches(config, world_size=world_size, mean_tokens=longest) * vpp
+    most = _num_microbatches(config, world_size=world_size) * vpp
     warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
     return min(warm_up + 1, most)
 

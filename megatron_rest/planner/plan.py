@@ -8,10 +8,12 @@ from megatron_rest.config import RestConfig, validate
 from megatron_rest.engine_gpus import why_not
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import Hardware
+from megatron_rest.planner.lengths import Lengths
 from megatron_rest.planner.memory import Item, StageMemory, engine_memory, kv_bytes_per_token, stage_memories
 from megatron_rest.planner.shapes import find_shape
-from megatron_rest.planner.steptime import Lengths, StepTime, step_time
+from megatron_rest.planner.steptime import StepTime, step_time, training_seconds
 from megatron_rest.planner.synctime import SyncTime, sync_time
+from megatron_rest.planner.work import Assumptions, StepWork, step_work
 
 __all__ = ["Plan", "make_plan"]
 
@@ -28,9 +30,11 @@ class Plan:
     lengths: Lengths
     stages: tuple[StageMemory, ...]
     engine: tuple[Item, ...]
+    work: StepWork
     time: StepTime | None
     sync: SyncTime | None
     problems: tuple[str, ...]
+    zero_groups: float = 0.0  # share of groups whose rewards are all alike
 
     @property
     def num_engine_gpus(self) -> int:
@@ -57,33 +61,67 @@ class Plan:
 
     def variant(self, config: RestConfig, *, world_size: int = 0) -> Plan:
         """The same for another configuration of the same model."""
-        return _plan(replace(self, config=config, world_size=world_size or self.world_size))
+        return _plan(
+            config, self.shape, self.shape_source, self.hardware, world_size or self.world_size, self.lengths,
+            self.zero_groups,
+        )  # fmt: skip
+
+    @property
+    def assumed(self) -> Assumptions:
+        return Assumptions.of(self.config, is_cpu=self.hardware.is_cpu, zero_groups=self.zero_groups)
+
+    def work_under(self, assumed: Assumptions) -> StepWork:
+        """Of the same step with other things left out."""
+        return step_work(self.config, self.shape, world_size=self.world_size, lengths=self.lengths, assumed=assumed)
+
+    def training_cost(self, work: StepWork) -> float:
+        """Scoring and updates: seconds, or on CPU operations of the rank that has most to do."""
+        seconds = training_seconds(self.config, self.hardware, work)
+        return sum(seconds) if seconds else work.score + work.update
 
 
 def make_plan(
-    config: RestConfig, hardware: Hardware, *, world_size: int, mean_prompt: float = 0, mean_response: float = 0
+    config: RestConfig,
+    hardware: Hardware,
+    *,
+    world_size: int,
+    mean_prompt: float = 0,
+    mean_response: float = 0,
+    zero_groups: float = 0.0,
 ) -> Plan:
-    """Raises :class:`ConfigError` for a configuration that cannot run, or a model whose numbers are not known."""
+    """``mean_prompt`` and ``mean_response`` in tokens; 0: as ``planner.lengths`` finds them.
+
+    Raises :class:`ConfigError` for a configuration that cannot run, or a model whose numbers are not known.
+    """
+    validate(config, world_size=world_size)
     shape, source = find_shape(config.model.path, config.model.shape)
     lengths = Lengths.of(config, prompt=mean_prompt, response=mean_response)
-    draft = Plan(
-        config=config, shape=shape, shape_source=source, hardware=hardware, world_size=world_size, lengths=lengths,
-        stages=(), engine=(), time=None, sync=None, problems=(),
-    )  # fmt: skip
-    return _plan(draft)
+    return _plan(config, shape, source, hardware, world_size, lengths, zero_groups)
 
 
-def _plan(draft: Plan) -> Plan:
-    validate(draft.config, world_size=draft.world_size)
-    stages = stage_memories(draft.config, draft.shape, draft.hardware, world_size=draft.world_size)
-    time = step_time(draft.config, draft.shape, draft.hardware, world_size=draft.world_size, lengths=draft.lengths)
-    plan = replace(
-        draft,
+def _plan(
+    config: RestConfig, shape: ModelShape, source: str, hardware: Hardware, world_size: int, lengths: Lengths,
+    zero_groups: float,
+) -> Plan:  # fmt: skip
+    validate(config, world_size=world_size)
+    stages = stage_memories(config, shape, hardware, world_size=world_size)
+    assumed = Assumptions.of(config, is_cpu=hardware.is_cpu, zero_groups=zero_groups)
+    work = step_work(config, shape, world_size=world_size, lengths=lengths, assumed=assumed)
+    time = step_time(config, shape, hardware, work, world_size=world_size, lengths=lengths, zero_groups=zero_groups)
+    plan = Plan(
+        config=config,
+        shape=shape,
+        shape_source=source,
+        hardware=hardware,
+        world_size=world_size,
+        lengths=lengths,
         stages=tuple(stages),
-        engine=engine_memory(draft.config, draft.shape, draft.hardware),
+        engine=engine_memory(config, shape, hardware),
+        work=work,
         time=time,
-        sync=sync_time(draft.config, draft.shape, draft.hardware, world_size=draft.world_size),
+        sync=sync_time(config, shape, hardware, world_size=world_size),
         problems=(),
+        zero_groups=zero_groups,
     )
     return replace(plan, problems=tuple(_problems(plan)))
 

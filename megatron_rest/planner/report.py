@@ -9,6 +9,7 @@ from megatron_rest.planner.hardware import EFFICIENCY
 from megatron_rest.planner.memory import Item
 from megatron_rest.planner.parameters import total_parameters
 from megatron_rest.planner.plan import Plan
+from megatron_rest.planner.savings import savings_of
 
 __all__ = ["as_dict", "as_text"]
 
@@ -39,6 +40,35 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "seconds": None
         if plan.time is None
         else {"rollout": plan.time.rollout, "score": plan.time.score, "update": plan.time.update},
+        "lengths": {
+            "prompt": plan.lengths.prompt,
+            "response": plan.lengths.response,
+            "source": [plan.lengths.prompt_source, plan.lengths.response_source],
+        },
+        "training": {
+            "operations": {"score": plan.work.score_flops, "update": plan.work.update_flops},
+            "updates": plan.work.num_updates,
+            "scored_updates": plan.work.num_scored,
+            "microbatches": plan.work.packing.num_microbatches,
+            "empty_microbatches": plan.work.packing.num_empty,
+            "rows": plan.work.packing.rows,
+            "plain_rows": plan.work.packing.plain_rows,
+            "prompt_copies": plan.work.packing.prompt_copies,
+            "imbalance": plan.work.packing.imbalance,
+            "padding": plan.work.padding,
+            "bubble": plan.work.bubble,
+            "left_out": plan.work.left_out,
+        },
+        "savings": {
+            saving.name.replace(" ", "_"): {
+                "unit": "operations of a rank" if plan.time is None else "seconds",
+                "before": saving.before,
+                "after": saving.after,
+                "is_used": saving.is_used,
+                "why": saving.why,
+            }
+            for saving in savings_of(plan)
+        },
         "sync_seconds": None if plan.sync is None else {"limit": plan.sync.limit, "gather": plan.sync.gather},
         "problems": list(plan.problems),
     }
@@ -86,19 +116,45 @@ def _items(items: tuple[Item, ...]) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    t = plan.time
+    t, w = plan.time, plan.work
     if t is None:
-        return ["time: not estimated on CPU"]
+        return ["time: not estimated on CPU", *_lengths(plan), *_training(plan)]
     e = EFFICIENCY
+    beside = ", rollouts beside the step before" if t.is_overlapped else ""
     return [
-        f"time of a step, about {t.total:.0f} s: rollout {t.rollout:.0f}, score {t.score:.0f}, update {t.update:.0f}; "
-        f"{t.num_microbatches} microbatches an update, {100 * t.bubble:.0f} % of the pipeline idle"
-        + (", rollouts beside the step before" if t.is_overlapped else ""),
-        f"  for {plan.lengths.prompt:.0f} + {plan.lengths.response:.0f} tokens on average, "
-        f"{t.train_flops:.3g} operations; assumed shares of the data sheet: training {e.training:.0%}, "
-        f"scoring {e.scoring:.0%}, decoding {e.decode_bandwidth:.0%} of memory bandwidth",
+        f"time of a step, about {t.total:.0f} s: rollout {t.rollout:.0f}, score {t.score:.0f}, "
+        f"update {t.update:.0f}{beside}",
+        f"  {w.score_flops + w.update_flops:.3g} operations in training; assumed shares of the data sheet: training "
+        f"{e.training:.0%}, scoring {e.scoring:.0%}, decoding {e.decode_bandwidth:.0%} of memory bandwidth",
         f"  {plan.config.trainer.steps} steps: about {t.total * plan.config.trainer.steps / 3600:.1f} h",
+        *_lengths(plan),
+        *_training(plan),
     ]
+
+
+def _lengths(plan: Plan) -> list[str]:
+    lengths = plan.lengths
+    return [
+        f"  prompts of {lengths.prompt:.0f} tokens on average: {lengths.prompt_source}",
+        f"  responses of {lengths.response:.0f}: {lengths.response_source}",
+    ]
+
+
+def _training(plan: Plan) -> list[str]:
+    """Where training's time goes besides, and what each thing is worth that need not be computed."""
+    w, p = plan.work, plan.work.packing
+    idle = f", {w.bubble:.0%} of the time the pipeline fills and drains" if w.bubble else ""
+    lines = [
+        f"  {p.num_microbatches} microbatches a replica and update, {p.num_empty} empty; slowest replica "
+        f"{p.imbalance:.2f} of the mean; {w.padding:.0%} padding{idle}"
+    ]
+    unit, scale = ("s", 1.0) if plan.time is not None else ("T operations a rank", 1e12)
+    for saving in savings_of(plan):
+        what = f"training {_short(saving.before / scale)} -> {_short(saving.after / scale)} {unit}"
+        if not saving.is_used:
+            what = f"would be {what}"
+        lines.append(f"  {saving.name}: {what if saving.before > saving.after else 'nothing'} ({saving.why})")
+    return lines
 
 
 def _sync(plan: Plan) -> list[str]:
@@ -129,3 +185,7 @@ def _change(plan: Plan, change: Change) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

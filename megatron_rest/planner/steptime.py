@@ -1,4 +1,4 @@
-"""Floating-point operations of one RL step, and seconds from them."""
+"""Seconds of one RL step, from its operations."""
 
 from __future__ import annotations
 
@@ -8,30 +8,11 @@ from dataclasses import dataclass
 from megatron_rest.config import Fp8Recipe, RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
-from megatron_rest.planner.memory import (
-    engine_memory,
-    engine_weight_bytes,
-    kv_bytes_per_token,
-    num_microbatches,
-)
-from megatron_rest.planner.parameters import total_parameters
+from megatron_rest.planner.lengths import Lengths
+from megatron_rest.planner.memory import engine_memory, engine_weight_bytes, kv_bytes_per_token
+from megatron_rest.planner.work import StepWork, extra_draws, forward_flops
 
-__all__ = ["Lengths", "StepTime", "forward_flops", "step_time"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lengths:
-    """Mean tokens of a prompt and of a response; not known before a run, so half of the limits unless given."""
-
-    prompt: float
-    response: float
-
-    @classmethod
-    def of(cls, config: RestConfig, *, prompt: float = 0, response: float = 0) -> Lengths:
-        return cls(
-            prompt=prompt or config.data.max_prompt_tokens / 2,
-            response=response or config.rollout.max_response_tokens / 2,
-        )
+__all__ = ["StepTime", "step_time", "training_seconds"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +22,6 @@ class StepTime:
     rollout: float
     score: float
     update: float
-    train_flops: float  # scoring and update, whole job
-    bubble: float  # share of the pipeline's time that is idle
-    num_microbatches: int
     is_overlapped: bool = False  # the next step's rollouts run while this one trains
 
     @property
@@ -52,54 +30,38 @@ class StepTime:
         return max(self.rollout, training) if self.is_overlapped else self.rollout + training
 
 
-def forward_flops(shape: ModelShape, *, tokens: float, mean_context: float, head: bool = True) -> float:
-    """Of one forward pass: 2 per weight and token that a token meets, and 4 q per token and token it attends to.
-
-    The input embedding is a look-up; normalisation, rotation and SwiGLU's elementwise part are left out (below 1 %).
-    """
-    embedding = shape.vocab_size * shape.hidden_size
-    matrices = total_parameters(shape, active_only=True, matrices_only=True)
-    matrices -= embedding if shape.tied_embeddings else 2 * embedding
-    attention = 4 * shape.num_layers * shape.num_attention_heads * shape.head_dim * mean_context
-    return tokens * (2 * (matrices + (embedding if head else 0)) + attention)
-
-
 def step_time(
     config: RestConfig,
     shape: ModelShape,
     hardware: Hardware,
+    work: StepWork,
     *,
     world_size: int,
     lengths: Lengths,
+    zero_groups: float = 0.0,
     efficiency: Efficiency = EFFICIENCY,
 ) -> StepTime | None:
     """None on CPU: what an operation costs there depends on everything else that runs."""
-    if hardware.is_cpu:
+    seconds = training_seconds(config, hardware, work, efficiency=efficiency)
+    if seconds is None:
         return None
-    p = config.parallel
-    sequences = config.data.prompts_per_step * config.rollout.rollouts_per_prompt
-    mean = lengths.prompt + lengths.response
-    forward = forward_flops(shape, tokens=sequences * mean, mean_context=mean / 2)
-    again = {"none": 0.0, "mlp": _mlp_share(shape), "full": 1.0}[p.recompute]
-    update = forward * (3 + again)
-    peak = hardware.fp8_flops if config.precision.recipe is not Fp8Recipe.NONE else hardware.bf16_flops
-    microbatches = num_microbatches(config, world_size=world_size, mean_tokens=mean)
-    idle = (p.pipeline_parallel - 1) / (p.virtual_pipeline * microbatches)
+    rollout = _rollout_time(config, shape, hardware, world_size=world_size, lengths=lengths, efficiency=efficiency)
     return StepTime(
-        rollout=_rollout_time(config, shape, hardware, world_size=world_size, lengths=lengths, efficiency=efficiency),
-        score=forward / (world_size * peak * efficiency.scoring) * (1 + idle),
-        update=update / (world_size * peak * efficiency.training) * (1 + idle),
-        train_flops=forward + update,
-        bubble=idle / (1 + idle),
-        num_microbatches=microbatches,
+        rollout=rollout * (1 + extra_draws(config, zero_groups)),
+        score=seconds[0],
+        update=seconds[1],
         is_overlapped=config.rollout.max_staleness > 0,
     )
 
 
-def _mlp_share(shape: ModelShape) -> float:
-    """Of a forward pass, by weights."""
-    width = shape.moe_ffn_hidden_size * shape.num_experts_per_token if shape.num_experts else shape.ffn_hidden_size
-    return 3 * shape.hidden_size * width * shape.num_layers / total_parameters(shape, active_only=True)
+def training_seconds(
+    config: RestConfig, hardware: Hardware, work: StepWork, *, efficiency: Efficiency = EFFICIENCY
+) -> tuple[float, float] | None:
+    """Of scoring and updates; None on CPU."""
+    if hardware.is_cpu:
+        return None
+    peak = hardware.fp8_flops if config.precision.recipe is not Fp8Recipe.NONE else hardware.bf16_flops
+    return work.score / (peak * efficiency.scoring), work.update / (peak * efficiency.training)
 
 
 def _rollout_time(

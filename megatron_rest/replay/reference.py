@@ -94,6 +94,9 @@ def _check(bundle: ReplayBundle) -> None:
     bounds = bundle.batch["cu_seqlens"]
     if bounds.ndim != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != size or bool((bounds.diff() < 0).any()):
         raise BundleError("batch.cu_seqlens does not divide the tokens into sequences")
+    parents = bundle.batch.get("parents", torch.full((len(bounds) - 1,), -1))
+    if parents.shape != (len(bounds) - 1,) or bool(((parents < -1) | (parents >= torch.arange(len(parents)))).any()):
+        raise BundleError("batch.parents does not name an earlier segment, or none, for each segment")
     owners = bundle.batch["sequence_ids"][bundle.batch["loss_mask"]]
     if len(owners) and not 0 <= int(owners.min()) <= int(owners.max()) < len(bundle.step["rewards"]):
         raise BundleError("batch.sequence_ids speaks of sequences that step.rewards does not have")
@@ -217,12 +220,12 @@ def _model_terms(reference: Reference) -> tuple[Tensor, Tensor]:
         raise BundleError(f"weights do not fit the model: missing {lacking}, unexpected {left.unexpected_keys}")
     size = len(bundle.batch["labels"])
     log_probs, entropy = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    bounds = bundle.batch["cu_seqlens"].tolist()
-    for first, last in pairwise(bounds):
-        at = slice(first, last)
+    tokens = bundle.batch["token_ids"]
+    for at, before in _segments(bundle):
         if not bool(reference.mask[at].any()):
             continue
-        logits = model(bundle.batch["token_ids"][at][None]).logits[0]
+        whole = torch.cat([*(tokens[above] for above in before), tokens[at]])
+        logits = model(whole[None]).logits[0][len(whole) - (at.stop - at.start) :]
         log_p = torch.log_softmax(logits / facts.temperature, dim=-1)
         mine = log_p.gather(-1, bundle.batch["labels"][at][:, None])[:, 0]
         h = -(log_p.exp() * log_p).sum(-1)
@@ -231,6 +234,16 @@ def _model_terms(reference: Reference) -> tuple[Tensor, Tensor]:
     gradient = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     reference.gradient = _experts_apart(gradient, set(bundle.weights))
     return log_probs, entropy
+
+
+def _segments(bundle: ReplayBundle) -> list[tuple[slice, list[slice]]]:
+    """Rows of every segment, and those of the segments that it continues, the first one first."""
+    rows = [slice(first, last) for first, last in pairwise(bundle.batch["cu_seqlens"].tolist())]
+    parents = bundle.batch["parents"].tolist() if "parents" in bundle.batch else [-1] * len(rows)
+    before: list[list[slice]] = []
+    for parent in parents:
+        before.append([*before[parent], rows[parent]] if parent >= 0 else [])
+    return list(zip(rows, before, strict=True))
 
 
 _FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # transformers 5: [E, out, in] each

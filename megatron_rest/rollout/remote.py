@@ -305,7 +305,9 @@ class _Hosted:
     def is_alive(self) -> bool:
         """Its host closes the connection when the process ends."""
         try:
-            is_readable = bool(select.select([self.socket], [], [], 0)[0])
+            readable = select.poll()  # select() refuses descriptors above 1023
+            readable.register(self.socket, select.POLLIN | select.POLLHUP | select.POLLERR)
+            is_readable = bool(readable.poll(0))
             return not is_readable or self.socket.recv(1, socket.MSG_PEEK) != b""
         except (OSError, ValueError):  # broken, or closed here
             return False

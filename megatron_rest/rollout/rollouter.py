@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import queue
 import threading
 import time
@@ -23,14 +22,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_rest.rollout.engine import OnRollout, RolloutRequest, turn_seed
-from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message, Observation
+from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message
 from megatron_rest.rollout.environments.calls import ParsedCalls
+from megatron_rest.rollout.environments.guest import checked_observation, checked_reward
 from megatron_rest.types import Rollout, StopReason
 
 __all__ = ["Conversation", "Sampler", "Turn", "run_rollouts"]
 
 _WAIT_SECONDS = 0.05  # for an environment, while the engine has nothing to do
-_NOTHING_ACHIEVED = 0.0  # reward of a rollout whose environment failed or hung
+_NOT_JUDGED = 0.0  # reward of a rollout whose environment failed or hung; it carries no loss (trainer/judge.py)
 
 _log = logging.getLogger(__name__)
 
@@ -99,9 +99,8 @@ class _Episode:
     def enter(self, factory: EnvironmentFactory) -> Environment:
         """This episode's environment, made and reset when it is first needed.  Runs in a thread of the episode."""
         if self.environment is None:
-            environment = factory(self.request.prompt)
-            environment.reset()
-            self.environment = environment
+            self.environment = factory(self.request.prompt)  # before it is reset: it is closed whatever happens then
+            self.environment.reset()
         return self.environment
 
     def append(self, ids: np.ndarray, log_probs: np.ndarray | None) -> None:
@@ -174,6 +173,7 @@ class _Loop:
         self._sampling: dict[int, _Episode] = {}
         self._acting: dict[int, _Action] = {}
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
+        self._rendering = threading.Lock()
 
     def run(self, requests: Sequence[RolloutRequest], beat: Callable[[], None]) -> None:
         try:
@@ -216,24 +216,27 @@ class _Loop:
         text = conversation.translator.text(turn.token_ids)
         answer = Answer(text=text, calls=conversation.translator.calls(text), turn=episode.turn)
 
-        def call() -> tuple[Observation, float | None]:
+        def call() -> tuple[np.ndarray | None, float | None]:
+            """Tokens of what comes next; or none, and the reward."""
             environment = episode.enter(conversation.factory)
-            observation = environment.step(answer)
-            return observation, _reward_of(environment) if observation.done else None
-
-        def then(result: tuple[Observation, float | None]) -> None:
-            observation, reward = result
+            observation = checked_observation(environment.step(answer))
             if observation.done:
+                return None, checked_reward(environment.reward())
+            with self._rendering:  # a tokenizer is not made for several threads at once
+                return conversation.translator.render(observation.messages), None
+
+        def then(result: tuple[np.ndarray | None, float | None]) -> None:
+            tokens, reward = result
+            if tokens is None:
                 self._finish(episode, StopReason.EOS, reward)
             else:
-                self._go_on(episode, conversation, observation)
+                self._go_on(episode, conversation, tokens)
 
         self._act(episode, conversation, call, then)
 
-    def _go_on(self, episode: _Episode, conversation: Conversation, observation: Observation) -> None:
+    def _go_on(self, episode: _Episode, conversation: Conversation, tokens: np.ndarray) -> None:
         """Append what the environment says and let the policy answer, if there is a turn and room left."""
         episode.turn += 1
-        tokens = conversation.translator.render(observation.messages)
         length = episode.num_tokens + len(tokens)
         if episode.turn >= conversation.max_turns:
             self._ask_reward(episode, conversation, StopReason.TURNS)
@@ -249,7 +252,7 @@ class _Loop:
         self._act(
             episode,
             conversation,
-            lambda: _reward_of(episode.enter(conversation.factory)),
+            lambda: checked_reward(episode.enter(conversation.factory).reward()),
             lambda reward: self._finish(episode, reason, reward),
         )
 
@@ -286,26 +289,16 @@ class _Loop:
             return
         name = result.action.episode.request.prompt.prompt_id
         _log.warning("the environment of prompt %s failed: %s: %s", name, type(result.error).__name__, result.error)
-        self._finish(result.action.episode, StopReason.TOOL_FAILED, _NOTHING_ACHIEVED)
+        self._finish(result.action.episode, StopReason.TOOL_FAILED, _NOT_JUDGED)
 
     def _end_late(self) -> None:
         now = time.monotonic()
         for key in [key for key, action in self._acting.items() if action.deadline < now]:
-            self._finish(self._acting.pop(key).episode, StopReason.TOOL_TIMEOUT, _NOTHING_ACHIEVED)
+            self._finish(self._acting.pop(key).episode, StopReason.TOOL_TIMEOUT, _NOT_JUDGED)
 
     def _finish(self, episode: _Episode, reason: StopReason, reward: float | None) -> None:
         _close(episode)
         self._on_rollout(episode.request.key, episode.rollout(reason, self._sampler.policy_version, reward))
-
-
-def _reward_of(environment: Environment) -> float | None:
-    """What the environment gives, as a float.  Raises, which ends this rollout alone, if it is no finite number."""
-    reward = environment.reward()
-    if reward is None:
-        return None
-    if not isinstance(reward, (int, float, np.generic)) or not math.isfinite(reward):
-        raise ValueError(f"reward() returned {reward!r}, expected a finite number or None (judge the text)")
-    return float(reward)
 
 
 def _close(episode: _Episode) -> None:

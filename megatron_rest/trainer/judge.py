@@ -34,8 +34,9 @@ class Verdict:
     samples: tuple[TrainSample, ...]
     rewards: tuple[RewardOutput, ...]
     static_rewards: tuple[float, ...]  # total without the schedule: comparable between steps
-    num_zero_groups: int  # groups whose advantages are all zero: no gradient comes from them
+    is_zero_group: tuple[bool, ...]  # a group each: whether its advantages are all zero, so that it teaches nothing
     num_truncated: int  # rollouts that hit the length limit
+    is_judged: tuple[bool, ...]  # False: infrastructure ended the rollout, its reward says nothing of the policy
 
 
 class Judge:
@@ -72,17 +73,16 @@ class Judge:
         samples: list[TrainSample] = []
         rewards: list[RewardOutput] = []
         static: list[float] = []
-        zero_groups = 0
-        for group in groups:
+        is_zero: list[bool] = []
+        for number, group in enumerate(groups):
             judged = [self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))]
-            advantages = group_relative_advantages(
-                np.array([reward.total for reward, _ in judged]),
-                estimator=self.advantage.estimator,
-                epsilon=self.advantage.epsilon,
-            )
-            zero_groups += int(not np.any(advantages))
+            advantages = self._advantages(group, [reward.total for reward, _ in judged])
+            is_zero.append(not np.any(advantages))
             for rollout, (reward, static_total), advantage in zip(group.rollouts, judged, advantages, strict=True):
-                samples.append(self.sample(group, rollout, advantage=float(advantage), sequence_id=len(samples)))
+                sample = self.sample(
+                    group, rollout, advantage=float(advantage), sequence_id=len(samples), group_id=number
+                )
+                samples.append(sample)
                 rewards.append(reward)
                 static.append(static_total)
         truncated = sum(r.stop_reason is not StopReason.EOS for g in groups for r in g.rollouts)
@@ -90,9 +90,23 @@ class Judge:
             samples=tuple(samples),
             rewards=tuple(rewards),
             static_rewards=tuple(static),
-            num_zero_groups=zero_groups,
+            is_zero_group=tuple(is_zero),
             num_truncated=truncated,
+            is_judged=tuple(not r.stop_reason.is_infrastructure for g in groups for r in g.rollouts),
         )
+
+    def _advantages(self, group: RolloutGroup, rewards: Sequence[float]) -> np.ndarray:
+        """float64 [G].  Rollouts that infrastructure ended have 0 and count for nobody.
+
+        One that is left of several has nobody to be compared with: 0.
+        """
+        advantages = np.zeros(len(rewards))
+        counts = np.array([not rollout.stop_reason.is_infrastructure for rollout in group.rollouts])
+        if counts.sum() > 1 or counts.all():
+            advantages[counts] = group_relative_advantages(
+                np.array(rewards)[counts], estimator=self.advantage.estimator, epsilon=self.advantage.epsilon
+            )
+        return advantages
 
     def _judge_in_time(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
         """:meth:`judge`; what does not end within ``reward.timeout_seconds``, or fails, is named."""
@@ -149,18 +163,25 @@ class Judge:
         regions[ends] = self.dialect.glue
         return regions
 
-    def sample(self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int) -> TrainSample:
-        """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss."""
+    def sample(
+        self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int, group_id: int = -1
+    ) -> TrainSample:
+        """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
+
+        Nor does anything that infrastructure ended: what it did to the answer is not the policy's.
+        """
         prompt = group.prompt.token_ids
         regions = self._regions(prompt, rollout)
+        carries_loss = not rollout.stop_reason.is_infrastructure
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
-            loss_mask=np.concatenate([nothing.astype(bool), rollout.loss_mask]),
+            loss_mask=np.concatenate([nothing.astype(bool), rollout.loss_mask & carries_loss]),
             region_ids=np.concatenate([nothing, regions]).astype(np.int8),
             rollout_log_probs=np.concatenate([nothing, rollout.log_probs]).astype(np.float32),
             advantage=advantage,
             sequence_id=sequence_id,
+            group_id=group_id,
         )
 
 

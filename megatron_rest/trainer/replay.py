@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def record_update(
     """
     context, policy = parts.context, parts.policy
     loss = _Recording(config.loss)
-    chosen = batch.microbatches[0]
+    chosen = replace(batch.microbatches[0], left_out_tokens=0)
     empty = make_microbatch([], alignment=parts.alignment)
     first = chosen if context.dp_rank == 0 else empty
     others = (empty,) * (parts.num_microbatches_multiple - 1)
@@ -89,10 +90,13 @@ def record_update(
     )
     bundle = ReplayBundle(
         facts=facts,
-        batch=_columns(chosen),
+        batch=_columns(chosen, seen),
         step={
             "rewards": torch.tensor([reward.total for reward in verdict.rewards], dtype=torch.float64),
-            "group_ids": torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts]),
+            # What infrastructure ended is compared with nobody.
+            "group_ids": torch.tensor(
+                [-1 if r.stop_reason.is_infrastructure else i for i, group in enumerate(groups) for r in group.rollouts]
+            ),
         },
         weights=weights,
         seen=seen,
@@ -144,9 +148,11 @@ def _on_rank_0(stream: Any, rank: int) -> list[tuple[str, Tensor]]:
     return [(name, tensor.cpu()) for name, tensor in stream if rank == 0]
 
 
-def _columns(microbatch: MicroBatch) -> Mapping[str, Tensor]:
-    assert microbatch.old_log_probs is not None
+def _columns(microbatch: MicroBatch, seen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     assert microbatch.token_weights is not None
     names = ("token_ids", "labels", "position_ids", "cu_seqlens", "loss_mask", "region_ids", "sequence_ids",
-             "sequence_lengths", "advantages", "rollout_log_probs", "old_log_probs", "token_weights")  # fmt: skip
-    return {name: getattr(microbatch, name) for name in names}
+             "sequence_lengths", "advantages", "rollout_log_probs", "old_log_probs", "token_weights",
+             "parents")  # fmt: skip
+    columns = {name: value for name in names if (value := getattr(microbatch, name)) is not None}
+    # Where nothing was scored before the update, its own log-probs are the old ones.
+    return {"old_log_probs": seen["log_probs"]} | columns

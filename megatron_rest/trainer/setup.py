@@ -18,6 +18,7 @@ from megatron_rest.config import ConfigError, OptimizerConfig, RestConfig, Weigh
 from megatron_rest.data.alignment import PackingAlignment, packing_alignment
 from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.chat_template import STOCK, ChatTemplate
+from megatron_rest.data.packing import RowCost
 from megatron_rest.data.prompt_files import read_manifest
 from megatron_rest.data.prompts import PromptDataset
 from megatron_rest.data.references import without_hopeless_references
@@ -25,12 +26,14 @@ from megatron_rest.hf_folder import load_tokenizer, stop_token_ids
 from megatron_rest.mcore import build, precision
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
+from megatron_rest.mcore.specs import is_sharing_prompts
 from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.passes import least_microbatches, microbatches_multiple
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix, find_dialect
 from megatron_rest.rollout.certify import serving_notes
 from megatron_rest.rollout.chat import ChatSettings, dialect_name
 from megatron_rest.rollout.process import cpu_share
-from megatron_rest.types import TrainBatch, TrainSample
+from megatron_rest.types import BatchTotals, TrainBatch, TrainSample
 from megatron_rest.weight_sync.source import MegatronWeightSource
 
 __all__ = [
@@ -65,6 +68,7 @@ class PolicyParts:
     alignment: PackingAlignment  # what sequences and microbatches are padded to
     num_microbatches_multiple: int
     min_microbatches: int  # fewer would leave pipeline stages idle
+    is_sharing: bool  # whether the prompt of a group is computed once for all its answers
 
 
 def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates: int) -> PolicyParts:
@@ -93,8 +97,9 @@ def build_bare_policy(config: RestConfig) -> PolicyParts:
         shape=shape,
         context=context,
         alignment=packing_alignment(config.precision.recipe, config.parallel),
-        num_microbatches_multiple=context.pp_size if config.parallel.virtual_pipeline > 1 else 1,
-        min_microbatches=2 * context.pp_size if context.pp_size > 1 else 1,
+        num_microbatches_multiple=microbatches_multiple(config.parallel),
+        min_microbatches=least_microbatches(config.parallel),
+        is_sharing=is_sharing_prompts(config),
     )
 
 
@@ -120,8 +125,12 @@ def _check_lengths(config: RestConfig, shape: ModelShape) -> None:
         )
 
 
-def make_batch(parts: PolicyParts, samples: Sequence[TrainSample], *, max_tokens: int) -> TrainBatch:
-    """Packed microbatches of this rank's replica, as its layout wants them."""
+def make_batch(
+    parts: PolicyParts, samples: Sequence[TrainSample], *, max_tokens: int, totals: BatchTotals | None = None
+) -> TrainBatch:
+    """Packed microbatches of this rank's replica, as its layout wants them; ``totals`` of the step where samples of it
+    are left out.
+    """
     return make_train_batch(
         samples,
         max_tokens=max_tokens,
@@ -130,6 +139,9 @@ def make_batch(parts: PolicyParts, samples: Sequence[TrainSample], *, max_tokens
         alignment=parts.alignment,
         num_microbatches_multiple=parts.num_microbatches_multiple,
         min_microbatches=parts.min_microbatches,
+        is_sharing=parts.is_sharing,
+        cost=RowCost.of_shape(parts.shape),
+        totals=totals,
     )
 
 

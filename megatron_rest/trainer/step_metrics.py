@@ -14,9 +14,9 @@ from megatron_rest.config import LossConfig
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.trainer.judge import Verdict
 from megatron_rest.trainer.metrics import SumCount
-from megatron_rest.types import MicroBatch, RolloutGroup, StopReason, TokenRegion
+from megatron_rest.types import MicroBatch, RolloutGroup, StopReason, TokenRegion, TrainBatch
 
-__all__ = ["REGION_NAMES", "reward_metrics", "rollout_metrics", "token_metrics", "update_metrics"]
+__all__ = ["REGION_NAMES", "packing_metrics", "reward_metrics", "rollout_metrics", "token_metrics", "update_metrics"]
 
 REGION_NAMES = {
     TokenRegion.FORMAT: "format",
@@ -37,17 +37,19 @@ _LOSS_NAMES = {
 
 def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
     """Rewards, lengths and advantages; the same on every rank."""
-    rewards = verdict.rewards
+    judged = [i for i, is_judged in enumerate(verdict.is_judged) if is_judged] or list(range(len(verdict.rewards)))
+    rewards, samples = [verdict.rewards[i] for i in judged], [verdict.samples[i] for i in judged]
     return {
         "reward/total": fmean(r.total for r in rewards),
         "reward/format": fmean(r.format for r in rewards),
         "reward/correctness": fmean(r.correctness for r in rewards),
         "reward/accuracy": fmean(r.accuracy for r in rewards),
         "reward/format_valid": fmean(float(r.is_format_valid) for r in rewards),
-        "reward/static": fmean(verdict.static_rewards),
-        "response/length": fmean(float(s.loss_mask.sum()) for s in verdict.samples),
-        "response/truncated": verdict.num_truncated / len(rewards),
-        "advantage/zero_groups": verdict.num_zero_groups / num_groups,
+        "reward/static": fmean(verdict.static_rewards[i] for i in judged),
+        "reward/not_judged": 1.0 - sum(verdict.is_judged) / len(verdict.is_judged),
+        "response/length": fmean(float(s.loss_mask.sum()) for s in samples),
+        "response/truncated": verdict.num_truncated / len(verdict.rewards),
+        "advantage/zero_groups": sum(verdict.is_zero_group) / num_groups,
     }
 
 
@@ -63,6 +65,20 @@ def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: 
     for reason in StopReason:
         metrics[f"stop/{reason}"] = fmean(rollout.stop_reason is reason for rollout in rollouts)
     return metrics
+
+
+def packing_metrics(batches: Sequence[TrainBatch], *, num_left_out: int) -> dict[str, float]:
+    """How the work of a step's updates was dealt out; the same on every rank."""
+    reports = [batch.packing for batch in batches if batch.packing is not None]
+    rows, plain = sum(r.rows for r in reports), sum(r.plain_rows for r in reports)
+    return {
+        "pack/rows": float(rows),
+        "pack/rows_saved": 1.0 - rows / plain if plain else 0.0,
+        "pack/left_out": float(num_left_out),
+        "pack/prompt_copies": fmean(r.prompt_copies for r in reports),
+        "pack/imbalance": max(r.imbalance for r in reports),
+        "pack/empty_microbatches": float(sum(r.num_empty for r in reports)),
+    }
 
 
 def token_metrics(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
+from megatron_rest.passes import is_scored
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
 from megatron_rest.trainer.exchange import all_token_scores
@@ -35,9 +37,17 @@ from megatron_rest.trainer.replay import is_recorded, record_update
 from megatron_rest.trainer.run_state import RunState
 from megatron_rest.trainer.setup import PolicyParts, make_batch
 from megatron_rest.trainer.skips import SkipCount
-from megatron_rest.trainer.step_metrics import reward_metrics, rollout_metrics, token_metrics, update_metrics
+from megatron_rest.trainer.step_metrics import (
+    packing_metrics,
+    reward_metrics,
+    rollout_metrics,
+    token_metrics,
+    update_metrics,
+)
+from megatron_rest.trainer.updates import UpdateSamples, split_updates
 from megatron_rest.trainer.validation import Validator
 from megatron_rest.types import (
+    BatchTotals,
     MicroBatch,
     PromptSample,
     RolloutGroup,
@@ -108,6 +118,7 @@ class RestTrainer:
         self.pace = Pace(rank=context.rank, world_size=context.world_size, device=context.device)
         self.on_phase: Callable[[int, str], object] = lambda step, phase: None
         """Told the step and the name of every phase that begins."""
+        self.draw_metrics: dict[str, float] = {}  # of this step's extra draws
         self._collected: list[RolloutGroup] | None = None  # of the next step, where a checkpoint wanted them early
 
     def progress(self, step: int) -> float:
@@ -131,30 +142,42 @@ class RestTrainer:
                 self.begin_rollouts(step + 1)
             with timer.phase("reward"):
                 verdict = self.judge(groups, step=step)
-                batches = [self.batch(samples) for samples in self.minibatches(verdict)]
+                updates = self.updates(verdict)
+                batches = [self.batch(update.trained, totals=update.totals) for update in updates]
+                rest = self.rest(updates, step=step)
             with timer.phase("score"):
-                with_beta = self.weighting.statistic == "beta"
-                scores = [self.policy.score(batch.microbatches, with_beta=with_beta) for batch in batches]
+                scores = [self.score(batch, number, step=step) for number, batch in enumerate(batches)]
+                rest_scores = [self.policy.score(b.microbatches, with_beta=self.is_measuring_beta) for b in rest]
                 ref_log_probs = self.score_reference(batches)
             with timer.phase("weights"):
-                self.measure(batches, scores)
+                self.measure([*batches, *rest], [*scores, *rest_scores])
                 batches = [
                     self.weigh(batch, part, reference, progress=self.progress(step))
                     for batch, part, reference in zip(batches, scores, ref_log_probs, strict=True)
                 ]
-                metrics |= reward_metrics(verdict, num_groups=len(groups))
-                metrics |= rollout_metrics(groups, step=step, num_restarts=self.fleet.num_restarts)
-                metrics |= self.token_metrics(batches, scores)
-                if is_saved(step, self.config.trainer):
-                    self.save_rollouts(step, groups, verdict, batches, scores)
             with timer.phase("update"):
                 reports: list[UpdateReport] = []
                 for number, batch in enumerate(batches):
                     if is_recorded(step, self.config):
                         self.record(step, number, batch, groups, verdict)
-                    reports.append(self.policy.update(batch, self.loss))
+                    # The first update's own forward pass is that of the policy as the step began.
+                    is_first_look = number == 0 and not scores[0]
+                    reports.append(self.policy.update(batch, self.loss, with_scores=is_first_look))
+                    if is_first_look:
+                        scores[0] = reports[0].scores
                     self.skips.note(reports[-1], where=f"step {step}, update {number + 1}")
+                metrics |= reward_metrics(verdict, num_groups=len(groups))
+                metrics |= rollout_metrics(groups, step=step, num_restarts=self.fleet.num_restarts)
+                metrics |= packing_metrics(batches, num_left_out=sum(len(u.left_out) for u in updates))
+                metrics |= self.draw_metrics
+                metrics |= self.token_metrics(batches, scores)
                 metrics |= update_metrics(reports)
+                if is_saved(step, self.config.trainer):
+                    rest = [
+                        self.weigh(b, s, (), progress=self.progress(step))
+                        for b, s in zip(rest, rest_scores, strict=True)
+                    ]
+                    self.save_rollouts(step, groups, verdict, [*batches, *rest], [*scores, *rest_scores])
             if not self.is_one_step_off:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step)
@@ -163,10 +186,10 @@ class RestTrainer:
         metrics["progress"] = self.progress(step)
         return StepReport(step=step, policy_version=self.fleet.version, metrics=metrics, seconds=timer.seconds)
 
-    def prompts_of(self, step: int) -> list[PromptSample]:
-        """Prompts of a step: a pure function of seed and step."""
+    def prompts_of(self, step: int, *, draw: int = 0) -> list[PromptSample]:
+        """Prompts of a step, or of one of its extra draws: a pure function of the seed and these numbers."""
         indices = prompts_for_step(
-            len(self.prompts), self.config.data.prompts_per_step, seed=self.config.trainer.seed, step=step
+            len(self.prompts), self.config.data.prompts_per_step, seed=self.config.trainer.seed, step=step, draw=draw
         )
         return [self.prompts[i] for i in indices]
 
@@ -187,21 +210,63 @@ class RestTrainer:
             return groups
         if not self.fleet.is_begun:
             self.begin_rollouts(step)
-        groups = self.fleet.collect(refresh=partial(self.sync_weights, version=step - 1))
+        groups = self.draw_again(step, self.collect(step))
         self.fleet.sleep()
         oldest = min(rollout.policy_version for group in groups for rollout in group.rollouts)
         if oldest < step - 1 - self.config.rollout.max_staleness:
             raise RuntimeError(f"step {step} was handed rollouts of policy version {oldest}: older than the bound")
         return groups
 
-    def minibatches(self, verdict: Verdict) -> list[list[TrainSample]]:
-        """Samples of each optimiser step; whole groups stay together as far as the split allows."""
-        size = len(verdict.samples) // self.config.optimizer.updates_per_step
-        return [list(verdict.samples[i : i + size]) for i in range(0, len(verdict.samples), size)]
+    def collect(self, step: int) -> list[RolloutGroup]:
+        return self.fleet.collect(refresh=partial(self.sync_weights, version=step - 1))
 
-    def batch(self, samples: Sequence[TrainSample]) -> TrainBatch:
+    def draw_again(self, step: int, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+        """More prompts while too few groups have rewards that differ (``data.resample_zero_groups``).
+
+        As many groups as the step has prompts: those with a signal first, in the order they were drawn.  Draws are a
+        function of seed, step and number, so a resumed run makes the same.
+        """
+        most, wanted = self.config.data.resample_zero_groups, self.config.data.prompts_per_step
+        self.draw_metrics = {}
+        if not most:
+            return groups
+        seed, is_zero = self.config.trainer.seed, list(self.judge(groups, step=step).is_zero_group)
+        draw = 0
+        while is_zero.count(False) < wanted and draw < most:
+            draw += 1
+            prompts = self.prompts_of(step, draw=draw)
+            self.fleet.begin(prompts, seed=step_seed(seed, step, draw=draw), in_background=False)
+            more = self.collect(step)
+            groups = [*groups, *more]
+            is_zero += self.judge(more, step=step).is_zero_group
+        self.draw_metrics = {"rollout/extra_draws": float(draw), "rollout/dropped_groups": float(len(groups) - wanted)}
+        order = sorted(range(len(groups)), key=lambda i: is_zero[i])  # stable
+        return [groups[i] for i in sorted(order[:wanted])]
+
+    def updates(self, verdict: Verdict) -> list[UpdateSamples]:
+        """Samples of each optimiser update."""
+        num_updates = self.config.optimizer.updates_per_step
+        return split_updates(verdict.samples, num_updates=num_updates, loss=self.config.loss)
+
+    def batch(self, samples: Sequence[TrainSample], *, totals: BatchTotals | None = None) -> TrainBatch:
         """This replica's packed microbatches."""
-        return make_batch(self.parts, samples, max_tokens=self.config.trainer.max_tokens_per_microbatch)
+        return make_batch(self.parts, samples, max_tokens=self.config.trainer.max_tokens_per_microbatch, totals=totals)
+
+    def rest(self, updates: Sequence[UpdateSamples], *, step: int) -> list[TrainBatch]:
+        """What is scored and not trained: samples without a gradient, where a statistic or a file is of all samples."""
+        left_out = [sample for update in updates for sample in update.left_out]
+        is_wanted = self.weighting.statistic is not None or is_saved(step, self.config.trainer)
+        return [self.batch(left_out)] if left_out and is_wanted else []
+
+    @property
+    def is_measuring_beta(self) -> bool:
+        return self.weighting.statistic == "beta"
+
+    def score(self, batch: TrainBatch, number: int, *, step: int) -> Sequence[Scores]:
+        """Scores of an update's microbatches, as the step begins; empty where nothing needs them before the update."""
+        if not is_scored(self.config, number, is_saved=is_saved(step, self.config.trainer)):
+            return ()
+        return self.policy.score(batch.microbatches, with_beta=self.is_measuring_beta)
 
     def measure(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> None:
         """Region entropies or score norms of this step into the weighting, for sources that follow them.
@@ -237,22 +302,26 @@ class RestTrainer:
         *,
         progress: float,
     ) -> TrainBatch:
-        """Old and reference log-probs and token weights into every microbatch."""
+        """Old and reference log-probs and token weights into every microbatch.
+
+        Without scores the update's own log-probs are the old ones (every ratio is 1), or else the engine's.
+        """
         weighed = []
-        for microbatch, score, reference in zip(batch.microbatches, scores, ref_log_probs, strict=True):
+        for microbatch, score, reference in zip_longest(batch.microbatches, scores, ref_log_probs):
+            old = None if score is None else score.log_probs.cpu()
+            if self.config.loss.old_log_probs == "engine":
+                old = microbatch.rollout_log_probs
             weights = self.weighting.packed(
                 microbatch.region_ids, microbatch.sequence_ids, loss_mask=microbatch.loss_mask, progress=progress
             )
-            weighed.append(
-                microbatch.with_scores(
-                    old_log_probs=score.log_probs.cpu(), token_weights=weights, ref_log_probs=reference
-                )
-            )
-        return TrainBatch(microbatches=tuple(weighed), totals=batch.totals)
+            weighed.append(microbatch.with_scores(old_log_probs=old, token_weights=weights, ref_log_probs=reference))
+        return replace(batch, microbatches=tuple(weighed))
 
     def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:
-        """Entropy, weight mass and mismatch over all updates of the step."""
-        microbatches: list[MicroBatch] = [m for b in batches for m in b.microbatches]
+        """Entropy, weight mass and mismatch over all updates of the step that were scored."""
+        microbatches: list[MicroBatch] = [
+            m for b, part in zip(batches, scores, strict=True) if part for m in b.microbatches
+        ]
         parts = [s for part in scores for s in part]
         return token_metrics(microbatches, parts, self.config.loss, dp_group=self.context.dp_group)
 
@@ -408,7 +477,7 @@ def is_saved(step: int, config: TrainerConfig) -> bool:
     return step in (1, config.steps) or bool(every and step % every == 0)
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Sampling seed of a step: different for every (seed, step), the same in every run."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+def step_seed(seed: int, step: int, *, draw: int = 0) -> int:
+    """Sampling seed of a step or of an extra draw: different for every (seed, step, draw), the same in every run."""
+    digest = hashlib.sha256(f"{seed}/{step}{f'/{draw}' if draw else ''}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1

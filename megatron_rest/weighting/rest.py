@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_rest.config import WeightingConfig, WeightSource
+from megatron_rest.passes import measured_statistic
 from megatron_rest.types import TokenRegion
 from megatron_rest.weighting.curriculum import NUM_REGIONS, check_progress, clip_positive, region_gammas
 from megatron_rest.weighting.means import RegionMeans, region_sums
@@ -31,7 +32,6 @@ __all__ = ["RestWeighting"]
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 
-_ENTROPY_SOURCES = (WeightSource.ENTROPY_OFFLINE, WeightSource.ENTROPY_EMA)
 _MIN_BETA = 1e-30  # a token whose distribution is a point mass has beta 0; the cap max_weight then decides
 
 
@@ -84,9 +84,7 @@ class RestWeighting:
     @property
     def statistic(self) -> str | None:
         """What :meth:`update` wants the region means of: ``"entropy"``, ``"beta"`` or None (nothing is measured)."""
-        if self.config.source in _ENTROPY_SOURCES:
-            return "entropy"
-        return "beta" if self.config.source is WeightSource.VARIANCE_OPTIMAL else None
+        return measured_statistic(self.config.source)
 
     def update(self, sums: Tensor | Sequence[float], counts: Tensor | Sequence[float]) -> None:
         """Fold in this step's :func:`region_sums`, already added over all ranks and microbatches."""
@@ -141,7 +139,7 @@ class RestWeighting:
         ids = torch.as_tensor(region_ids)
         mask = None if loss_mask is None else torch.as_tensor(loss_mask)
         means = None
-        if entropy is not None and self.config.source in _ENTROPY_SOURCES:
+        if entropy is not None and self.statistic == "entropy":
             own = RegionMeans(decay=0.0)
             own.update(*region_sums(torch.as_tensor(entropy), ids, mask))
             means = own.mean

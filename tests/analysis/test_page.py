@@ -199,16 +199,19 @@ def test_its_numbers_are_those_in_the_file(run_dir, page):
 
 
 def test_plan_beside_what_was_measured(run_dir, page):
-    """4 prompts' siblings, operations by hand: 2 per weight and token, 4 per head dimension and attended token."""
+    """Two groups of four, operations by hand: 2 per weight and row, 4 per head dimension and attended row."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     prompt, response = 64.0, statistics.fmean(row["metrics"]["response/length"] for row in rows)
-    weights = 2 * (64 * 4 * 32 * 2 + 64 * 2 * 32 * 2 + 3 * 64 * 128) + 64 * VOCAB_SIZE
-    tokens = 2 * 4 * (prompt + response)
-    forward = tokens * (2 * weights + 4 * 2 * 4 * 32 * (prompt + response) / 2)
+    plan = make_plan(load(run_dir / "config.yaml"), HARDWARE["cpu"], world_size=2, mean_response=response)
+    weights = 2 * (64 * 4 * 32 * 2 + 64 * 2 * 32 * 2 + 3 * 64 * 128)
+    seen = prompt**2 / 2 + 4 * response * (prompt + response / 2)  # the prompt is there once on a CPU
+    forward = 2 * (2 * weights * (prompt + 4 * response) + 4 * 2 * 4 * 32 * seen)
+    forward += 2 * 4 * response * 2 * 64 * VOCAB_SIZE
+    assert plan.work.update_flops == pytest.approx(3 * forward, rel=0.2), "lengths are drawn around the means"
     table = page.text.split("planned, s a step")[1]
-    for phase, passes, seconds in (("score", 1, 3.0), ("update", 3, 8.0)):
+    for phase, shown, seconds in (("score", "-", 3.0), ("update", f"{plan.work.update_flops / 8 / 2 / 1e9:,.1f}", 8.0)):
         [line] = [row for row in table.splitlines() if row.startswith(phase + " ")]
-        assert line.split() == [phase, "-", f"{seconds:.3g}", "-", f"{passes * forward / seconds / 2 / 1e9:,.1f}"]
+        assert line.split() == [phase, "-", f"{seconds:.3g}", "-", shown], "one update a step is not scored"
     assert "the planner estimates no time on a CPU" in page.text
 
 

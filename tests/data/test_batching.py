@@ -7,11 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_rest.data.alignment import PackingAlignment
-from megatron_rest.data.batching import make_microbatch, make_train_batch, pack
+from megatron_rest.data.batching import batch_totals, make_microbatch, make_train_batch, pad_microbatch
 from megatron_rest.types import TokenRegion
 from tests.helpers.policies import random_samples
 
@@ -96,12 +94,28 @@ def test_too_long_a_sample_is_refused():
         make_train_batch(SAMPLES, max_tokens=10)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60))
-def test_pack_is_a_partition_within_the_limit(lengths):
-    bins = pack(lengths, 50)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in b) <= 50 for b in bins)
-    if len(bins) > 1:  # first fit: any two bins together overflow one
-        loads = sorted(sum(lengths[i] for i in b) for b in bins)
-        assert loads[0] + loads[1] > 50
+def test_samples_that_are_left_out_still_count():
+    """Without a gradient they need not be there; the denominators are those of all."""
+    totals = batch_totals(SAMPLES)
+    batches = [make_train_batch(SAMPLES[:9], max_tokens=64, dp_rank=r, dp_size=2, totals=totals) for r in range(2)]
+    assert {b.totals for b in batches} == {totals}
+    microbatches = [m for b in batches for m in b.microbatches]
+    counted = sum(int(m.loss_mask.sum()) + m.left_out_tokens for m in microbatches)
+    assert counted == totals.num_tokens
+    nobody = [make_train_batch([], max_tokens=64, dp_rank=r, dp_size=2, totals=totals) for r in range(2)]
+    assert [len(b.microbatches) for b in nobody] == [1, 1], "every replica takes part in every collective"
+    assert sum(m.left_out_tokens for b in nobody for m in b.microbatches) == totals.num_tokens
+    with pytest.raises(ValueError, match="no samples"):
+        make_train_batch([], max_tokens=64)
+
+
+def test_padding_adds_one_masked_sequence():
+    microbatch = make_microbatch(SAMPLES[:3])
+    scored = microbatch.with_scores(old_log_probs=microbatch.rollout_log_probs, token_weights=microbatch.advantages)
+    n = len(microbatch.token_ids)
+    padded = pad_microbatch(scored, n + 5)
+    assert len(padded.token_ids) == len(padded.old_log_probs) == len(padded.token_weights) == n + 5
+    assert padded.bounds == (*microbatch.bounds, n + 5)
+    assert not padded.loss_mask[n:].any() and (padded.sequence_ids[n:] == -1).all()
+    assert torch.equal(padded.token_ids[:n], microbatch.token_ids)
+    assert pad_microbatch(scored, n) is scored

@@ -19,6 +19,7 @@ import torch
 
 from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import LossAggregation, LossConfig
+from megatron_rest.mcore import segments
 from megatron_rest.mcore.forward_step import forward_step, packed_seq_params
 from megatron_rest.mcore.output import HeadContext, attach, detach, is_attached
 from megatron_rest.mcore.step_loss import LossTokens, StepLoss
@@ -328,7 +329,9 @@ def seam(rank: int, world_size: int, model: str) -> dict[str, object]:
         logits = chunk(*tokens, None)  # no labels: the model answers as before
         detach(chunk)
         cross_entropy = chunk(*tokens, None, labels=labels)
-    left = [k for k in vars(chunk) if k in ("_postprocess", "_megatron_rest_seam")] + list(chunk._forward_pre_hooks)
+    left = [k for k in vars(chunk) if k in ("_postprocess", "_megatron_rest_seam")]
+    # The hook that takes rotary tables by position is the model's, not the seam's.
+    left += [h.__module__ for h in chunk._forward_pre_hooks.values() if h.__module__ != segments.__name__]
     assert not is_attached(chunk)
     messages = {}
     for name, broken in {

@@ -116,3 +116,15 @@ def test_a_gather_that_overlaps_needs_what_it_overlaps_with(model: Path) -> None
     config = layout_config(model, overrides=("megatron.ddp.overlap_param_gather=true",))
     with pytest.raises(ConfigError, match=r"needs parallel.distributed_optimizer=true and megatron.ddp.overlap_grad"):
         build.wrap([], build.transformer_config(read_shape(model), config), config, None)  # type: ignore[arg-type]
+
+
+def test_fused_rotary_embeddings_do_not_go_with_shared_prompts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count from where a segment begins.  Transformer Engine's kernel is made out to be there."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *_: None)
+    fused = ("megatron.transformer.apply_rope_fusion=true",)
+    with pytest.raises(ConfigError, match=r"apply_rope_fusion=true counts positions .* trainer\.share_prompts=off"):
+        build.transformer_config(read_shape(model), layout_config(model, overrides=fused))
+    plain = layout_config(model, overrides=(*fused, "trainer.share_prompts=off"))
+    assert build.transformer_config(read_shape(model), plain).apply_rope_fusion

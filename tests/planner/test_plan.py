@@ -18,7 +18,7 @@ from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.parameters import count_stages, total_parameters
 from megatron_rest.planner.plan import make_plan
 from megatron_rest.planner.shapes import PUBLISHED
-from megatron_rest.planner.steptime import forward_flops
+from megatron_rest.planner.work import forward_flops
 from tests.helpers.tiny_model import build_tiny_model, read_config
 
 # What transformers reports for the published checkpoints.

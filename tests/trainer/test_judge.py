@@ -8,6 +8,7 @@ import pytest
 from megatron_rest.config import AdvantageConfig, RewardConfig
 from megatron_rest.regions import HERMES, QWEN3_CODER, TOOLRL, Dialect, TokenRegion
 from megatron_rest.trainer.judge import Judge
+from megatron_rest.trainer.step_metrics import reward_metrics
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
 
 BYTES = [bytes([i]) for i in range(256)]
@@ -84,3 +85,32 @@ def test_a_reference_that_cannot_be_read_ends_no_run(caplog: pytest.LogCaptureFi
     reward, _ = judged("q", [(ids("x", END), True)], truth="<tool_call>\nnonsense\n</tool_call>")
     assert (reward.total, reward.accuracy) == (0.0, 0.0) and "cannot be parsed" in reward.detail[0]
     assert "its rollouts get reward 0" in caplog.text
+
+
+def test_what_infrastructure_ended_carries_no_loss_and_is_compared_with_nobody() -> None:
+    """Its zero reward would be a good one among answers that earn less."""
+    good, bad = REFERENCE, "no"
+    ends = [StopReason.EOS, StopReason.EOS, StopReason.TOOL_FAILED, StopReason.TOOL_TIMEOUT, StopReason.ABORTED]
+
+    def rollout(text: str, reason: StopReason) -> Rollout:
+        tokens = ids(text, END)
+        return Rollout(
+            prompt_id="p", token_ids=tokens, log_probs=np.zeros(len(tokens), np.float32),
+            loss_mask=np.ones(len(tokens), bool), stop_reason=reason, policy_version=0,
+            reward=0.0 if reason.is_infrastructure else None,
+        )  # fmt: skip
+
+    sample = PromptSample(prompt_id="p", token_ids=ids("q"), ground_truth=REFERENCE)
+    judge = Judge(TABLE, reward=RewardConfig(schedule=False), advantage=AdvantageConfig(), stop_token_ids=(END,))
+    group = RolloutGroup(prompt=sample, rollouts=tuple(map(rollout, (good, bad, bad, good, good), ends)))
+    alone = RolloutGroup(prompt=sample, rollouts=group.rollouts[1:3])
+    verdict = judge([group, alone], step=1)
+    advantages = [s.advantage for s in verdict.samples]
+    assert advantages[0] == -advantages[1] == pytest.approx(np.sqrt(0.5), rel=1e-5)
+    assert advantages[2:] == [0.0] * 5, "one that is left has nobody to be compared with"
+    assert verdict.is_judged == (True, True, False, False, False, True, False)
+    assert [bool(s.loss_mask.any()) for s in verdict.samples] == list(verdict.is_judged)
+    assert verdict.is_zero_group == (False, True)
+    values = reward_metrics(verdict, num_groups=2)
+    assert values["reward/total"] == pytest.approx(np.mean([verdict.rewards[i].total for i in (0, 1, 5)]))
+    assert values["reward/not_judged"] == pytest.approx(4 / 7)

@@ -61,7 +61,14 @@ def judged(samples: list[TrainSample], estimator: str) -> tuple[list[TrainSample
         RewardOutput(total=float(r), format=0.0, correctness=0.0, is_format_valid=True, accuracy=0.0)
         for r in rewards.reshape(-1)
     )
-    verdict = Verdict(samples=tuple(samples), rewards=outputs, static_rewards=(), num_zero_groups=1, num_truncated=0)
+    verdict = Verdict(
+        samples=tuple(samples),
+        rewards=outputs,
+        static_rewards=(),
+        is_zero_group=(True,),
+        num_truncated=0,
+        is_judged=(True,) * len(samples),
+    )
     return samples, groups, verdict
 
 

@@ -264,6 +264,32 @@ def test_saved_rollouts_are_what_was_trained_on(unbroken):
             assert weights.mean() == pytest.approx(1.0, rel=1e-5)
 
 
+def test_what_teaches_nothing_is_saved_and_not_trained(base, warm):
+    """Two replicas, two updates a step, extra draws, ratios to the engine: the file has every sequence, scored."""
+    run_dir = base / "zero-groups"
+    overrides = (
+        "parallel.tensor_parallel=1", "parallel.pipeline_parallel=1", "rollout.rollouts_per_prompt=2",
+        "loss.entropy_coef=0", "loss.old_log_probs=engine", "data.resample_zero_groups=1", "validation.every=0",
+        "trainer.steps=1", "checkpoint.export_hf=false",
+    )  # fmt: skip
+    call(*rl_arguments(base, run_dir, warm[0]), *overrides, ranks=2)
+    [row], [(_, path)] = metrics(run_dir), rollout_files(run_dir)
+    values, saved = row["metrics"], read_rollouts(path)
+    without = saved.advantages == 0
+    assert len(saved.lengths) == 12 and np.unique(saved.group_ids).tolist() == list(range(6))
+    assert values["pack/left_out"] == without.sum()
+    assert values["advantage/zero_groups"] == np.mean([without[saved.group_ids == g].all() for g in range(6)])
+    assert values["rollout/extra_draws"] in (0.0, 1.0)
+    assert values["rollout/dropped_groups"] == 6 * values["rollout/extra_draws"]
+    owner = np.repeat(np.arange(len(saved.lengths)), saved.lengths)
+    trained = saved.loss_mask & ~without[owner]
+    assert (saved.old_log_probs[saved.loss_mask] < 0).all() and (saved.entropy[saved.loss_mask] > 0).all()
+    assert (saved.token_weights[saved.loss_mask] > 0).all()
+    if trained.any():
+        assert saved.entropy[trained].mean() == pytest.approx(values["entropy/all"], rel=1e-5)
+    assert values["mismatch/abs_log_prob_max"] < 1e-4
+
+
 @pytest.mark.extended
 def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm):
     """TP 2 with sequence parallelism, CP 2: weights in the file are those of the score norms in the file.

@@ -1,0 +1,268 @@
+"""Which samples go into which microbatch: even work, nothing left out.  Integers and floats only: no torch.
+
+The *row* is the unit: one position that goes through the layers.  A bin is a microbatch.  Bins are filled longest
+first, each item into the bin with the least work that has room, so that replicas end together and a pipeline is not
+paced by one large microbatch; no bin is empty while there are samples enough.
+
+Samples of a group begin with the same prompt.  Where prompts are shared, a *part* of a group (all of it, if it fits)
+lies in one bin and its common rows are there once; a group is cut into several parts, each with a copy of those rows,
+only where that lets the slowest replica end earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from megatron_rest.model_map import ModelShape
+from megatron_rest.packing_report import PackingReport
+
+__all__ = ["ROWS_ONLY", "Packable", "Part", "RowCost", "deal", "even_bins", "shared_rows"]
+
+_CUTS = (float("inf"), 2.0, 1.0, 0.75, 0.5, 0.35, 0.25)  # largest part, in mean bins
+_WORTH_CUTTING = 0.98  # a cut computes rows again: it must win at least this
+
+
+class Packable(Protocol):
+    """What is looked at of a ``TrainSample``; the planner has lengths alone, and packs those."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...
+
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+
+    @property
+    def group_id(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowCost:
+    """Work in units of one row through the matrices of all layers."""
+
+    pair: float = 0.0  # one query with one key
+    loss_row: float = 0.0  # one row through the output layer
+
+    @classmethod
+    def of_shape(cls, shape: ModelShape) -> RowCost:
+        """Floating-point operations, by the weights a row meets and the pairs it attends to."""
+        queries = shape.num_attention_heads * shape.head_dim
+        attention = 2 * shape.hidden_size * (queries + shape.num_query_groups * shape.head_dim)
+        dense = 3 * shape.hidden_size * shape.ffn_hidden_size
+        experts = 3 * shape.hidden_size * shape.moe_ffn_hidden_size * shape.num_experts_per_token
+        num_dense = len(shape.dense_layers) if shape.num_experts else shape.num_layers
+        weights = shape.num_layers * attention + num_dense * dense + (shape.num_layers - num_dense) * experts
+        return cls(
+            pair=2 * shape.num_layers * queries / weights, loss_row=shape.vocab_size * shape.hidden_size / weights
+        )
+
+    def __call__(self, rows: int, *, above: int = 0, loss_rows: int = 0) -> float:
+        """Of ``rows`` consecutive rows that also attend to ``above`` earlier ones."""
+        return rows + self.pair * (rows * above + rows * (rows + 1) / 2) + self.loss_row * loss_rows
+
+
+ROWS_ONLY = RowCost()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Samples that lie in one microbatch together."""
+
+    members: tuple[int, ...]  # indices of samples
+    shared: int  # first rows, the same in all members and there once
+    rows: int
+    cost: float
+
+
+def shared_rows(samples: Sequence[Packable], *, multiple: int = 1) -> int:
+    """Rows that all ``samples`` begin with and that carry no loss in any of them; 0 for one sample alone.
+
+    The row of the last prompt token predicts the first token of the answer, so it is never among them: every row has
+    one label and one owner.  Rounded down to ``multiple``: padding inside a prompt would be seen by its answers.
+    """
+    if len(samples) < 2:
+        return 0
+    first = samples[0].token_ids
+    rows = min(
+        min(int(s.loss_mask[1:].argmax()) if s.loss_mask.any() else len(s.token_ids), len(s.token_ids) - 2)
+        for s in samples
+    )
+    for other in samples[1:]:
+        differs = np.flatnonzero(first[:rows] != other.token_ids[:rows])
+        rows = int(differs[0]) if len(differs) else rows
+    return max(rows, 0) // multiple * multiple
+
+
+def deal(
+    samples: Sequence[Packable],
+    *,
+    max_rows: int,
+    dp_size: int,
+    multiple: int,
+    min_bins: int,
+    row_multiple: int,
+    is_sharing: bool,
+    cost: RowCost,
+) -> tuple[list[list[list[Part]]], PackingReport]:
+    """Bins of every replica, equally many, and what they are like.
+
+    Args:
+        samples: of one optimiser step.
+        max_rows: of one bin.
+        dp_size: replicas.
+        multiple: the number of bins a replica is a multiple of it.
+        min_bins: a replica gets at least so many where there are samples enough; more than 1 means a pipeline, whose
+            pace is that of its largest bin.
+        row_multiple: what every sequence or segment is padded to.
+        is_sharing: whether samples of one ``group_id`` share their common rows.
+        cost: of rows.
+
+    Raises ValueError for a sample that does not fit into a bin (nothing is cut).
+    """
+    rows = [_round_up(len(s.token_ids) - 1, row_multiple) for s in samples]
+    for i, n in enumerate(rows):
+        if n > max_rows:
+            raise ValueError(
+                f"sample {i} has {n} tokens, more than the {max_rows} of a microbatch: "
+                "raise trainer.max_tokens_per_microbatch or shorten prompts and responses"
+            )
+    groups = _groups(samples) if is_sharing else [[i] for i in range(len(samples))]
+    make = _PartMaker(samples, row_multiple, cost)
+    best: tuple[float, list[list[list[Part]]]] | None = None
+    for limit in _CUTS if any(len(g) > 1 for g in groups) else _CUTS[:1]:
+        parts = _parts(groups, make, limit=limit, num_bins=dp_size * min_bins, max_rows=max_rows)
+        replicas = _fill(parts, max_rows, dp_size, multiple, min(min_bins, -(-len(samples) // dp_size)))
+        time = _time(replicas, is_pipeline=min_bins > 1)
+        if best is None or time < best[0] * _WORTH_CUTTING:
+            best = time, replicas
+    assert best is not None
+    return best[1], _report(best[1], plain_rows=sum(rows), num_groups=len(groups))
+
+
+def even_bins(rows: Sequence[int], costs: Sequence[float], *, num_bins: int, max_rows: int) -> list[list[int]] | None:
+    """Indices of the items of each of ``num_bins`` bins, the costliest first; None if they do not fit in."""
+    room, load = np.full(num_bins, max_rows), np.zeros(num_bins)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    for i in sorted(range(len(rows)), key=lambda i: (-costs[i], i)):
+        b = int(np.argmin(np.where(room >= rows[i], load, np.inf)))
+        if room[b] < rows[i]:
+            return None
+        room[b] -= rows[i]
+        load[b] += costs[i]
+        bins[b].append(i)
+    return bins
+
+
+class _PartMaker:
+    """Parts of samples, each made once."""
+
+    def __init__(self, samples: Sequence[Packable], row_multiple: int, cost: RowCost) -> None:
+        self.samples, self.multiple, self.cost = samples, row_multiple, cost
+        self._made: dict[tuple[int, ...], Part] = {}
+
+    def __call__(self, members: tuple[int, ...]) -> Part:
+        if members not in self._made:
+            samples = [self.samples[i] for i in members]
+            shared = shared_rows(samples, multiple=self.multiple)
+            own = [_round_up(len(s.token_ids) - 1 - shared, self.multiple) for s in samples]
+            work = [
+                self.cost(n, above=shared, loss_rows=int(s.loss_mask.sum())) for n, s in zip(own, samples, strict=True)
+            ]
+            self._made[members] = Part(
+                members=members, shared=shared, rows=shared + sum(own), cost=self.cost(shared) + sum(work)
+            )
+        return self._made[members]
+
+
+def _groups(samples: Sequence[Packable]) -> list[list[int]]:
+    """Samples by ``group_id``; one that belongs to none is alone."""
+    groups: dict[int, list[int]] = {}
+    for i, sample in enumerate(samples):
+        groups.setdefault(sample.group_id if sample.group_id >= 0 else -1 - i, []).append(i)
+    return list(groups.values())
+
+
+def _parts(
+    groups: Sequence[Sequence[int]],
+    make: Callable[[tuple[int, ...]], Part],
+    *,
+    limit: float,
+    num_bins: int,
+    max_rows: int,
+) -> list[Part]:
+    """Every group in as few parts as keep each below ``limit`` mean bins and within ``max_rows``."""
+    whole = [make(tuple(group)) for group in groups]
+    most = limit * sum(part.cost for part in whole) / num_bins
+    parts = []
+    for group, part in zip(groups, whole, strict=True):
+        count = min(max(-(-part.rows // max_rows), int(np.ceil(part.cost / most))), len(group))
+        cut = _cut(group, count, make)
+        while any(p.rows > max_rows for p in cut):
+            count += 1
+            cut = _cut(group, count, make)
+        parts += cut
+    return parts
+
+
+def _cut(group: Sequence[int], count: int, make: Callable[[tuple[int, ...]], Part]) -> list[Part]:
+    if count == 1:
+        return [make(tuple(group))]
+    alone = {i: make((i,)).cost for i in group}
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for place, i in enumerate(sorted(group, key=lambda i: (-alone[i], i))):
+        dealt[_snake(place, count)].append(i)
+    return [make(tuple(sorted(part))) for part in dealt if part]
+
+
+def _fill(parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min_bins: int) -> list[list[list[Part]]]:
+    """``[replica][bin]``."""
+    rows, costs = [p.rows for p in parts], [p.cost for p in parts]
+    per_replica = max(-(-sum(rows) // (max_rows * dp_size)), min_bins, 1)
+    while True:
+        per_replica = _round_up(per_replica, multiple)
+        bins = even_bins(rows, costs, num_bins=per_replica * dp_size, max_rows=max_rows)
+        if bins is not None:
+            break
+        per_replica += 1
+    work = [sum(costs[i] for i in b) for b in bins]
+    replicas: list[list[list[Part]]] = [[] for _ in range(dp_size)]
+    for place, b in enumerate(sorted(range(len(bins)), key=lambda b: (-work[b], b))):
+        replicas[_snake(place, dp_size)].append([parts[i] for i in bins[b]])
+    return replicas
+
+
+def _snake(place: int, width: int) -> int:
+    """0 1 2 2 1 0 0 1 2 ...: dealing what is sorted, so that nobody has the larger one every time."""
+    turn, column = divmod(place, width)
+    return column if turn % 2 == 0 else width - 1 - column
+
+
+def _work(replicas: Sequence[Sequence[Sequence[Part]]]) -> list[list[float]]:
+    return [[sum(part.cost for part in b) for b in bins] for bins in replicas]
+
+
+def _time(replicas: Sequence[Sequence[Sequence[Part]]], *, is_pipeline: bool) -> float:
+    """Of the slowest replica."""
+    return max(max(bins) * len(bins) if is_pipeline else sum(bins) for bins in _work(replicas))
+
+
+def _report(replicas: Sequence[Sequence[Sequence[Part]]], *, plain_rows: int, num_groups: int) -> PackingReport:
+    work = _work(replicas)
+    bins = [b for replica in replicas for b in replica]
+    parts = [part for b in bins for part in b]
+    mean = sum(map(sum, work)) / len(work)
+    return PackingReport(
+        num_microbatches=len(replicas[0]),
+        num_empty=sum(not b for b in bins),
+        rows=sum(part.rows for part in parts),
+        plain_rows=plain_rows,
+        prompt_copies=len(parts) / num_groups if num_groups else 1.0,
+        imbalance=max(map(sum, work)) / mean if mean else 1.0,
+    )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,215 @@
+"""What scoring and update of one step compute, counted on drawn lengths that are packed as the trainer packs them.
+
+Operations are those of the GPU that has most to do, with its idle time counted as if it computed: seconds are these
+over a rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from megatron_rest.config import RestConfig
+from megatron_rest.data.alignment import packing_alignment
+from megatron_rest.data.packing import Part, RowCost, deal
+from megatron_rest.model_map import ModelShape
+from megatron_rest.packing_report import PackingReport
+from megatron_rest.passes import (
+    has_gradient_without_advantage,
+    is_scored,
+    least_microbatches,
+    measured_statistic,
+    microbatches_multiple,
+    shares_prompts,
+)
+from megatron_rest.planner.lengths import DrawnSample, Lengths
+from megatron_rest.planner.parameters import total_parameters
+
+__all__ = ["Assumptions", "StepWork", "extra_draws", "forward_flops", "step_work"]
+
+_DRAWS, _DRAWN = 4, 1024  # updates that are looked at, and sequences of them after which no more are
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assumptions:
+    """What a step leaves out; a copy with one of them changed says what that one is worth."""
+
+    shares_prompts: bool
+    zero_groups: float = 0.0  # share of groups whose rewards are all alike, before prompts are drawn again
+
+    @classmethod
+    def of(cls, config: RestConfig, *, is_cpu: bool, zero_groups: float = 0.0) -> Assumptions:
+        """On a GPU Transformer Engine is taken to be there."""
+        return cls(shares_prompts=shares_prompts(config, has_transformer_engine=not is_cpu), zero_groups=zero_groups)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepWork:
+    """Scoring and updates of one step; shares and the report are means over the updates that were looked at."""
+
+    forward: float  # operations of one update's forward pass on the busiest GPU, idle time and padding included
+    forward_flops: float  # of it on all GPUs, nothing idle, padding of sequences alone
+    update_passes: float  # forward passes that an update with its backward pass costs
+    score_passes: float  # of all updates of a step together, the reference policy's included
+    num_updates: int
+    num_scored: int
+    bubble: float  # share of the busiest replica's time in which its pipeline fills and drains
+    padding: float  # share in which it computes rows that fill microbatches up to one length
+    left_out: float  # share of the sequences that are not trained
+    packing: PackingReport
+
+    @property
+    def score(self) -> float:
+        """Operations of a step's scoring on the busiest GPU."""
+        return self.score_passes * self.forward
+
+    @property
+    def update(self) -> float:
+        """Operations of a step's updates on the busiest GPU."""
+        return self.num_updates * self.update_passes * self.forward
+
+    @property
+    def score_flops(self) -> float:
+        """Of all GPUs, nothing idle."""
+        return self.score_passes * self.forward_flops
+
+    @property
+    def update_flops(self) -> float:
+        """Of all GPUs, nothing idle."""
+        return self.num_updates * self.update_passes * self.forward_flops
+
+    def with_all_scored(self) -> StepWork:
+        """As if every update were scored."""
+        more = (self.num_updates - self.num_scored) * (self.score_passes / self.num_scored if self.num_scored else 1.0)
+        return replace(self, score_passes=self.score_passes + more, num_scored=self.num_updates)
+
+
+def forward_flops(shape: ModelShape, *, tokens: float, mean_context: float, head: bool = True) -> float:
+    """Of one forward pass: 2 per weight and token that a token meets, and 4 q per token and token it attends to.
+
+    The input embedding is a look-up; normalisation, rotation and SwiGLU's elementwise part are left out (below 1 %).
+    """
+    embedding = shape.vocab_size * shape.hidden_size
+    matrices = total_parameters(shape, active_only=True, matrices_only=True)
+    matrices -= embedding if shape.tied_embeddings else 2 * embedding
+    attention = 4 * shape.num_layers * shape.num_attention_heads * shape.head_dim * mean_context
+    return tokens * (2 * (matrices + (embedding if head else 0)) + attention)
+
+
+def step_work(
+    config: RestConfig, shape: ModelShape, *, world_size: int, lengths: Lengths, assumed: Assumptions
+) -> StepWork:
+    """Of a step whose lengths are drawn from ``lengths`` with a fixed seed."""
+    num_updates, group_size = config.optimizer.updates_per_step, config.rollout.rollouts_per_prompt
+    size = config.data.prompts_per_step * group_size // num_updates
+    keeps_all = has_gradient_without_advantage(config.loss)
+    left_out = 0.0 if keeps_all else _zero_share(config, assumed.zero_groups)
+    trained = max(round(size * (1 - left_out)), 1)
+    cost = RowCost.of_shape(shape)
+    draws = [
+        _pack(config, world_size, lengths.draw(trained, group_size=group_size, seed=seed), cost, assumed.shares_prompts)
+        for seed in range(min(_DRAWS, max(_DRAWN // size, 1)))
+    ]
+    scored = sum(is_scored(config, number) for number in range(num_updates))
+    is_measured = measured_statistic(config.weighting.source) is not None
+    passes = scored / (1 - left_out) if is_measured else float(scored)  # statistics are of all samples
+    again = 0.0 if config.parallel.recompute == "none" else fmean(d.layers for d in draws)
+    again *= _mlp_share(shape) if config.parallel.recompute == "mlp" else 1.0
+    unit = forward_flops(shape, tokens=1, mean_context=0, head=False)
+    p = config.parallel
+    reports = [d.report for d in draws]
+    return StepWork(
+        forward=unit * fmean(d.time for d in draws) / (p.tensor_parallel * p.pipeline_parallel * p.context_parallel),
+        forward_flops=unit * fmean(d.useful for d in draws),
+        update_passes=3 + again,
+        score_passes=passes + (num_updates if config.loss.kl_coef else 0),
+        num_updates=num_updates,
+        num_scored=scored,
+        bubble=fmean(d.bubble / d.time for d in draws),
+        padding=fmean(d.padding / d.time for d in draws),
+        left_out=left_out,
+        packing=replace(
+            reports[0],
+            rows=round(fmean(r.rows for r in reports)),
+            plain_rows=round(fmean(r.plain_rows for r in reports)),
+            num_empty=max(r.num_empty for r in reports),
+            prompt_copies=fmean(r.prompt_copies for r in reports),
+            imbalance=fmean(r.imbalance for r in reports),
+        ),
+    )
+
+
+def _zero_share(config: RestConfig, share: float) -> float:
+    """Of the groups that reach training, where ``data.resample_zero_groups`` draws again in place of some."""
+    return max(1 - (1 + extra_draws(config, share)) * (1 - share), 0.0)
+
+
+def extra_draws(config: RestConfig, share: float) -> int:
+    """Draws beyond the first: each brings ``1 - share`` of the groups that a step wants."""
+    draws = 0
+    while draws < config.data.resample_zero_groups and (1 + draws) * (1 - share) < 1 - 1e-9:
+        draws += 1
+    return draws
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Packed:
+    """One update, in units of one row through all layers."""
+
+    time: float  # of the slowest replica, if its GPUs were one
+    bubble: float  # of it
+    padding: float  # of it
+    useful: float  # of all replicas
+    layers: float  # share of the work that is not the output layer's
+    report: PackingReport
+
+
+def _pack(
+    config: RestConfig, world_size: int, samples: Sequence[DrawnSample], cost: RowCost, is_sharing: bool
+) -> _Packed:
+    p = config.parallel
+    alignment = packing_alignment(config.precision.recipe, p)
+    replicas, report = deal(
+        samples,
+        max_rows=_round_up(config.trainer.max_tokens_per_microbatch, alignment.sequence),
+        dp_size=p.data_parallel(world_size),
+        multiple=microbatches_multiple(p),
+        min_bins=least_microbatches(p),
+        row_multiple=alignment.sequence,
+        is_sharing=is_sharing,
+        cost=cost,
+    )
+    useful = sum(part.cost for bins in replicas for parts in bins for part in parts)
+    head = cost.loss_row * sum(int(s.loss_mask.sum()) for s in samples)
+    time, bubble, padding = max(_replica_time(config, bins, cost, alignment.total) for bins in replicas)
+    return _Packed(time=time, bubble=bubble, padding=padding, useful=useful, layers=1 - head / useful, report=report)
+
+
+def _replica_time(
+    config: RestConfig, bins: Sequence[Sequence[Part]], cost: RowCost, multiple: int
+) -> tuple[float, float, float]:
+    """Time, and what of it is bubble and padding.
+
+    With pipeline stages every microbatch has the length of the longest, and the costliest sets the pace.
+    """
+    p = config.parallel
+    rows = [sum(part.rows for part in parts) for parts in bins]
+    is_pipeline = p.pipeline_parallel > 1
+    wanted = [_round_up(max(max(rows) if is_pipeline else n, 1), multiple) for n in rows]
+    padding = [cost(end - n) for n, end in zip(rows, wanted, strict=True)]
+    work = [sum(part.cost for part in parts) + extra for parts, extra in zip(bins, padding, strict=True)]
+    if not is_pipeline:
+        return sum(work), 0.0, sum(padding)
+    bubble = (p.pipeline_parallel - 1) / p.virtual_pipeline * max(work)
+    return len(work) * max(work) + bubble, bubble, sum(padding)
+
+
+def _mlp_share(shape: ModelShape) -> float:
+    """Of a forward pass, by weights."""
+    width = shape.moe_ffn_hidden_size * shape.num_experts_per_token if shape.num_experts else shape.ffn_hidden_size
+    return 3 * shape.hidden_size * width * shape.num_layers / total_parameters(shape, active_only=True)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
