@@ -5,7 +5,7 @@
       data-00000.arrow     Arrow IPC file, schema below
       quarantine.jsonl     rows that were refused, with the reason
 
-Needs pyarrow only, so that both sides can import it on a machine without torch.
+Needs numpy and pyarrow only, so that both sides can import it on a machine without torch.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ def configuration(folder: Path, name: str) -> RestConfig:
             f"trainer.max_tokens_per_microbatch={4 * LENGTH}",
             "data.prompts_per_step=4",
             "rollout.rollouts_per_prompt=4",
+            "trainer.share_prompts=off",  # the samples have no prompt in common
             *LAYOUTS[name].split(),
         ]
     )
