@@ -255,12 +255,31 @@ def read_text(text: str, tools: list[Tool], calls_in_text: str = "auto") -> Said
         if not wrong:
             calls = [read_call(call.raw) for call in turn.calls]
             _check_text(turn.response or "", tools)
+            if calls and not isinstance(parsed((turn.response or "").strip()), str):
+                raise RowError(
+                    f"JSON stands beside the calls, as what is left of one: {turn.response!r:.80}", _KEEP_TEXT
+                )
+            if isinstance(dialect.calls, ElementCalls):
+                _check_values(calls)
             said = "\n".join(part for part in (_thought(turn), turn.response or "") if part)
             return Said(said, calls, spelling.name)
     raise RowError(
         f"the text looks like a call as {spelling.name} writes it, and none can be read: {why or 'no parser knows it'}",
         _KEEP_TEXT,
     )
+
+
+def _check_values(calls: list[Call]) -> None:
+    """Where values are written without their types, a list that is no JSON would be read as text."""
+    for call in calls:
+        for key, value in call["parameters"].items():
+            if isinstance(value, str) and _PYTHON_VALUE.fullmatch(value) and isinstance(parsed(value), str):
+                raise RowError(
+                    f"the call of {call['name']!r} has {key} {value[:60]!r}: a list or an object, and no JSON"
+                )
+
+
+_PYTHON_VALUE = re.compile(r"\s*(?:\[.*'.*\]|\{.*'.*\})\s*", re.DOTALL)
 
 
 def _thought(turn: Turn) -> str:
@@ -410,7 +429,7 @@ def _looks_like_calls(body: str, tools: list[Tool]) -> bool:
         return True
     if _ENDS_AS_CALLS.search(body) and len(_PROSE.findall(body)) < FEWEST_PROSE_WORDS:
         return True
-    if _PYTHON_ARGUMENT.search(_CODE.sub("", body)) or _FENCED_CALL.search(body):
+    if _PYTHON_ARGUMENT.search(_CODE.sub("", body)) or _FENCED_CALL.search(body) or _LINE_CALLS.search(body):
         return True
     if any(re.search(rf"(?<!\w){re.escape(name)}\((?!s\))", body) for name in names):
         return True
@@ -426,16 +445,20 @@ def _is_near_call(item: dict[str, Any], names: set[str]) -> bool:
     keys = {str(key).lower().replace("-", "_") for key in item}
     if _SURE_KEYS & keys or names & {str(value).strip() for value in item.values()}:
         return True
+    if _NEAR_ARGUMENT_KEYS & keys and set(NAME_KEYS) & keys:
+        return True
     others = [value for key, value in item.items() if str(key).lower() not in NAME_KEYS]
     return bool(names) and len(others) < len(item) and all(isinstance(value, dict) for value in others)
 
 
 FEWEST_PROSE_WORDS = 6  # that an answer has which ends in brackets and quotes by chance
 _SURE_KEYS = frozenset(ARGUMENT_KEYS) - {"input"}
+_NEAR_ARGUMENT_KEYS = frozenset({"argument", "parameter", "params", "param", "inputs"})
 _PROSE = re.compile(r"(?:^|\s)[^\W\d_]+(?=[\s.,;:!?]|$)")
 _ENDS_AS_CALLS = re.compile(r"[\"'\]}]\s*[)}\]]+[\s`\"']*$")
 _KEYWORDS = re.compile(r"\(\s*(?:\)|[A-Za-z_]\w*\s*=)")
 _CODE = re.compile(r"```(?!tool).*?(?:```|$)", re.DOTALL)
+_LINE_CALLS = re.compile(r"^[ \t]*\[[A-Za-z_][\w.]*\([^\n]*\)\][ \t]*$", re.MULTILINE)
 _FENCED_CALL = re.compile(r"```\w*\s*\[\s*[^\s\[\](){}=,;:'\"][^\[\](){}=,;'\"\n]*\(\s*(?:\w+\s*=|\))")
 _PYTHON_ARGUMENT = re.compile(r"[(,]\s*\w+\s*=\s*[\"'\[{]")
 # What is left of a call's marks where some of them are damaged.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -66,9 +67,20 @@ def is_call(value: Any, names: Collection[str] = ()) -> bool:
     return bool(called) and (called[0] in names or any(key in value for key in ARGUMENT_KEYS))
 
 
+_CALL_TEXT = re.compile(
+    rf"\s*\[?\s*\{{.*\"(?:{'|'.join(NAME_KEYS)})\"\s*:.*\"(?:{'|'.join(ARGUMENT_KEYS)})\"\s*:.*\}}\s*\]?\s*\Z",
+    re.DOTALL,
+)
+
+
 def holds_calls(value: Any, names: Collection[str] = ()) -> bool:
-    """Whether a value that is not read is a call (of a tool in ``names``), or a list with one; tools are none."""
+    """Whether a value that is not read is a call (of a tool in ``names``), or a list with one; tools are none.
+
+    So is text of calls that is no JSON for a NaN in it.
+    """
     value = parsed(value)
+    if isinstance(value, str):
+        return bool(_CALL_TEXT.match(value)) and '"description"' not in value
     items = [parsed(item) for item in (value if isinstance(value, list) else [value])]
     return any(
         isinstance(item, dict)

@@ -7,8 +7,9 @@ Every layout is read into it (:mod:`data_tools.layouts`), prompts and references
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from data_tools import answers
@@ -85,6 +86,11 @@ def read_messages(value: Any, tools: list[Tool], form: MessageForm) -> list[Turn
         read = [message] if isinstance(message, Turn) else _turns_of(_opened(message, form), tools, form)
         for turn in read:
             _append(turns, turn)
+    for turn, following in pairwise(turns):
+        if turn.role == "assistant" and turn.thought and not (turn.text.strip() or turn.calls or turn.written):
+            raise RowError(
+                f"an assistant's turn is a thought and nothing else before the {following.role}'s: was its end cut?"
+            )
     return _with_results_in_order(turns)
 
 
@@ -276,7 +282,11 @@ def _calls_beside(message: dict[str, Any], names: set[str]) -> tuple[list[Call],
             raw = parsed(value or [], "the calls of a message")
             if raw := raw if isinstance(raw, list) else [raw]:
                 found[key] = raw
-        elif key not in _KNOWN_KEYS and isinstance(value, (list, dict, str)) and holds_calls(value, names):
+        elif (
+            key not in _KNOWN_KEYS
+            and isinstance(value, (list, dict, str))
+            and (holds_calls(value, names) or ("call" in key.lower() and _names_tools(value, names)))
+        ):
             raise RowError(f"a message has calls under {key!r}", "an --adapter can rename it to tool_calls")
     read = {key: [read_call(item) for item in raw] for key, raw in found.items()}
     if not read:
@@ -286,6 +296,13 @@ def _calls_beside(message: dict[str, Any], names: set[str]) -> tuple[list[Call],
         raise RowError(f"a message makes different calls under {' and '.join(read)}: which are meant?")
     items = [parsed(item) for item in found[key]]
     return calls, tuple(str(item.get("id") or "") if isinstance(item, dict) else "" for item in items)
+
+
+def _names_tools(value: Any, names: Collection[str]) -> bool:
+    """Whether a value is nothing but names of tools."""
+    value = parsed(value)
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, str) and item in names for item in items)
 
 
 def assistant_turn(

@@ -135,7 +135,7 @@ def test_ranks_and_engines_are_groups_of_one_job_and_a_chain_goes_on(cluster: Cl
 
 
 def test_the_warning_comes_before_the_limit_and_everything_ends(cluster: Cluster) -> None:
-    limit = ("run.executor.time=00:01:00", "run.executor.signal=TERM@30")
+    limit = ("run.executor.time=00:02:00", "run.executor.signal=TERM@80")  # room to end on a busy machine
     [job] = cluster.submit("run", *limit, TEST_MODE="wait")
     assert cluster.said("term-0", seconds=100) == ["TERM"] and cluster.said("term-15") == ["TERM"]
     ended = cluster.slurm.wait(job, "FAILED", "TIMEOUT", "COMPLETED", seconds=60)
