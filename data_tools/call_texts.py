@@ -35,7 +35,7 @@ from megatron_rest.regions import (
 from megatron_rest.regions.call_formats.literals import LiteralCalls
 from megatron_rest.regions.call_formats.named import NamedCalls
 from megatron_rest.regions.call_formats.python import ANY_NAME, PythonCalls
-from megatron_rest.regions.call_formats.xml import ElementCalls
+from megatron_rest.regions.call_formats.xml import ElementCalls, GlmCalls
 from megatron_rest.regions.calls import CallFormat
 from megatron_rest.regions.dialect import Segment
 from megatron_rest.token_region import TokenRegion
@@ -259,7 +259,7 @@ def read_text(text: str, tools: list[Tool], calls_in_text: str = "auto") -> Said
                 raise RowError(
                     f"JSON stands beside the calls, as what is left of one: {turn.response!r:.80}", _KEEP_TEXT
                 )
-            if isinstance(dialect.calls, ElementCalls):
+            if isinstance(dialect.calls, (ElementCalls, GlmCalls)):
                 _check_values(calls)
             said = "\n".join(part for part in (_thought(turn), turn.response or "") if part)
             return Said(said, calls, spelling.name)

@@ -87,10 +87,9 @@ def read_messages(value: Any, tools: list[Tool], form: MessageForm) -> list[Turn
         for turn in read:
             _append(turns, turn)
     for turn, following in pairwise(turns):
-        if turn.role == "assistant" and turn.thought and not (turn.text.strip() or turn.calls or turn.written):
-            raise RowError(
-                f"an assistant's turn is a thought and nothing else before the {following.role}'s: was its end cut?"
-            )
+        if turn.role == "assistant" and not (turn.text.strip() or turn.calls or turn.written):
+            what = "is a thought and nothing else" if turn.thought else "says nothing"
+            raise RowError(f"an assistant's turn {what} before the {following.role}'s: was its end cut?")
     return _with_results_in_order(turns)
 
 
