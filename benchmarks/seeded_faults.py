@@ -89,16 +89,30 @@ FAULTS = (
     Fault(
         "labels not shifted",
         "megatron_rest/data/batching.py",
-        'columns["labels"][here] = sample.token_ids[1:]',
-        'columns["labels"][here] = sample.token_ids[:-1]',
+        'columns["labels"][here] = sample.token_ids[there]',
+        'columns["labels"][here] = sample.token_ids[start:end]',
         "tests/data",
     ),
     Fault(
         "prompt tokens take part in the loss",
         "megatron_rest/data/batching.py",
-        'columns["loss_mask"][here] = sample.loss_mask[1:]',
+        'columns["loss_mask"][here] = sample.loss_mask[there]',
         'columns["loss_mask"][here] = True',
         "tests/data",
+    ),
+    Fault(
+        "answers do not see the prompt that they share",
+        "megatron_rest/mcore/segments.py",
+        "while parent >= 0:",
+        "while False:",
+        "tests/mcore/test_shared_prompts.py",
+    ),
+    Fault(
+        "samples that were left out are not in the denominator",
+        "megatron_rest/mcore/step_loss.py",
+        "num_tokens = out.num_tokens + self.tokens.left_out_tokens",
+        "num_tokens = out.num_tokens",
+        "tests/trainer/test_updates.py",
     ),
     Fault(
         "token weights not normalised per sequence",
