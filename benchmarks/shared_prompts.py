@@ -186,6 +186,15 @@ def measure(rank: int, world_size: int, folder: str, case: str, repeats: int, ma
     }
 
 
+def as_line(row: dict[str, Any]) -> str:
+    plain, shared, arrow = row["seconds"]["plain"], row["seconds"]["shared"], " > ".join(map(str, row["rows"]))
+    return (
+        f"{row['case']:>12}{arrow:>16}{sum(plain):9.2f}{sum(shared):10.2f}{row['speed_up']:9.2f}x{row['bound']:7.2f}"
+        f"{GOALS.get(row['case']) or '-':>6}{row['without_scoring']:11.2f}x{row['of_peer']:13.2f}"
+        f"{row['gradient_gap']:10.1e}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=CASES, help="P/R/G each")
@@ -201,26 +210,19 @@ def main() -> None:
             num_key_value_heads=4, head_dim=64, intermediate_size=1536, max_position_embeddings=8192,
             initializer_range=0.02, vocab_size=_VOCAB,
         )  # fmt: skip
-        rows = [
-            run_distributed(measure, args.tp, str(model), case, args.repeats, args.max_tokens, timeout=3600)[0]
-            for case in args.cases
-        ]
-    print(
-        f"score + update of one group, hidden {_HIDDEN}, {args.layers} layers, vocabulary {_VOCAB}, float32, "
-        f"TP {args.tp}, CPU seconds of one rank"
-    )
-    print(
-        f"{'P/R/G':>12}{'rows':>16}{'plain s':>9}{'shared s':>10}{'speed-up':>10}{'bound':>7}{'goal':>6}"
-        f"{'no scoring':>12}{'of Megatron':>13}{'gradient':>10}"
-    )
-    for row in rows:
-        goal = GOALS.get(row["case"])
-        plain, shared, arrow = row["seconds"]["plain"], row["seconds"]["shared"], " > ".join(map(str, row["rows"]))
         print(
-            f"{row['case']:>12}{arrow:>16}{sum(plain):9.2f}{sum(shared):10.2f}"
-            f"{row['speed_up']:9.2f}x{row['bound']:7.2f}{goal or '-':>6}{row['without_scoring']:11.2f}x"
-            f"{row['of_peer']:13.2f}{row['gradient_gap']:10.1e}"
+            f"score + update of one group, hidden {_HIDDEN}, {args.layers} layers, vocabulary {_VOCAB}, float32, "
+            f"TP {args.tp}, CPU seconds of one rank"
         )
+        print(
+            f"{'P/R/G':>12}{'rows':>16}{'plain s':>9}{'shared s':>10}{'speed-up':>10}{'bound':>7}{'goal':>6}"
+            f"{'no scoring':>12}{'of Megatron':>13}{'gradient':>10}"
+        )
+        rows = []
+        for case in args.cases:
+            work = (str(model), case, args.repeats, args.max_tokens)
+            rows.append(run_distributed(measure, args.tp, *work, timeout=3600)[0])
+            print(as_line(rows[-1]), flush=True)
     missed = [r["case"] for r in rows if r["speed_up"] < GOALS.get(r["case"], 0)]
     missed += [f"{r['case']} (peer)" for r in rows if int(r["case"].split("/")[2]) >= 8 and r["of_peer"] > _PEER_GOAL]
     print(f"goals: {'MISSED by ' + ', '.join(missed) if missed else 'reached'}")
