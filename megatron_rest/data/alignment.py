@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_rest.config import Fp8Recipe, ParallelConfig
 from megatron_rest.fp8_support import REQUIREMENTS
 
-__all__ = ["TOKEN_BLOCK", "UNALIGNED", "PackingAlignment", "packing_alignment"]
+__all__ = ["TOKEN_BLOCK", "UNALIGNED", "PackingAlignment", "packing_alignment", "round_up"]
 
 TOKEN_BLOCK = {Fp8Recipe.NONE: 1, **{recipe: need.block for recipe, need in REQUIREMENTS.items()}}
 """Tokens a shard of a matrix product must be a multiple of."""
@@ -42,3 +42,8 @@ def packing_alignment(recipe: Fp8Recipe, parallel: ParallelConfig) -> PackingAli
     shards = context * (parallel.tensor_parallel if parallel.sequence_parallel else 1)
     sequence = 2 * context if context > 1 else 1
     return PackingAlignment(sequence=sequence, total=math.lcm(sequence, TOKEN_BLOCK[recipe] * shards))
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple of ``multiple`` that is not below ``value``."""
+    return -(-value // multiple) * multiple

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
+from megatron_rest.data.alignment import UNALIGNED, PackingAlignment, round_up
 from megatron_rest.data.packing import ROWS_ONLY, RowCost, deal, shared_rows
 from megatron_rest.types import BatchTotals, MicroBatch, TokenRegion, TrainBatch, TrainSample
 
@@ -58,7 +58,7 @@ def make_train_batch(
     present = batch_totals(samples)
     replicas, report = deal(
         samples,
-        max_rows=_round_up(max_tokens, alignment.sequence),
+        max_rows=round_up(max_tokens, alignment.sequence),
         dp_size=dp_size,
         multiple=num_microbatches_multiple,
         min_bins=max(min_microbatches, 1),
@@ -93,10 +93,6 @@ def batch_totals(samples: Sequence[TrainSample]) -> BatchTotals:
     )
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def make_microbatch(
     samples: Sequence[TrainSample],
     *,
@@ -124,16 +120,16 @@ def make_microbatch(
             segments.append((sample, shared, len(sample.token_ids) - 1))
             parents.append(parent)
             is_owned.append(True)
-    spans = [_round_up(end - start, alignment.sequence) for _, start, end in segments]
+    spans = [round_up(end - start, alignment.sequence) for _, start, end in segments]
     total = sum(spans)
     padding = -total % alignment.total if total else alignment.total
     bounds = np.cumsum([0, *spans, *([padding] if padding else [])])
     columns = _empty_columns(int(bounds[-1]))
     columns["position_ids"] = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
-    for (sample, start, end), owned, first in zip(segments, is_owned, bounds, strict=False):
+    for (sample, start, end), span, owned, first in zip(segments, spans, is_owned, bounds, strict=False):
         here, there = slice(first, first + end - start), slice(start + 1, end + 1)
         columns["token_ids"][here] = sample.token_ids[start:end]
-        columns["position_ids"][first : first + _round_up(end - start, alignment.sequence)] += start
+        columns["position_ids"][first : first + span] += start
         if not owned:
             continue
         columns["labels"][here] = sample.token_ids[there]

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_rest.data.alignment import round_up
 from megatron_rest.model_map import ModelShape
 from megatron_rest.packing_report import PackingReport
 
@@ -122,7 +123,7 @@ def deal(
 
     Raises ValueError for a sample that does not fit into a bin (nothing is cut).
     """
-    rows = [_round_up(len(s.token_ids) - 1, row_multiple) for s in samples]
+    rows = [round_up(len(s.token_ids) - 1, row_multiple) for s in samples]
     for i, n in enumerate(rows):
         if n > max_rows:
             raise ValueError(
@@ -167,7 +168,7 @@ class _PartMaker:
         if members not in self._made:
             samples = [self.samples[i] for i in members]
             shared = shared_rows(samples, multiple=self.multiple)
-            own = [_round_up(len(s.token_ids) - 1 - shared, self.multiple) for s in samples]
+            own = [round_up(len(s.token_ids) - 1 - shared, self.multiple) for s in samples]
             work = [
                 self.cost(n, above=shared, loss_rows=int(s.loss_mask.sum())) for n, s in zip(own, samples, strict=True)
             ]
@@ -222,7 +223,7 @@ def _fill(parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min
     rows, costs = [p.rows for p in parts], [p.cost for p in parts]
     per_replica = max(-(-sum(rows) // (max_rows * dp_size)), min_bins, 1)
     while True:
-        per_replica = _round_up(per_replica, multiple)
+        per_replica = round_up(per_replica, multiple)
         bins = even_bins(rows, costs, num_bins=per_replica * dp_size, max_rows=max_rows)
         if bins is not None:
             break
@@ -262,7 +263,3 @@ def _report(replicas: Sequence[Sequence[Sequence[Part]]], *, plain_rows: int, nu
         prompt_copies=len(parts) / num_groups if num_groups else 1.0,
         imbalance=max(map(sum, work)) / mean if mean else 1.0,
     )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

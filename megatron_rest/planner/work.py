@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from megatron_rest.config import RestConfig
-from megatron_rest.data.alignment import packing_alignment
+from megatron_rest.data.alignment import packing_alignment, round_up
 from megatron_rest.data.packing import Part, RowCost, deal
 from megatron_rest.model_map import ModelShape
 from megatron_rest.packing_report import PackingReport
@@ -172,7 +172,7 @@ def _pack(
     alignment = packing_alignment(config.precision.recipe, p)
     replicas, report = deal(
         samples,
-        max_rows=_round_up(config.trainer.max_tokens_per_microbatch, alignment.sequence),
+        max_rows=round_up(config.trainer.max_tokens_per_microbatch, alignment.sequence),
         dp_size=p.data_parallel(world_size),
         multiple=microbatches_multiple(p),
         min_bins=least_microbatches(p),
@@ -196,7 +196,7 @@ def _replica_time(
     p = config.parallel
     rows = [sum(part.rows for part in parts) for parts in bins]
     is_pipeline = p.pipeline_parallel > 1
-    wanted = [_round_up(max(max(rows) if is_pipeline else n, 1), multiple) for n in rows]
+    wanted = [round_up(max(max(rows) if is_pipeline else n, 1), multiple) for n in rows]
     padding = [cost(end - n) for n, end in zip(rows, wanted, strict=True)]
     work = [sum(part.cost for part in parts) + extra for parts, extra in zip(bins, padding, strict=True)]
     if not is_pipeline:
@@ -209,7 +209,3 @@ def _mlp_share(shape: ModelShape) -> float:
     """Of a forward pass, by weights."""
     width = shape.moe_ffn_hidden_size * shape.num_experts_per_token if shape.num_experts else shape.ffn_hidden_size
     return 3 * shape.hidden_size * width * shape.num_layers / total_parameters(shape, active_only=True)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
