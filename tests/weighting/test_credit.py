@@ -266,7 +266,7 @@ def test_rows_know_turns_and_places():
         assert rows.index[mine].tolist() == list(range(len(tokens)))
         assert [len(t) for t in turns_of(step, i)] == np.bincount(rows.turn[mine]).tolist()
         assert (rows.regions[mine] == s.region_ids[s.loss_mask]).all()
-    numbers, owners = rows.turns()
+    numbers, owners = rows.turns
     assert len(owners) == sum(len(turns_of(step, i)) for i in range(len(step.samples)))
     assert (owners[numbers] == rows.sequence).all()
 
