@@ -52,6 +52,7 @@ class CreditRows:
     sum_p2: np.ndarray | None = None  # float [N], sum of the squared probabilities
     beta: np.ndarray | None = None  # float [N], squared score norm of the output layer
     ref_log_probs: np.ndarray | None = None  # float [N], nats; of the reference policy
+    marks: np.ndarray | None = None  # uint8 [N], TurnMark of the row's turn
 
     def __post_init__(self) -> None:
         size, count = len(self.sequence), len(self.groups)
@@ -83,6 +84,7 @@ class CreditRows:
         tokens = [np.flatnonzero(s.loss_mask) for s in samples]
         counts = [len(t) for t in tokens]
         regions = [s.region_ids[t] for s, t in zip(samples, tokens, strict=True)]
+        marks = [s.marks[t] for s, t in zip(samples, tokens, strict=True) if s.marks is not None]
         return cls(
             sequence=np.repeat(np.arange(len(samples)), counts),
             token=np.concatenate([np.zeros(0, np.int64), *tokens]),
@@ -91,6 +93,7 @@ class CreditRows:
             advantages=np.array([s.advantage for s in samples], np.float64),
             rewards=np.asarray(rewards, np.float64),
             progress=progress,
+            marks=np.concatenate([np.zeros(0, np.uint8), *marks]) if len(marks) == len(samples) else None,
             **{name: np.asarray(value, np.float64) for name, value in (scores or {}).items()},
         )
 
