@@ -287,7 +287,7 @@ def environment() -> Iterator[str]:
         ),
         ("VLLM_BATCH_INVARIANT=1", "vLLM's log-probs do not depend on the batch, on GPUs that have the kernels."),
         ("NVTE_ALLOW_NONDETERMINISTIC_ALGO=0", "Transformer Engine takes deterministic attention only."),
-        ("OMP_NUM_THREADS", "Threads of a rank on a CPU; `trainer.threads` decides, if it is set."),
+        ("OMP_NUM_THREADS", "Not needed: `trainer.threads`, else the cores divided by the ranks, decides."),
     ):
         yield from _item(f"`{name}`", what)
 
