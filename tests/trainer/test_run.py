@@ -325,21 +325,20 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
 
 
 def test_credit_of_ones_own_by_name(base, warm):
-    """One rank: a rule of examples/ gives the weights, with RLOO and GSPO around it; the record says so."""
+    """One rank: a class of one's own gives the weights, with RLOO and GSPO around it; the record says so."""
     run_dir = base / "own-credit"
-    source = "examples.own_credit:BlameCalls"
+    source = "tests.weighting.own:LateTokens"
     overrides = ["parallel.tensor_parallel=1", "parallel.pipeline_parallel=1", f"weighting.source={source}"]
-    overrides += ["weighting.options.boost=2.0", "advantage.estimator=rloo", "loss.function=gspo"]
+    overrides += ["weighting.options.slope=2.0", "advantage.estimator=rloo", "loss.function=gspo"]
     call(*rl_arguments(base, run_dir, warm[0]), *overrides, "trainer.steps=1", "validation.every=0", ranks=1)
     [(_, path)] = rollout_files(run_dir)
     saved = read_rollouts(path)
-    is_call = np.isin(saved.region_ids, [TokenRegion.TOOL_NAME, TokenRegion.TOOL_ARGS])
     for at, advantage in zip(saved.slices, saved.advantages, strict=True):
         mask = saved.loss_mask[at]
-        raw = 1.0 + 2.0 * (is_call[at][mask] & (advantage < 0))
+        raw = 1.0 + 2.0 * np.arange(mask.sum()) / mask.sum()
         np.testing.assert_allclose(saved.token_weights[at][mask], raw / raw.mean(), rtol=1e-5)
         np.testing.assert_array_equal(saved.token_advantages[at][mask], np.float32(advantage))
-    assert len(np.unique(saved.token_weights)) > 2, "some failure has a call"
+    assert np.ptp(saved.token_weights[saved.loss_mask]) > 1.0, "not uniform"
     for group in np.unique(saved.group_ids):
         mine = saved.group_ids == group
         rewards, count = saved.rewards[mine].astype(np.float64), int(mine.sum())
