@@ -41,7 +41,6 @@ from megatron_rest.eval.answers import read_answers
 from megatron_rest.replay import __main__ as replay
 from megatron_rest.trainer import tiny
 from megatron_rest.trainer.entry import STOPPED_STATUS
-from megatron_rest.types import TokenRegion
 from megatron_rest.weighting import RestWeighting, region_sums
 from tests.helpers import forked
 from tests.helpers.tiny_model import build_tiny_model, read_config
