@@ -461,7 +461,8 @@ class WeightingConfig:
 
     source: str = WeightSource.CONSTANT
     """ResT: uniform (plain GRPO), constant, reference_code, entropy_offline, entropy_ema or variance_optimal; others:
-    entropy_mask, hicra, egpo, aem, empg, gtpo, otb, otb_turns (docs/algorithm.md), or package.module:attribute."""
+    entropy_mask, hicra, message_penalty, egpo, aem, empg, gtpo, otb, otb_turns (docs/algorithm.md), or
+    package.module:attribute."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the rule (weighting.options.share=0.2); ResT's sources have the keys below instead."""
     gamma_format: float = 1.0

@@ -160,6 +160,7 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         config=config.rollout,
         connect=lambda: WeightSync(engine, source, config.weight_sync),
     )
+    credit = find_credit(config.weighting)
     return RestTrainer(
         config,
         parts=parts,
@@ -173,8 +174,9 @@ def build_trainer(config: RestConfig) -> RestTrainer:
             dialect=judged_dialect(config, chat),
             stop_token_ids=ends,
             max_response_tokens=config.rollout.max_response_tokens,
+            marks_turns="marks" in credit.traits.needs,
         ),
-        weighting=find_credit(config.weighting),
+        weighting=credit,
         validator=Validator(config, tokenizer, rank=parts.context.rank, chat=chat) if config.validation.every else None,
         # Before any checkpoint is loaded: the reference is model.path, in a continued run as in the first.
         reference=ReferencePolicy(parts.policy) if config.loss.kl_coef else None,
