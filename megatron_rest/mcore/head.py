@@ -51,6 +51,7 @@ class PolicyOutput(NamedTuple):
     entropy: Tensor  # float32 [b, s], nats; likewise
     beta: Tensor | None = None  # float32 [b, s], constant; inside output.measuring_beta
     loss_sum: Tensor | None = None  # scalar float32; the loss, where HeadContext.token_loss was used; it has the graph
+    sum_p2: Tensor | None = None  # float32 [b, s], constant, sum of squared probabilities; beside beta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +109,7 @@ class PolicyHead:
             entropy=scores.entropy.transpose(0, 1),
             beta=None if beta is None else beta.transpose(0, 1),
             loss_sum=loss_sum,
+            sum_p2=None if scores.collision is None else scores.collision.transpose(0, 1),
         )
 
     def _from_logits(
