@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ _CLOSE_SECONDS = 30.0
 _BEHIND_SECONDS = 15.0  # how far, on a busy machine, the end of a process may lie behind that of its connection
 _LOOK_SECONDS = 1.0  # between looks whether the process is there: vLLM's own may keep the connection open
 _LOG_BYTES, _LOG_LINES = 8192, 12  # of the end of a process's output: kept, and quoted when it is lost
+
+
+Packed = tuple[dict[str, np.ndarray], dict[str, Any]]
+"""Requests as arrays and plain values."""
 
 
 class EngineCallError(RuntimeError):
@@ -144,13 +148,19 @@ class RemoteEngine:
         """See :class:`~megatron_rest.rollout.engine.RolloutEngine`."""
         if not requests and more is None:
             return
-        arrays, table = _packed(requests)
+        with_rows = bool(self._config.environment) or exam is not None  # nobody else reads them there
+
+        def packed_more() -> Packed | None:
+            new = None if more is None else more()
+            return None if new is None else _packed(new, with_rows)
+
+        arrays, values = _packed(requests, with_rows)
         self._sample(
             "run",
             arrays,
             on_rollout=on_rollout,
-            more=more,
-            requests=table,
+            more=None if more is None else packed_more,
+            **values,
             max_response_tokens=max_response_tokens,
             exam=exam and asdict(exam),
             is_open=more is not None,
@@ -221,7 +231,7 @@ class RemoteEngine:
         kind: str,
         arrays: dict[str, np.ndarray],
         on_rollout: OnRollout | None = None,
-        more: MoreRequests | None = None,
+        more: Callable[[], Packed | None] | None = None,
         **values: Any,
     ) -> dict[str, Any]:
         if self.policy_version == NO_WEIGHTS:
@@ -359,7 +369,7 @@ class _Process:
         arrays: dict[str, np.ndarray],
         timeout: float,
         on_rollout: OnRollout | None = None,
-        more: MoreRequests | None = None,
+        more: Callable[[], Packed | None] | None = None,
         **values: Any,
     ) -> dict[str, Any]:
         """One call and its result; rollouts that come before it go to ``on_rollout``, and what ``more`` says to it."""
@@ -385,7 +395,11 @@ class _Process:
             raise self._lost(f"ended ({self._child.status()}) during {under_way}") from error
 
     def _result(
-        self, kind: str, timeout: float, on_rollout: OnRollout | None = None, more: MoreRequests | None = None
+        self,
+        kind: str,
+        timeout: float,
+        on_rollout: OnRollout | None = None,
+        more: Callable[[], Packed | None] | None = None,
     ) -> dict[str, Any]:
         while True:
             message = self._receive(kind, timeout)
@@ -404,13 +418,12 @@ class _Process:
                 case _:
                     return message
             if more is not None:
-                requests = more()
-                if requests is None:
+                packed = more()
+                if packed is None:
                     self._connection.send("enough")
                     more = None
-                elif requests:
-                    arrays, table = _packed(requests)
-                    self._connection.send("more", arrays, requests=table)
+                elif packed[1]["requests"]:
+                    self._connection.send("more", packed[0], **packed[1])
 
     def _receive(self, kind: str, timeout: float) -> dict[str, Any]:
         """The next message; raises when none comes in time, or none can come any more."""
@@ -448,8 +461,9 @@ class _Process:
             self._connection.close()
 
 
-def _packed(requests: Sequence[RolloutRequest]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Prompts' tokens one behind another, and the rest of each request."""
+def _packed(requests: Sequence[RolloutRequest], with_rows: bool) -> Packed:
+    """Prompts' tokens one behind another, and the rest of each request; ``with_rows`` what their rows of data hold."""
+    prompts = [request.prompt for request in requests]
     table = [
         {
             "key": request.key,
@@ -461,8 +475,9 @@ def _packed(requests: Sequence[RolloutRequest]) -> tuple[dict[str, np.ndarray], 
         }
         for request in requests
     ]
-    tokens = [np.empty(0, np.int32), *(request.prompt.token_ids for request in requests)]
-    return {"token_ids": np.concatenate(tokens).astype(np.int32)}, table
+    rows = {p.prompt_id: [p.messages_json, p.tools_json, p.metadata_json] for p in prompts} if with_rows else {}
+    tokens = [np.empty(0, np.int32), *(prompt.token_ids for prompt in prompts)]
+    return {"token_ids": np.concatenate(tokens).astype(np.int32)}, {"requests": table, "rows": rows}
 
 
 def _rollout(message: dict[str, Any]) -> Rollout:
