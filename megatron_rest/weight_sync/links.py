@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "NCCL_LANES",
     "GivenUp",
     "GlooLink",
+    "Lanes",
     "Link",
     "NcclLink",
     "Work",
@@ -27,6 +29,7 @@ __all__ = [
     "open_link",
 ]
 
+NCCL_LANES = 4  # messages of one engine that a GPU can have on the wire at the same time
 _TAG = 7
 _POLL_SECONDS = 0.1  # between looks at the other ranks
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.01, 0.5  # between looks at who has come: thousands of ranks ask one store
@@ -82,25 +85,50 @@ class _Staged:
 
 
 class NcclLink:
-    """NCCL between GPUs, on a stream of its own, through the communicator that vLLM brings.  Not measured."""
+    """NCCL between GPUs, through communicators that vLLM brings, each on a stream of its own.  Not measured.
 
-    def __init__(self, communicator: Any, device: torch.device, store: dist.Store) -> None:
-        self._communicator, self._device = communicator, device
+    A communicator carries one message after the other, so a worker with one would wait for each of its peers in turn.
+    Both ends count their messages, and put each into the same lane (:class:`Lanes`).
+    """
+
+    def __init__(self, communicators: Sequence[Any], rank: int, device: torch.device, store: dist.Store) -> None:
+        self._device = device
         self._store = store  # others may still be reading from it
-        self._stream = torch.cuda.Stream(device)
+        self._lanes = Lanes(rank, len(communicators))
+        self._ways = [(communicator, torch.cuda.Stream(device)) for communicator in communicators]
 
     def send(self, data: Tensor, rank: int) -> Work:
         data = data.to(self._device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # it may still be packed
-        self._communicator.send(data, rank, self._stream)
-        data.record_stream(self._stream)
-        return self._stream.record_event()
+        communicator, stream = self._ways[self._lanes.next(rank)]
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # it may still be packed
+        communicator.send(data, rank, stream)
+        data.record_stream(stream)
+        return stream.record_event()
 
     def receive(self, buffer: Tensor, rank: int) -> Work:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the memory may still be read by others
-        self._communicator.recv(buffer, rank, self._stream)
-        buffer.record_stream(self._stream)
-        return self._stream.record_event()
+        communicator, stream = self._ways[self._lanes.next(rank)]
+        stream.wait_stream(torch.cuda.current_stream(self._device))  # the memory may still be read by others
+        communicator.recv(buffer, rank, stream)
+        buffer.record_stream(stream)
+        return stream.record_event()
+
+
+class Lanes:
+    """Which of ``count`` lanes a message takes: the same at both ends, another for the next peer and the next message.
+
+    Messages between two ranks are in one order at both.  What is first in the order of all messages is first in its
+    lane at both ends, too, so nobody waits in a circle.
+    """
+
+    def __init__(self, rank: int, count: int) -> None:
+        self._rank, self._count = rank, count
+        self._seen: dict[int, int] = {}  # messages with each peer so far
+
+    def next(self, peer: int) -> int:
+        """Lane of the next message to or from ``peer``."""
+        seen = self._seen.get(peer, 0)
+        self._seen[peer] = seen + 1
+        return (self._rank + peer + seen) % self._count
 
 
 def open_link(
@@ -125,7 +153,8 @@ def open_link(
         case "gloo":
             return GlooLink(_gloo_group(store, rank, world_size, timeout_seconds))
         case "nccl":
-            return NcclLink(_nccl_communicator(store, rank, world_size, device), device, store)
+            ways = [_nccl_communicator(store, f"nccl{i}", rank, world_size, device) for i in range(NCCL_LANES)]
+            return NcclLink(ways, rank, device, store)
     raise ValueError(f"no link {backend!r}: expected gloo or nccl")
 
 
@@ -154,13 +183,13 @@ def _gloo_group(store: dist.Store, rank: int, world_size: int, timeout_seconds: 
     return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=timeout_seconds))
 
 
-def _nccl_communicator(store: dist.Store, rank: int, world_size: int, device: torch.device) -> Any:
+def _nccl_communicator(store: dist.Store, name: str, rank: int, world_size: int, device: torch.device) -> Any:
     """vLLM's; its unique id travels through ``store``, so that no second port is needed."""
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.utils import StatelessProcessGroup
     from vllm.utils.nccl import unpinned_nccl_env
 
-    group = StatelessProcessGroup(rank=rank, world_size=world_size, store=dist.PrefixStore("nccl", store))
+    group = StatelessProcessGroup(rank=rank, world_size=world_size, store=dist.PrefixStore(name, store))
     with unpinned_nccl_env():
         return PyNcclCommunicator(group, device=device)
 
