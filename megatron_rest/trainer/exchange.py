@@ -1,7 +1,8 @@
 """Rollouts of every rank, on every rank, in prompt order.
 
-Engine i of n rolls out prompts i, i + n, i + 2 n, ...  Token ids and log-probs travel as flat tensors: nothing that a
-policy sampled is ever pickled.
+Engine i of n rolls out prompts i, i + n, i + 2 n, ...  What an owner has goes to all once, as one flat tensor of bytes,
+nine a token: however many ranks there are, each receives the rollouts and nothing else.  Nothing that a policy sampled
+is ever pickled.
 """
 
 from __future__ import annotations
@@ -35,16 +36,23 @@ def all_gather_groups(
         owners: rank of each engine.
         group: None = all ranks.
 
-    Collectives: two all-gathers (integers; log-probs and rewards) over ``group``, each with one of its sizes.
+    Collectives over ``group``: one all-gather of a size, and a broadcast from every owner, all under way together.
     """
-    integers, floats = pack_groups(mine)
-    all_integers = _all_gather(integers, group)
-    all_floats = _all_gather(floats, group)
+    packed = pack_groups(mine)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([packed.numel()]), group=group)
+    rank = dist.get_rank(group)
+    parts = [packed if owner == rank else torch.empty(int(sizes[owner]), dtype=torch.uint8) for owner in owners]
+    works = [
+        dist.broadcast(part, group=group, group_src=owner, async_op=True)
+        for owner, part in zip(owners, parts, strict=True)
+    ]
     groups: list[RolloutGroup | None] = [None] * len(prompts)
-    for engine, rank in enumerate(owners):
+    for engine, (part, work) in enumerate(zip(parts, works, strict=True)):
+        assert work is not None  # every rank is in the group
+        work.wait()
         theirs = list(range(engine, len(prompts), len(owners)))
-        unpacked = unpack_groups(all_integers[rank], all_floats[rank], [prompts[i] for i in theirs])
-        for index, rollout_group in zip(theirs, unpacked, strict=True):
+        for index, rollout_group in zip(theirs, unpack_groups(part, [prompts[i] for i in theirs]), strict=True):
             groups[index] = rollout_group
     return [g for g in groups if g is not None]
 
@@ -85,17 +93,23 @@ def all_token_scores(
     return dict(zip(names, table.numpy(), strict=False))
 
 
-def pack_groups(groups: Sequence[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All there is to say about ``groups`` but their prompts: int64 and float32, flat."""
+def pack_groups(groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    """All there is to say about ``groups`` but their prompts; uint8, flat.
+
+    Rollouts a group, then four numbers a rollout (int64); rewards, log-probs (float32), token ids (int32), masks (one
+    byte).
+    """
     rollouts = [r for g in groups for r in g.rollouts]
-    header = [[len(g.rollouts) for g in groups], [x for r in rollouts for x in _header(r)]]
-    integers = np.concatenate(
-        [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
-        + [r.loss_mask.astype(np.int64) for r in rollouts]
-    )  # fmt: skip
-    rewards = np.array([0.0 if r.reward is None else r.reward for r in rollouts], np.float32)
-    floats = np.concatenate([rewards, *(r.log_probs for r in rollouts)]).astype(np.float32)
-    return torch.from_numpy(integers), torch.from_numpy(floats)
+    header = [len(g.rollouts) for g in groups] + [number for r in rollouts for number in _header(r)]
+    rewards = [0.0 if r.reward is None else r.reward for r in rollouts]
+    parts = [
+        np.array(header, np.int64),
+        np.array(rewards, np.float32),
+        *(r.log_probs.astype(np.float32, copy=False) for r in rollouts),
+        *(r.token_ids.astype(np.int32, copy=False) for r in rollouts),
+        *(r.loss_mask.astype(np.uint8, copy=False) for r in rollouts),
+    ]
+    return torch.from_numpy(np.concatenate([np.ascontiguousarray(part).view(np.uint8) for part in parts]))
 
 
 _HEADER = 4  # integers a rollout
@@ -106,31 +120,34 @@ def _header(rollout: Rollout) -> tuple[int, int, int, int]:
     return len(rollout.token_ids), _STOP_REASONS.index(rollout.stop_reason), rollout.policy_version, int(has_reward)
 
 
-def unpack_groups(
-    packed_integers: torch.Tensor, packed_floats: torch.Tensor, prompts: Sequence[PromptSample]
-) -> list[RolloutGroup]:
-    """Undo :func:`pack_groups`, given the prompts of the groups in their order."""
-    integers, floats = packed_integers.numpy(), packed_floats.numpy()
-    sizes = integers[: len(prompts)]
+def unpack_groups(packed: torch.Tensor, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
+    """Undo :func:`pack_groups`, given the prompts of the groups in their order; arrays are views of ``packed``."""
+    data, at = packed.numpy(), 0
+
+    def take(count: int, dtype: type[np.generic]) -> np.ndarray:
+        nonlocal at
+        begin, at = at, at + count * np.dtype(dtype).itemsize
+        return data[begin:at].view(dtype)
+
+    sizes = take(len(prompts), np.int64)
     total = int(sizes.sum())
-    headers = integers[len(prompts) : len(prompts) + _HEADER * total].reshape(total, _HEADER)
+    headers = take(_HEADER * total, np.int64).reshape(total, _HEADER)
     bounds = np.cumsum([0, *headers[:, 0]])
-    tokens = integers[len(prompts) + _HEADER * total :]
-    masks = tokens[bounds[-1] :]
-    rewards, log_probs = floats[:total], floats[total:]
+    rewards, log_probs = take(total, np.float32), take(int(bounds[-1]), np.float32)
+    token_ids, masks = take(int(bounds[-1]), np.int32), take(int(bounds[-1]), np.uint8)
     rollouts = iter(range(total))
     groups = []
     for prompt, size in zip(prompts, sizes, strict=True):
         members = []
         for _ in range(int(size)):
             i = next(rollouts)
-            at = slice(bounds[i], bounds[i + 1])
+            of_rollout = slice(bounds[i], bounds[i + 1])
             members.append(
                 Rollout(
                     prompt_id=prompt.prompt_id,
-                    token_ids=tokens[at].astype(np.int32),
-                    log_probs=log_probs[at].copy(),
-                    loss_mask=masks[at].astype(bool),
+                    token_ids=token_ids[of_rollout],
+                    log_probs=log_probs[of_rollout],
+                    loss_mask=masks[of_rollout].astype(bool),
                     stop_reason=_STOP_REASONS[int(headers[i, 1])],
                     policy_version=int(headers[i, 2]),
                     reward=float(rewards[i]) if headers[i, 3] else None,
@@ -138,16 +155,3 @@ def unpack_groups(
             )
         groups.append(RolloutGroup(prompt=prompt, rollouts=tuple(members)))
     return groups
-
-
-def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """All-gather of 1-D tensors of different lengths."""
-    world_size = dist.get_world_size(group)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
-    longest = max(int(s) for s in sizes)
-    padded = torch.zeros(longest, dtype=mine.dtype)
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded, group=group)
-    return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]

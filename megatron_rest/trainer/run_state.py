@@ -28,13 +28,12 @@ class RunState:
 
     def as_extra(self) -> dict[str, Any]:
         """For ``CheckpointWriter.save``: numbers, strings and tensors."""
-        queue = None if self.queue is None else dict(zip(("integers", "floats"), pack_groups(self.queue), strict=True))
         return {
             "weighting": dict(self.weighting),
             "num_restarts": self.num_restarts,
             "skipped_in_a_row": self.skipped_in_a_row,
             "next_prompts": list(self.next_prompts),
-            "queue": queue,
+            "queue": None if self.queue is None else pack_groups(self.queue),
         }
 
     @classmethod
@@ -43,7 +42,7 @@ class RunState:
         next_prompts = tuple(extra["next_prompts"])
         queue = None
         if extra["queue"] is not None and next_prompts == tuple(prompt.prompt_id for prompt in prompts):
-            queue = unpack_groups(extra["queue"]["integers"], extra["queue"]["floats"], prompts)
+            queue = unpack_groups(extra["queue"], prompts)
         return cls(
             weighting=extra["weighting"],
             num_restarts=int(extra["num_restarts"]),

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import Fp8Recipe, RestConfig, RolloutQuantization, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
-from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
+from megatron_rest.data.rollout_file import RolloutWriter, SavedRollouts
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
@@ -112,6 +112,7 @@ class RestTrainer:
             tolerance=canary_tolerance(config),
         )
         self.checkpoints = checkpoint.CheckpointWriter(Path(config.trainer.run_dir) / "checkpoints", config.checkpoint)
+        self.rollout_files = RolloutWriter(config.trainer.run_dir)
         self.loss = RestPolicyLoss(config.loss)
         self.skips = SkipCount(config.optimizer.max_skipped, is_reporting=self.context.rank == 0)
         context = parts.context
@@ -333,10 +334,12 @@ class RestTrainer:
         batches: Sequence[TrainBatch],
         scores: Sequence[Sequence[Scores]],
     ) -> None:
-        """This step's rollouts with regions, scores and weights into one file, written by rank 0.
+        """This step's rollouts with regions, scores and weights into one file; rank 0 writes it while training goes on.
 
-        Collectives: one all-reduce of ``[3, T]`` float32 over the data-parallel group (``[4, T]`` with score norms).
+        Collectives: one all-reduce of ``[3, T]`` float32 over rank 0's replicas (``[4, T]`` with score norms).
         """
+        if dist.get_global_rank(self.context.dp_group, 0) != 0:
+            return
         values = all_token_scores(
             [len(s.token_ids) for s in verdict.samples],
             [m for batch in batches for m in batch.microbatches],
@@ -353,7 +356,7 @@ class RestTrainer:
             group_ids=[i for i, group in enumerate(groups) for _ in group.rollouts],
             scores=values,
         )
-        write_rollouts(self.config.trainer.run_dir, rollouts)
+        self.rollout_files.write(rollouts)
 
     def record(
         self, step: int, update: int, batch: TrainBatch, groups: Sequence[RolloutGroup], verdict: Verdict
@@ -418,8 +421,10 @@ class RestTrainer:
         """A checkpoint of this step and all that the run is; complete at once, or when ``checkpoints`` has written it.
 
         One step off the rollouts of the next step are under way: they are waited for and belong to the checkpoint,
-        since no engine will hold the weights again that sample them.
+        since no engine will hold the weights again that sample them.  A run that continues from here does not write the
+        files of rollouts before it again: they are complete first.
         """
+        self.rollout_files.wait()
         if self.is_one_step_off and step < self.config.trainer.steps:
             self._collected = self.roll_out(step + 1)
         state = RunState(
@@ -429,7 +434,10 @@ class RestTrainer:
             next_prompts=tuple(prompt.prompt_id for prompt in self.prompts_of(step + 1)),
             queue=self._collected,
         )
-        return self.checkpoints.save(self.policy, step=step, extra=state.as_extra(), metrics=metrics)
+        is_last = step == self.config.trainer.steps
+        is_for_any = is_last or self.config.checkpoint.any_layout == "every"
+        form = checkpoint.ANY_LAYOUT if is_for_any else checkpoint.AS_IT_LIES
+        return self.checkpoints.save(self.policy, step=step, extra=state.as_extra(), metrics=metrics, form=form)
 
     def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:
         """Load a checkpoint, put its weights into the engines.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_rest.trainer.exchange import all_gather_groups
+from megatron_rest.trainer.exchange import all_gather_groups, pack_groups
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
 from tests.helpers.distributed import run_distributed
 
@@ -59,3 +59,11 @@ def check(groups: list[RolloutGroup], expected: list[RolloutGroup]) -> None:
             assert np.array_equal(a.loss_mask, b.loss_mask)
             assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)
             assert a.reward == b.reward
+
+
+def test_nine_bytes_a_token() -> None:
+    """Ids, log-probs and masks, and 36 bytes a rollout: what each rank receives, however many ranks there are."""
+    groups = [make_group(p) for p in make_prompts(50)]
+    rollouts = [r for g in groups for r in g.rollouts]
+    tokens = sum(len(r.token_ids) for r in rollouts)
+    assert pack_groups(groups).numel() == 9 * tokens + 36 * len(rollouts) + 8 * len(groups)
