@@ -78,11 +78,15 @@ class Columns:
         return MessageForm(keys=self.message, roles=self.roles, calls_in_text=self.calls_in_text)
 
     @property
+    def places(self) -> set[str]:
+        """All of its places."""
+        values = (getattr(self, entry.name) for entry in dataclasses.fields(self))
+        return {path for value in values if isinstance(value, tuple) for path in value} | {self.reference}
+
+    @property
     def first_steps(self) -> set[str]:
         """The columns that its places are in."""
-        places = (getattr(self, entry.name) for entry in dataclasses.fields(self))
-        paths = [path for place in places if isinstance(place, tuple) for path in place]
-        return {step for path in (*paths, self.reference) for step in (path, *_steps(path)[:1])}
+        return {step for path in self.places for step in (path, *_steps(path)[:1])}
 
     @property
     def has_prompt(self) -> bool:

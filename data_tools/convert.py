@@ -39,7 +39,7 @@ from data_tools.writer import OutputFolder, sha256_file
 from megatron_rest.data.chat_template import TEMPLATE_DATE
 from megatron_rest.data.prompt_files import MANIFEST_NAME, QUARANTINE_NAME, SCHEMA_VERSION
 from megatron_rest.data.prompt_style import STYLES
-from megatron_rest.regions import DIALECTS, TOOLRL, find_dialect
+from megatron_rest.regions import TOOLRL, find_dialect
 
 AUTO = "auto"
 FEWEST_CHUNKS_FOR_A_POOL = 8  # below that, starting processes costs more than it saves
@@ -76,8 +76,11 @@ class ConvertOptions:
     """As ``model.chat_template``: stock, append_only, a shipped one's name or a path."""
 
     def __post_init__(self) -> None:
-        if self.encode.dialect not in (AUTO, *DIALECTS):
-            raise DataError(f"--dialect is {self.encode.dialect!r}, expected auto or one of {', '.join(DIALECTS)}")
+        if self.encode.dialect != AUTO:
+            try:
+                find_dialect(self.encode.dialect)
+            except ValueError as error:
+                raise DataError(f"--dialect: {error}") from error
         if self.encode.prompt_style not in STYLES:
             raise DataError(f"--prompt-style is {self.encode.prompt_style!r}, expected one of {', '.join(STYLES)}")
         if self.encode.max_think_words < 0:

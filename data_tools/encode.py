@@ -223,6 +223,7 @@ def _columns(source: str, ready: list[_Ready], tokenizer: ChatTokenizer) -> pa.R
         "ground_truth": [item.ground_truth for item in ready],
         "tools": [item.example.tools_json for item in ready],
         "calls": [item.example.calls_json for item in ready],
+        "metadata": [item.example.metadata_json for item in ready],
         "source_file": [source] * len(ready),
         "source_row": [item.row for item in ready],
     }

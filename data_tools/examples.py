@@ -24,6 +24,7 @@ from data_tools.conversation import (
 )
 from data_tools.errors import DataError, RowError
 from data_tools.layouts import LAYOUTS, OWN, Layout, layout_of
+from data_tools.metadata import metadata_of
 from data_tools.tool_lists import TOOL_LIST, Tool, read_tools, tools_of_system, without_list
 from data_tools.values import dumps, parsed
 from megatron_rest.data import prompt_style
@@ -68,6 +69,7 @@ class Example:
     layout: str = field(default="", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what was guessed or left out
     problems: tuple[str, ...] = field(default=(), compare=False)  # of the self-check
+    metadata_json: str = field(default="{}", compare=False)  # columns of the row that nothing else is from
 
 
 _AS_IT_IS = Reading()
@@ -110,9 +112,12 @@ def _examples(row: Row, reading: Reading) -> Iterator[Example]:
         for made in layout.reshape(row) if layout.reshape else ():
             yield from _examples(made, reading)
         return
+    wanted = reading.reference if reading.reference not in REFERENCES else ""
+    metadata, note = metadata_of(row, layout.where, read=layout.read, wanted=wanted)
     for shaped in layout.reshape(row) if layout.reshape else [row]:
         for conversation in _conversations(shaped, layout, reading.reference):
-            yield _build(conversation, layout.name)
+            example = _build(conversation, layout.name)
+            yield replace(example, metadata_json=metadata, notes=(*example.notes, *([note] if note else [])))
 
 
 def _over(where: Columns, own: Columns) -> Columns:

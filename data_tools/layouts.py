@@ -32,6 +32,7 @@ class Layout:
     is_it: Callable[[Row], bool]
     where: Columns = dataclasses.field(default_factory=Columns)
     reshape: Callable[[Row], list[Row]] | None = None
+    read: frozenset[str] = frozenset()  # columns that ``reshape`` reads; the others stay as the row's metadata
     tagged: bool = False  # the answer must be in ToolRL's tags or hold calls: other text is another kind of reference
     refusal: str = ""  # why rows like this are no training data
 
@@ -240,6 +241,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="expected_action",
         is_it=_has("responses_create_params"),
         reshape=_nemo_gym,
+        read=frozenset(("responses_create_params", "expected_action", "expected_output", "expected_answer")),
         where=Columns(messages=("messages",), reference="reference"),
     ),
     Layout(
@@ -249,6 +251,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="`--reference`",
         is_it=lambda row: isinstance(parsed(row.get("simulations")), list),
         reshape=_tau2,
+        read=frozenset(("simulations", "info", "tasks")),
         where=Columns(messages=("messages",)),
     ),
     Layout(
@@ -349,6 +352,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="`--reference`",
         is_it=lambda row: _is_messages(row, "contents"),
         reshape=_gemini,
+        read=frozenset(("contents", "systemInstruction", "system_instruction")),
         where=Columns(messages=("messages",)),
     ),
     Layout(
@@ -358,6 +362,7 @@ LAYOUTS: tuple[Layout, ...] = (
         reference="`--reference`",
         is_it=lambda row: isinstance(row.get("chat"), str) and _SPEAKERS.search(row["chat"]) is not None,
         reshape=_glaive,
+        read=frozenset(("chat",)),
         where=Columns(messages=("messages",)),
     ),
     Layout(

@@ -46,6 +46,8 @@ def _pretty(row: Any) -> str:
     return text if len(text) <= MOST_SOURCE else f"{text[:MOST_SOURCE]} ... ({len(text)} characters)"
 
 
+_MOST_METADATA = 400  # characters that are shown
+
 _Shown = tuple[str, Any, list[dict[str, Any] | str]]
 """(title, source row or None, what became of it)."""
 
@@ -56,7 +58,7 @@ def _prepared_rows(path: str, sources: Sequence[str], split: str) -> Iterator[_S
         for values in (row for start in range(batch.num_rows) for row in batch.slice(start, 1).to_pylist()):
             title = f"{values['source_file']} row {values['source_row']}  prompt_id {values['prompt_id']}"
             tokens = f"  {len(values['prompt_token_ids'])} + {len(values['answer_token_ids'])} tokens"
-            row = {name: json.loads(values[name]) for name in ("messages", "tools", "calls")}
+            row = {name: json.loads(values[name]) for name in ("messages", "tools", "calls", "metadata")}
             regions = (values["answer_region_ends"], values["answer_region_ids"])
             source = lookup.find(values["source_file"], values["source_row"]) if sources else None
             yield title + tokens, source, [{**row, "answer": values["answer_text"], "regions": regions}]
@@ -98,6 +100,7 @@ def _shown(example: Example) -> dict[str, Any]:
         "messages": example.messages,
         "tools": example.tools,
         "calls": example.calls,
+        "metadata": json.loads(example.metadata_json),
         "answer": example.ground_truth,
         "regions": region_spans(example.ground_truth.encode()),
         "remarks": [*example.notes, *(f"suspicious: {problem}" for problem in example.problems)],
@@ -117,6 +120,9 @@ def show(row: dict[str, Any], *, colour: bool) -> str:
     lines.append(colour_answer(row["answer"], *row["regions"]) if colour else row["answer"])
     if not colour:
         lines += [f"  call: {dumps(call)}" for call in row["calls"]]
+    if row["metadata"]:
+        text = dumps(row["metadata"])
+        lines.append(f"[metadata] {text[:_MOST_METADATA]}{' ...' if len(text) > _MOST_METADATA else ''}")
     lines += [f"  {remark}" for remark in row.get("remarks", [])]
     return "\n".join(lines) + "\n"
 

@@ -126,6 +126,8 @@ def _check_rows(
         for name in ("tools", "calls", "messages"):
             if not isinstance(_loads(values[name]), list):
                 yield f"{where}: {name} is not a JSON list"
+        if not isinstance(_loads(values["metadata"]), dict):
+            yield f"{where}: metadata is not a JSON object"
         if tokenizer is not None and len(answer):
             yield from _check_text(where, answer, values["answer_text"], tokenizer)
 

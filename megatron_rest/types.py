@@ -11,6 +11,7 @@ Host-side sequences are numpy arrays (they are built, split and shipped between 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -75,6 +76,24 @@ class PromptSample:
     token_ids: np.ndarray  # int32 [P], chat template applied, generation prompt included
     ground_truth: str  # reference answer text; parsed by the reward, never executed
     index: int = -1  # row in the data set it came from
+    messages_json: str = "[]"  # of the prompt: [{"role", "content"}]
+    tools_json: str = "[]"  # [{"name", "description", "parameters"}]
+    metadata_json: str = "{}"  # columns of the row that are part of neither prompt nor reference
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The prompt as it was written before the chat template."""
+        return list(json.loads(self.messages_json))
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        """Tools with their JSON schemas."""
+        return list(json.loads(self.tools_json))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What else the row brought, by column."""
+        return dict(json.loads(self.metadata_json))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,10 +252,16 @@ class MicroBatch:
         return replace(self, **moved)
 
     def with_scores(
-        self, *, old_log_probs: Tensor | None, token_weights: Tensor | None, ref_log_probs: Tensor | None = None
+        self, *, old_log_probs: Tensor | None, token_weights: Tensor | None = None, ref_log_probs: Tensor | None = None
     ) -> MicroBatch:
         """The same microbatch after the scoring passes; ``old_log_probs`` None: the update's own are the old ones."""
         return replace(self, old_log_probs=old_log_probs, token_weights=token_weights, ref_log_probs=ref_log_probs)
+
+    def with_credit(self, *, token_weights: Tensor | None, advantages: Tensor | None) -> MicroBatch:
+        """The same microbatch with token weights (None: uniform); ``advantages`` None: the rollouts' own stay."""
+        return replace(
+            self, token_weights=token_weights, advantages=self.advantages if advantages is None else advantages
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

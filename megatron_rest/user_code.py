@@ -1,23 +1,37 @@
 """Code of the user's own that a configuration names as ``package.module:attribute``: where it lies, and its digest.
 
 A job ships the package (launch/shipping.py) and says its digest; where it runs the digest is taken again of what Python
-finds there, so that a version that happens to be installed cannot take its place unnoticed.  Nothing is imported here.
+finds there, so that a version that happens to be installed cannot take its place unnoticed.  Only :func:`make` imports
+anything.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import importlib.machinery
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_rest.config import ConfigError, RestConfig
 
-__all__ = ["DIGESTS", "CodeReference", "check_shipped", "digest", "files", "locate", "package_digests", "references"]
+__all__ = [
+    "DIGESTS",
+    "CodeReference",
+    "check_shipped",
+    "digest",
+    "files",
+    "locate",
+    "make",
+    "package_digests",
+    "references",
+]
 
 DIGESTS = "REST_USER_CODE"
 """Environment variable of a job: ``package=digest`` words, of what was shipped."""
@@ -32,7 +46,12 @@ _DIGITS = 16
 
 def references(config: RestConfig) -> dict[str, CodeReference]:
     """Configuration key and code of everything in ``config`` that names some."""
-    named = {"rollout.environment": config.rollout.environment}
+    named = {
+        "rollout.environment": config.rollout.environment,
+        "advantage.estimator": config.advantage.estimator,
+        "weighting.source": config.weighting.source,
+        "loss.function": config.loss.function,
+    }
     return {key: text for key, text in named.items() if ":" in text}
 
 
@@ -58,6 +77,32 @@ def locate(key: str, reference: CodeReference) -> Path:
     if file.suffix == ".py" and not _binds(file, attribute.partition(".")[0], key):
         raise ConfigError(f"{key} {reference!r}: {file} defines no {attribute}")
     return found
+
+
+def make(key: str, reference: CodeReference, options: Mapping[str, Any], options_key: str) -> Any:
+    """Import what ``reference`` names and call it with ``options``.
+
+    Raises ConfigError: it is not there, its import fails, it is no factory, or it does not take these options.
+    """
+    module, _, attribute = reference.partition(":")
+    try:
+        factory = importlib.import_module(module)
+        for name in attribute.split("."):
+            factory = getattr(factory, name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key} {reference!r} cannot be imported: {error}") from error
+    if not callable(factory):
+        raise ConfigError(f"{key} {reference!r} is a {type(factory).__name__}, expected a class or a factory")
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ConfigError(
+            f"{options_key} {dict(options)}: {reference} takes {inspect.signature(factory)}: {error}"
+        ) from error
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{options_key} {dict(options)}: {reference}: {error}") from error
 
 
 def _module_file(top: Path, rest: list[str]) -> Path | None:

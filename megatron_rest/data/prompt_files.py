@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+"""Of what is written.  Version 2, which had no column metadata, is read as well."""
+_READ_VERSIONS = (2, SCHEMA_VERSION)
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_NAME = "quarantine.jsonl"
 
@@ -36,6 +38,7 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("ground_truth", pa.string(), nullable=False),  # the reference as it came, for the reward
         pa.field("tools", pa.string(), nullable=False),  # JSON list of {"name", "description", "parameters"}
         pa.field("calls", pa.string(), nullable=False),  # JSON list of {"name", "parameters"}
+        pa.field("metadata", pa.string(), nullable=False),  # JSON object: columns of the row that nothing above is from
         pa.field("source_file", pa.string(), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
     ]
@@ -210,7 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         names = [entry["name"] for entry in outputs] + [manifest.get("quarantine", {}).get("name", QUARANTINE_NAME)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): convert the data again") from error
-    if version != SCHEMA_VERSION:
+    if version not in _READ_VERSIONS:
         raise ValueError(
             f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: convert the data again"
         )
@@ -232,11 +235,23 @@ def map_shard(folder: Path, entry: dict[str, Any]) -> list[pa.RecordBatch]:
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    if not reader.schema.equals(PROMPT_SCHEMA, check_metadata=False):
+    if reader.schema.equals(_WITHOUT_METADATA, check_metadata=False):
+        batches = [_with_metadata(batch) for batch in batches]
+    elif not reader.schema.equals(PROMPT_SCHEMA, check_metadata=False):
         raise ValueError(f"{path} does not have the schema of prepared prompts: convert the data again")
     if sum(batch.num_rows for batch in batches) != entry["rows"]:
         raise ValueError(f"{path} does not hold the {entry['rows']} rows of the manifest: copy it again")
     return batches
+
+
+_WITHOUT_METADATA = pa.schema([field for field in PROMPT_SCHEMA if field.name != "metadata"])
+
+
+def _with_metadata(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """A batch of version 2 with a column that says nothing."""
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    columns["metadata"] = pa.repeat(pa.scalar("{}"), batch.num_rows)
+    return pa.RecordBatch.from_arrays([columns[name] for name in PROMPT_SCHEMA.names], schema=PROMPT_SCHEMA)
 
 
 def offsets(column: pa.ListArray) -> np.ndarray:

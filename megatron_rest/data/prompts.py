@@ -68,6 +68,9 @@ class PromptDataset:
             token_ids=self._ids(batch, "prompt_token_ids", row),
             ground_truth=self._text(batch, "ground_truth", row),
             index=int(self._rows[index]),
+            messages_json=self._text(batch, "messages", row),
+            tools_json=self._text(batch, "tools", row),
+            metadata_json=self._text(batch, "metadata", row),
         )
 
     def reference_token_ids(self, index: int) -> np.ndarray:

@@ -138,12 +138,14 @@ class RemoteEngine:
             }
             for request in requests
         ]
+        rows = {p.prompt_id: [p.messages_json, p.tools_json, p.metadata_json] for p in prompts}
         token_ids = np.concatenate([prompt.token_ids for prompt in prompts]).astype(np.int32)
         self._sample(
             "run",
             {"token_ids": token_ids},
             on_rollout=on_rollout,
             requests=table,
+            rows=rows if self._config.environment or exam is not None else {},  # nobody else reads them there
             max_response_tokens=max_response_tokens,
             exam=exam and asdict(exam),
         )

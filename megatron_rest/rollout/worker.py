@@ -131,8 +131,15 @@ def _requests(message: dict[str, Any]) -> list[RolloutRequest]:
     for item in message["requests"]:
         token_ids = message["token_ids"][offset : offset + item["length"]]
         offset += item["length"]
+        messages, tools, metadata = message["rows"].get(item["prompt_id"], ("[]", "[]", "{}"))
         prompt = PromptSample(
-            prompt_id=item["prompt_id"], token_ids=token_ids, ground_truth=item["ground_truth"], index=item["index"]
+            prompt_id=item["prompt_id"],
+            token_ids=token_ids,
+            ground_truth=item["ground_truth"],
+            index=item["index"],
+            messages_json=messages,
+            tools_json=tools,
+            metadata_json=metadata,
         )
         requests.append(RolloutRequest(key=item["key"], prompt=prompt, seed=item["seed"]))
     return requests

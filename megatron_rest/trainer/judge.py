@@ -7,13 +7,13 @@ tokenised again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from megatron_rest.algorithms import group_relative_advantages
+from megatron_rest.algorithms import JudgedRollouts, find_estimator
 from megatron_rest.config import AdvantageConfig, RewardConfig
 from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, is_thought_open, label_rollout, turn_starts
 from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
@@ -22,8 +22,11 @@ from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGrou
 
 __all__ = ["Judge", "Verdict"]
 
+PartsOf = Mapping[str, np.ndarray]
+
 _log = logging.getLogger(__name__)
 _TAIL = 32  # last tokens of a prompt: more than an opened or an empty thought takes
+_ROUNDING = 1e-12  # of a reward's parts against its total
 _SHOWN = 500  # characters of an answer that could not be judged
 
 
@@ -37,6 +40,11 @@ class Verdict:
     is_zero_group: tuple[bool, ...]  # a group each: whether its advantages are all zero, so that it teaches nothing
     num_truncated: int  # rollouts that hit the length limit
     is_judged: tuple[bool, ...]  # False: infrastructure ended the rollout, its reward says nothing of the policy
+    scored_rewards: tuple[float, ...] = ()  # what advantages come from: totals, less what overlong answers lose
+
+    def __post_init__(self) -> None:
+        if not self.scored_rewards:
+            object.__setattr__(self, "scored_rewards", tuple(reward.total for reward in self.rewards))
 
 
 class Judge:
@@ -45,9 +53,10 @@ class Judge:
     Args:
         token_bytes: bytes of every vocabulary id.
         reward: reward with its schedule.
-        advantage: group-relative advantage.
+        advantage: from rewards to advantages.
         dialect: how the policy writes: for regions and rewards.
         stop_token_ids: a sampled one ended its turn; it is glue, and no part of the answer's text.
+        max_response_tokens: where answers are cut; what ``advantage.overlong_buffer`` counts from.
 
     Whether a prompt has opened the thought (or closed an empty one) is read from its last tokens, turn by turn.
     """
@@ -60,53 +69,69 @@ class Judge:
         advantage: AdvantageConfig,
         dialect: Dialect = TOOLRL,
         stop_token_ids: Sequence[int] = (),
+        max_response_tokens: int = 0,
     ) -> None:
         self.token_bytes = token_bytes
         self.reward = reward
         self.static_reward = replace(reward, schedule=False)
         self.advantage = advantage
+        self.estimate = find_estimator(advantage)
+        self.max_response_tokens = max_response_tokens
         self._reported: set[str] = set()  # prompts whose references cannot be read
         self.dialect = dialect
         self.stop_token_ids = frozenset(stop_token_ids)
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
-        samples: list[TrainSample] = []
-        rewards: list[RewardOutput] = []
-        static: list[float] = []
-        is_zero: list[bool] = []
-        for number, group in enumerate(groups):
-            judged = [self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))]
-            advantages = self._advantages(group, [reward.total for reward, _ in judged])
-            is_zero.append(not np.any(advantages))
-            for rollout, (reward, static_total), advantage in zip(group.rollouts, judged, advantages, strict=True):
-                sample = self.sample(
-                    group, rollout, advantage=float(advantage), sequence_id=len(samples), group_id=number
-                )
-                samples.append(sample)
-                rewards.append(reward)
-                static.append(static_total)
+        judged = [self._judge_in_time(group, i, step=step) for group in groups for i in range(len(group.rollouts))]
+        rewards = [reward for reward, _ in judged]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        overlong = np.array([self._overlong(rollout) for rollout in rollouts])
+        scored = np.array([reward.total for reward in rewards]) + overlong
+        numbers = [number for number, group in enumerate(groups) for _ in group.rollouts]
+        advantages = self._advantages(groups, scored, _parts(rewards, overlong))
+        samples = [
+            self.sample(groups[number], rollout, advantage=float(advantage), sequence_id=i, group_id=number)
+            for i, (number, rollout, advantage) in enumerate(zip(numbers, rollouts, advantages, strict=True))
+        ]
         truncated = sum(r.stop_reason is not StopReason.EOS for g in groups for r in g.rollouts)
         return Verdict(
             samples=tuple(samples),
             rewards=tuple(rewards),
-            static_rewards=tuple(static),
-            is_zero_group=tuple(is_zero),
+            static_rewards=tuple(static for _, static in judged),
+            is_zero_group=tuple(not np.any(advantages[np.array(numbers) == number]) for number in range(len(groups))),
             num_truncated=truncated,
+            scored_rewards=tuple(scored.tolist()),
             is_judged=tuple(not r.stop_reason.is_infrastructure for g in groups for r in g.rollouts),
         )
 
-    def _advantages(self, group: RolloutGroup, rewards: Sequence[float]) -> np.ndarray:
-        """float64 [G].  Rollouts that infrastructure ended have 0 and count for nobody.
+    def _advantages(self, groups: Sequence[RolloutGroup], rewards: np.ndarray, parts: PartsOf) -> np.ndarray:
+        """float64 [S] of all rollouts.  Those that infrastructure ended have 0 and count for nobody.
 
         One that is left of several has nobody to be compared with: 0.
         """
+        counts = []
+        for group in groups:
+            mine = np.array([not rollout.stop_reason.is_infrastructure for rollout in group.rollouts], bool)
+            counts.append(mine if mine.sum() > 1 or mine.all() else np.zeros_like(mine))
+        counted = np.concatenate([np.zeros(0, bool), *counts])
+        numbers = np.repeat(np.arange(len(groups)), [len(mine) for mine in counts])
         advantages = np.zeros(len(rewards))
-        counts = np.array([not rollout.stop_reason.is_infrastructure for rollout in group.rollouts])
-        if counts.sum() > 1 or counts.all():
-            advantages[counts] = group_relative_advantages(
-                np.array(rewards)[counts], estimator=self.advantage.estimator, epsilon=self.advantage.epsilon
+        if counted.any():
+            judged = JudgedRollouts(
+                rewards=rewards[counted],
+                groups=numbers[counted],
+                parts={name: values[counted] for name, values in parts.items()},
             )
+            advantages[counted] = self.estimate(judged)
         return advantages
+
+    def _overlong(self, rollout: Rollout) -> float:
+        """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), <= 0."""
+        buffer = self.advantage.overlong_buffer
+        if not buffer:
+            return 0.0
+        over = len(rollout.token_ids) - (self.max_response_tokens - buffer)
+        return -self.advantage.overlong_penalty * min(max(over / buffer, 0.0), 1.0)
 
     def _judge_in_time(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
         """:meth:`judge`; what does not end within ``reward.timeout_seconds``, or fails, is named."""
@@ -168,11 +193,13 @@ class Judge:
     ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
 
-        Nor does anything that infrastructure ended: what it did to the answer is not the policy's.
+        Nor does anything that infrastructure ended: what it did to the answer is not the policy's; nor, with
+        ``advantage.mask_truncated``, what was cut at the length limit.
         """
         prompt = group.prompt.token_ids
         regions = self._regions(prompt, rollout)
-        carries_loss = not rollout.stop_reason.is_infrastructure
+        is_cut = rollout.stop_reason in (StopReason.LENGTH, StopReason.CONTEXT)
+        carries_loss = not (rollout.stop_reason.is_infrastructure or (is_cut and self.advantage.mask_truncated))
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
@@ -183,6 +210,14 @@ class Judge:
             sequence_id=sequence_id,
             group_id=group_id,
         )
+
+
+def _parts(rewards: Sequence[RewardOutput], overlong: np.ndarray) -> PartsOf:
+    """What the rewards add up from: float64 [S] each; what no name is for is "other"."""
+    parts = {name: np.array([getattr(r, name) for r in rewards], np.float64) for name in ("format", "correctness")}
+    other = np.array([r.total for r in rewards]) - sum(parts.values())
+    other[np.abs(other) < _ROUNDING] = 0.0
+    return parts | {name: values for name, values in (("overlong", overlong), ("other", other)) if values.any()}
 
 
 def _unjudged(why: str) -> RewardOutput:

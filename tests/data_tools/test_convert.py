@@ -118,7 +118,7 @@ def test_file_maps_without_a_copy(tokenizer: ChatTokenizer, tmp_path: Path) -> N
     (batch,) = map_shard(tmp_path / "out", manifest["outputs"][0])
     assert pa.total_allocated_bytes() - before < 1 << 16
     assert batch.schema.equals(PROMPT_SCHEMA)
-    assert batch.schema.metadata[b"megatron_rest.schema_version"] == b"2"
+    assert batch.schema.metadata[b"megatron_rest.schema_version"] == b"3"
     assert batch.schema.metadata[b"megatron_rest.tokenizer"].decode() == tokenizer.identity
 
 

@@ -194,7 +194,7 @@ def prepared(folder: Path, prompts: list[int], answers: list[int]) -> Path:
     rows = [
         {"prompt_id": str(i), "prompt_token_ids": [0] * p, "messages": "[]", "answer_text": "",
          "answer_token_ids": [0] * a, "answer_token_starts": None, "answer_region_ends": [], "answer_region_ids": [],
-         "ground_truth": "", "tools": "[]", "calls": "[]", "source_file": "", "source_row": i}
+         "ground_truth": "", "tools": "[]", "calls": "[]", "metadata": "{}", "source_file": "", "source_row": i}
         for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
     ]  # fmt: skip
     with pa.OSFile(str(folder / "data-00000.arrow"), "wb") as sink, pa.ipc.new_file(sink, PROMPT_SCHEMA) as writer:

@@ -29,6 +29,9 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("megatron_rest/rollout/conversations.py", "importlib.import_module"): (
         1, "rollout.environment: the user's own package, asked for by name in the configuration",
     ),
+    ("megatron_rest/user_code.py", "importlib.import_module"): (
+        1, "weighting.source, advantage.estimator, loss.function: the user's own package, asked for by name",
+    ),
     ("data_tools/adapter.py", "spec_from_file_location"): (1, "--adapter FILE.py:FUNCTION: the user's own code"),
     ("data_tools/adapter.py", "exec_module"): (1, "--adapter FILE.py:FUNCTION: running the user's file is the option"),
     ("launch/cli.py", "import runpy"): (1, "nemo-run FILE.py: running the user's recipe is the command"),
