@@ -130,6 +130,7 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
                     f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
                 )
     trainer.checkpoints.wait()
+    trainer.rollout_files.wait()
     if trainer.is_one_step_off and start < config.trainer.steps and trainer.validator is not None:
         trainer.sync_weights(version=config.trainer.steps)  # no step has sent the last one's weights
         _validate(trainer, config.trainer.steps, console)
@@ -168,6 +169,7 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         config=config.rollout,
         connect=lambda is_member: WeightSync(engine if is_member else None, source, config.weight_sync),
     )
+    credit = find_credit(config.weighting)
     return RestTrainer(
         config,
         parts=parts,
@@ -181,8 +183,9 @@ def build_trainer(config: RestConfig) -> RestTrainer:
             dialect=judged_dialect(config, chat),
             stop_token_ids=ends,
             max_response_tokens=config.rollout.max_response_tokens,
+            marks_turns="marks" in credit.traits.needs,
         ),
-        weighting=find_credit(config.weighting),
+        weighting=credit,
         validator=Validator(config, tokenizer, rank=parts.context.rank, chat=chat) if config.validation.every else None,
         # Before any checkpoint is loaded: the reference is model.path, in a continued run as in the first.
         reference=ReferencePolicy(parts.policy) if config.loss.kl_coef else None,
