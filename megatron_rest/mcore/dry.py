@@ -11,6 +11,7 @@ It changes Megatron and torch.distributed for the whole process: call it in a pr
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -189,6 +190,7 @@ def _megatron_on_meta() -> Iterator[None]:
 def _stand_in(shape: ModelShape) -> None:
     """Everything that needs data or another rank, for the rest of this process."""
     cpu.enable()
+    warnings.simplefilter("ignore", FutureWarning)  # names of collectives that Megatron knows by their older ones
     _collectives()
     _host_bounds()
     _tensor_types()
@@ -246,7 +248,8 @@ def _host_bounds() -> None:
     def to(self: MicroBatch, device: Any) -> MicroBatch:
         stay = ("cu_seqlens", "active_rows", "parents")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stay}
-        return replace(self, **{name: v.to(_META) for name, v in values.items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {name: v.to(_META) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     MicroBatch.to = to  # type: ignore[method-assign]
 
@@ -281,7 +284,7 @@ class _Flash(torch.autograd.Function):
 def _flash_attention() -> None:
     import megatron_rest.mcore.attention as attention
 
-    attention._causal_attention = lambda query, key, value, scale: _Flash.apply(query, key, value)  # type: ignore[assignment]
+    attention._causal_attention = lambda query, key, value, scale: _Flash.apply(query, key, value)
 
 
 def _even_routing(top_k: int) -> None:
