@@ -625,8 +625,8 @@ class WeightSyncConfig:
     bucket_bytes: int = 64 << 20
     """Tensors travel in buckets or messages of about this size."""
     canary_tolerance: float | None = None
-    """Largest |log-prob difference| between engine and trainer on the canary after a sync, nats; null = 1e-3 if both
-    compute in float32, 0.1 if not (16-bit rounding alone makes up to 0.06), 1.0 with rollout.quantization."""
+    """|log-prob difference| between engine and trainer that the middle one of the canary's tokens may have after a
+    sync, nats; null = 1e-4 if both compute in float32, 0.05 if not, 0.3 with rollout.quantization."""
     canary_tokens: int = 16
     """Tokens sampled from the canary prompt after every sync."""
 

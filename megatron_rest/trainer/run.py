@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.conversations import make_conversation
 from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.host import EngineHost
+from megatron_rest.rollout.keeper import sweep
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.run_folder import finish, is_finished
@@ -103,18 +106,23 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
         StopRequest(context.device) as stop,
         console.progress("ResT", total=total, unit="step", plain_interval=_PROGRESS_SECONDS) as progress,
     ):
+        saving: dict[str, float] = {}  # seconds of the checkpoint before this step: its own line is written by then
         for step in range(start + 1, config.trainer.steps + 1):
             report = trainer.step(step)
+            report = replace(report, seconds={**report.seconds, **saving})
             if writer is not None:
                 writer.write(report)
             console.step(report)
             if text := validation_line(report.metrics, version=report.policy_version):
                 console.line(text)
             trainer.on_phase(step, "checkpoint")
+            started = time.perf_counter()
             is_stopping = stop.is_agreed() and step < config.trainer.steps
-            if is_stopping or _is_due(step, config):
-                trainer.save(step, report.metrics)
+            is_saving = is_stopping or _is_due(step, config)
+            if is_saving:
+                trainer.save(step, report.metrics, is_last=is_stopping)
             trainer.checkpoints.poll()
+            saving = {"checkpoint": time.perf_counter() - started} if is_saving else {}
             progress.update()
             if is_stopping:
                 trainer.checkpoints.wait()
@@ -158,7 +166,7 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         placement=placement,
         rank=parts.context.rank,
         config=config.rollout,
-        connect=lambda: WeightSync(engine, source, config.weight_sync),
+        connect=lambda is_member: WeightSync(engine if is_member else None, source, config.weight_sync),
     )
     credit = find_credit(config.weighting)
     return RestTrainer(
@@ -210,6 +218,7 @@ def make_engine(
             host, devices = hosted_place(rollout, hosts, index)
             return RemoteEngine(path, rollout, devices=devices, host=host, **settings)
         return RemoteEngine(path, rollout, devices=engine_devices(context, rollout, placement, index), **settings)
+    sweep()
     return VllmEngine(path, rollout, conversation=make_conversation(rollout, path, chat), **settings)
 
 
