@@ -130,6 +130,7 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
                     f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
                 )
     trainer.checkpoints.wait()
+    trainer.rollout_files.wait()
     if trainer.is_one_step_off and start < config.trainer.steps and trainer.validator is not None:
         trainer.sync_weights(version=config.trainer.steps)  # no step has sent the last one's weights
         _validate(trainer, config.trainer.steps, console)
