@@ -39,17 +39,24 @@ class Fault:
 FAULTS = (
     Fault(
         "sign of the policy loss",
-        "megatron_rest/algorithms/policy_loss.py",
+        "megatron_rest/algorithms/ratio_losses.py",
         "unclipped = -advantages * ratio",
         "unclipped = advantages * ratio",
         "tests/algorithms",
     ),
     Fault(
         "clip range: high and low swapped",
-        "megatron_rest/algorithms/policy_loss.py",
+        "megatron_rest/algorithms/ratio_losses.py",
         "ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)",
         "ratio.clamp(1.0 - config.clip_high, 1.0 + config.clip_low)",
         "tests/algorithms",
+    ),
+    Fault(
+        "entropy mask keeps the calm tokens",
+        "megatron_rest/weighting/entropy_mask.py",
+        "(rows.entropy >= threshold)",
+        "(rows.entropy <= threshold)",
+        "tests/weighting",
     ),
     Fault(
         "standard deviation left out of the advantage",
@@ -201,8 +208,8 @@ FAULTS = (
     Fault(
         "canary always holds",
         "megatron_rest/trainer/canary.py",
-        "if not worst <= self.tolerance:",
-        "if worst < 0:",
+        "if song.middle > self.tolerance and not self._is_known(version, song):",
+        "if song.middle < 0:",
         "tests/trainer/test_canary.py",
     ),
     Fault(

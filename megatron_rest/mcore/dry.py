@@ -11,6 +11,7 @@ It changes Megatron and torch.distributed for the whole process: call it in a pr
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -189,6 +190,7 @@ def _megatron_on_meta() -> Iterator[None]:
 def _stand_in(shape: ModelShape) -> None:
     """Everything that needs data or another rank, for the rest of this process."""
     cpu.enable()
+    warnings.simplefilter("ignore", FutureWarning)  # names of collectives that Megatron knows by their older ones
     _collectives()
     _host_bounds()
     _tensor_types()

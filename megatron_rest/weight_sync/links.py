@@ -254,7 +254,15 @@ class Lanes:
         """Lane of the next message to or from ``peer``."""
         seen = self._seen.get(peer, 0)
         self._seen[peer] = seen + 1
-        return (self._rank + peer + seen) % self._count
+        return (self._digits(self._rank) + self._digits(peer) + seen) % self._count
+
+    def _digits(self, rank: int) -> int:
+        """Their sum, to the base of the lanes: neighbours differ, and so do ranks that lie a stage or two apart."""
+        total = 0
+        while rank and self._count > 1:
+            rank, digit = divmod(rank, self._count)
+            total += digit
+        return total
 
 
 def open_link(

@@ -289,6 +289,7 @@ def unwritable(rank: int, world_size: int, models: dict[str, str], folder: str) 
 def late(rank: int, world_size: int, models: dict[str, str], folder: str) -> list[Any]:
     """Checkpoints that are whole when what they wait for has come, in the background and at once."""
     parts = make_policy(layout_config(models["plain"], tp=2))
+    parts.policy.update(with_weights(batch_of(parts, random_samples(parts.shape.vocab_size))), smooth_loss)
     queue = {"queue.integers": torch.arange(5), "queue.floats": torch.rand(3)}
     found = []
     for is_asynchronous in (True, False):

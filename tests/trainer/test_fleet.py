@@ -393,7 +393,8 @@ def test_living_engines_do_the_work_of_a_lost_one_and_take_weights_without_it(tm
     [first, second] = run_distributed(one_of_two_is_lost, 2, str(tmp_path))
     [whole] = run_distributed(undisturbed, 1)
     assert first[0] == second[0] == whole, "who samples a rollout changes nothing in it"
-    assert [len(keys) for keys in second[1]] == [4], "nothing more was asked of the lost one"
+    [dealt] = second[1]  # its half, and one more if the other one was late: nothing more was asked of it
+    assert len(dealt) in (4, 5)
     assert sum(len(keys) for keys in first[1]) == 8 - 1, "all but the one that the lost one had done"
     assert first[2] == second[2] == 1 and first[4] == 1
     assert first[3] == [0, 0, 0] and second[3] == [0, None, 1], "the living one alone, then both"

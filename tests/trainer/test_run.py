@@ -337,7 +337,7 @@ def test_credit_of_ones_own_by_name(base, warm):
         raw = 1.0 + 2.0 * np.arange(mask.sum()) / mask.sum()
         np.testing.assert_allclose(saved.token_weights[at][mask], raw / raw.mean(), rtol=1e-5)
         np.testing.assert_array_equal(saved.token_advantages[at][mask], np.float32(advantage))
-    assert np.ptp(saved.token_weights[saved.loss_mask]) > 1.0, "not uniform"
+    assert np.ptp(saved.token_weights[saved.loss_mask]) > 0.9, "not uniform: 0.5 to 1.5"
     for group in np.unique(saved.group_ids):
         mine = saved.group_ids == group
         rewards, count = saved.rewards[mine].astype(np.float64), int(mine.sum())
