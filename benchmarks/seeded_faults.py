@@ -166,7 +166,7 @@ FAULTS = (
     Fault(
         "a slice of the weights at the wrong offset",
         "megatron_rest/weight_sync/plan.py",
-        "_shifted(wanted.start, box.hf_start, wanted.hf_start)",
+        "_shifted(wanted.start, begin, wanted.hf_start)",
         "_shifted(wanted.start, wanted.hf_start, wanted.hf_start)",
         "tests/weight_sync/test_plan.py tests/weight_sync/test_slices.py",
     ),
