@@ -10,13 +10,25 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from megatron_rest.algorithms import group_relative_advantages
 from megatron_rest.config import AdvantageConfig, RewardConfig
-from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, is_thought_open, label_rollout, turn_starts
+from megatron_rest.regions import (
+    TOOLRL,
+    Dialect,
+    answer_prefix,
+    is_thought_open,
+    label_rollout,
+    read_turn,
+    schemas_of,
+    turn_starts,
+)
 from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
+from megatron_rest.rewards.functions import Reward, RewardInput, RewardTurn
+from megatron_rest.trainer.rewarding import RewardTerms, token_rewards
 from megatron_rest.trainer.time_limit import time_limit
 from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
 
@@ -36,7 +48,8 @@ class Verdict:
     static_rewards: tuple[float, ...]  # total without the schedule: comparable between steps
     is_zero_group: tuple[bool, ...]  # a group each: whether its advantages are all zero, so that it teaches nothing
     num_truncated: int  # rollouts that hit the length limit
-    is_judged: tuple[bool, ...]  # False: infrastructure ended the rollout, its reward says nothing of the policy
+    is_judged: tuple[bool, ...]  # False: infrastructure ended the rollout, or its reward failed: neither says anything
+    # of the policy
 
 
 class Judge:
@@ -68,19 +81,33 @@ class Judge:
         self._reported: set[str] = set()  # prompts whose references cannot be read
         self.dialect = dialect
         self.stop_token_ids = frozenset(stop_token_ids)
+        self.terms = None if reward.is_rule_alone else RewardTerms(reward)
+        # Of the step's rollouts what foreign rewards said: a step that draws again judges some twice, and asks once.
+        self._said: dict[int, tuple[Rollout, RewardInput, Sequence[Reward | str]]] = {}
+        self._said_in = -1
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
         samples: list[TrainSample] = []
         rewards: list[RewardOutput] = []
         static: list[float] = []
         is_zero: list[bool] = []
-        for number, group in enumerate(groups):
-            judged = [self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))]
-            advantages = self._advantages(group, [reward.total for reward, _ in judged])
+        is_judged: list[bool] = []
+        for number, (group, judged) in enumerate(zip(groups, self._rewards(groups, step=step), strict=True)):
+            counts = [
+                reward.is_judged and not rollout.stop_reason.is_infrastructure
+                for rollout, (reward, _) in zip(group.rollouts, judged, strict=True)
+            ]
+            is_judged += counts
+            advantages = self._advantages([reward.total for reward, _ in judged], np.array(counts))
             is_zero.append(not np.any(advantages))
-            for rollout, (reward, static_total), advantage in zip(group.rollouts, judged, advantages, strict=True):
+            for i, (rollout, (reward, static_total)) in enumerate(zip(group.rollouts, judged, strict=True)):
                 sample = self.sample(
-                    group, rollout, advantage=float(advantage), sequence_id=len(samples), group_id=number
+                    group,
+                    rollout,
+                    advantage=float(advantages[i]),
+                    sequence_id=len(samples),
+                    group_id=number,
+                    carries_loss=counts[i],
                 )
                 samples.append(sample)
                 rewards.append(reward)
@@ -92,40 +119,98 @@ class Judge:
             static_rewards=tuple(static),
             is_zero_group=tuple(is_zero),
             num_truncated=truncated,
-            is_judged=tuple(not r.stop_reason.is_infrastructure for g in groups for r in g.rollouts),
+            is_judged=tuple(is_judged),
         )
 
-    def _advantages(self, group: RolloutGroup, rewards: Sequence[float]) -> np.ndarray:
-        """float64 [G].  Rollouts that infrastructure ended have 0 and count for nobody.
+    def _advantages(self, rewards: Sequence[float], counts: np.ndarray) -> np.ndarray:
+        """float64 [G].  Rollouts that were not judged have 0 and count for nobody.
 
         One that is left of several has nobody to be compared with: 0.
         """
         advantages = np.zeros(len(rewards))
-        counts = np.array([not rollout.stop_reason.is_infrastructure for rollout in group.rollouts])
         if counts.sum() > 1 or counts.all():
             advantages[counts] = group_relative_advantages(
                 np.array(rewards)[counts], estimator=self.advantage.estimator, epsilon=self.advantage.epsilon
             )
         return advantages
 
-    def _judge_in_time(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
+    def _rewards(self, groups: Sequence[RolloutGroup], *, step: int) -> list[list[tuple[RewardOutput, float]]]:
+        """Of every rollout its reward, and the total without the schedule."""
+        if self.terms is None:
+            return [[self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))] for group in groups]
+        if step != self._said_in:
+            self._said, self._said_in = {}, step
+        new = [(r, g.prompt) for g in groups for r in g.rollouts if _is_whole(r) and id(r) not in self._said]
+        answers = [self.reward_input(rollout, prompt, step=step) for rollout, prompt in new]
+        for (rollout, _), answer, said in zip(new, answers, self.terms(answers), strict=True):
+            self._said[id(rollout)] = (rollout, answer, said)
+        return [[self._added_up(group, i, step=step) for i in range(len(group.rollouts))] for group in groups]
+
+    def _added_up(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
+        """The weighted sum of all terms; not judged if one of them is not."""
+        rollout = group.rollouts[i]
+        if not _is_whole(rollout):
+            return _nothing(str(rollout.stop_reason))
+        _, answer, foreign = self._said[id(rollout)]
+        total = static = 0.0
+        fields: dict[str, Any] = {"detail": ()}
+        parts: dict[str, float] = {}
+        fine: list[np.ndarray] = []
+        said = iter(foreign)
+        for term in self.reward.as_terms():
+            name = term.name
+            if term.function == "environment":
+                if rollout.reward is None:
+                    return _nothing(f"{name}: the environment gave no reward")
+                value = static_value = rollout.reward
+            elif term.function == "tool_call":
+                rule, static_value = self._judge_in_time(group, i, step=step, only_text=True)
+                value = rule.total
+                fields |= {k: getattr(rule, k) for k in ("format", "correctness", "is_format_valid", "accuracy")}
+                fields["detail"] += rule.detail
+            else:
+                reward = next(said)
+                if isinstance(reward, str):
+                    return _nothing(f"{name}: {reward}")
+                value = static_value = reward.total
+                parts |= {f"{name}/{part}": number for part, number in reward.parts.items()}
+                for claim in ("accuracy", "is_format_valid"):
+                    if getattr(reward, claim) is not None:
+                        fields.setdefault(claim, getattr(reward, claim))
+                fields["detail"] += tuple(f"{name}: {finding}" for finding in reward.findings)
+                if reward.is_fine_grained:
+                    regions = self._regions(group.prompt.token_ids, rollout)
+                    num_calls = [len(turn.calls) for turn in answer.turns]
+                    fine.append(term.weight * token_rewards(reward, rollout.loss_mask, regions, num_calls))
+            parts[name] = value
+            total += term.weight * value
+            static += term.weight * static_value
+        output = RewardOutput(total=total, parts=parts, token_rewards=np.sum(fine, axis=0) if fine else None, **fields)
+        return output, static
+
+    def _judge_in_time(
+        self, group: RolloutGroup, i: int, *, step: int, only_text: bool = False
+    ) -> tuple[RewardOutput, float]:
         """:meth:`judge`; what does not end within ``reward.timeout_seconds``, or fails, is named."""
         what = f"judging rollout {i} of prompt {group.prompt.prompt_id} in step {step}"
         try:
             with time_limit(self.reward.timeout_seconds, what):
-                return self.judge(group.rollouts[i], group.prompt, step=step)
+                return self.judge(group.rollouts[i], group.prompt, step=step, only_text=only_text)
         except Exception as error:
             tokens = (self.token_bytes[t] for t in group.rollouts[i].token_ids)
             text = b"".join(tokens).decode("utf-8", errors="replace")
             error.add_note(f"{what}: {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}")
             raise
 
-    def judge(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> tuple[RewardOutput, float]:
-        """Reward of one rollout, and its total without the schedule: its environment's, or that of its last answer.
+    def judge(
+        self, rollout: Rollout, prompt: PromptSample, *, step: int, only_text: bool = False
+    ) -> tuple[RewardOutput, float]:
+        """The built-in reward of one rollout, and its total without the schedule: its environment's (unless
+        ``only_text``), or that of its last answer.
 
         A reference that cannot be read earns nobody anything; it ends no run.
         """
-        if rollout.reward is not None:
+        if rollout.reward is not None and not only_text:
             return _given(rollout.reward), rollout.reward
         outside = np.flatnonzero(~rollout.loss_mask)
         start = int(outside[-1]) + 1 if len(outside) else 0
@@ -144,6 +229,42 @@ class Judge:
                 self._reported.add(prompt.prompt_id)
                 _log.warning("prompt %s: %s; its rollouts get reward 0", prompt.prompt_id, error)
             return _unjudged(str(error)), 0.0
+
+    def reward_input(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> RewardInput:
+        """What a reward function is given."""
+        tools = prompt.tools
+        schemas = schemas_of(tools)
+        starts = turn_starts(rollout.loss_mask)
+        ends = [*(start for start in starts[1:]), len(rollout.token_ids)]
+        turns = []
+        for start, end in zip(starts, ends, strict=True):
+            mask = rollout.loss_mask[start:end]
+            sampled, said = rollout.token_ids[start:end][mask], rollout.token_ids[start:end][~mask]
+            if len(sampled) and int(sampled[-1]) in self.stop_token_ids:
+                sampled = sampled[:-1]
+            text = self._prefix(prompt.token_ids, rollout.token_ids[:start]) + self._text(sampled)
+            read = read_turn(text, dialect=self.dialect, schemas=schemas)
+            calls = tuple(
+                {"name": call.name, "arguments": call.parameters} for call in read.calls if isinstance(call.name, str)
+            )
+            observation = self._text(said)
+            turns.append(RewardTurn(text=text, calls=calls, call_errors=tuple(read.errors), observation=observation))
+        return RewardInput(
+            prompt_id=prompt.prompt_id,
+            messages=tuple(prompt.messages),
+            tools=tuple(tools),
+            metadata=prompt.metadata,
+            reference=prompt.ground_truth,
+            text=turns[-1].text if turns else "",
+            turns=tuple(turns),
+            tokens=tuple(self._text(rollout.token_ids[i : i + 1]) for i in np.flatnonzero(rollout.loss_mask)),
+            step=step,
+            stop_reason=str(rollout.stop_reason),
+            environment_reward=rollout.reward,
+        )
+
+    def _text(self, token_ids: np.ndarray) -> str:
+        return self._bytes(token_ids).decode("utf-8", errors="replace")
 
     def _prefix(self, *before: np.ndarray) -> str:
         """What the tokens before an answer have written of it."""
@@ -164,15 +285,22 @@ class Judge:
         return regions
 
     def sample(
-        self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int, group_id: int = -1
+        self,
+        group: RolloutGroup,
+        rollout: Rollout,
+        *,
+        advantage: float,
+        sequence_id: int,
+        group_id: int = -1,
+        carries_loss: bool = True,
     ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
 
-        Nor does anything that infrastructure ended: what it did to the answer is not the policy's.
+        Nor does what was not judged, or what infrastructure ended: what it did to the answer is not the policy's.
         """
         prompt = group.prompt.token_ids
         regions = self._regions(prompt, rollout)
-        carries_loss = not rollout.stop_reason.is_infrastructure
+        carries_loss &= not rollout.stop_reason.is_infrastructure
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
@@ -185,17 +313,19 @@ class Judge:
         )
 
 
+def _is_whole(rollout: Rollout) -> bool:
+    """Whether there is anything to judge."""
+    return not rollout.stop_reason.is_infrastructure
+
+
+def _nothing(why: str) -> tuple[RewardOutput, float]:
+    return RewardOutput(total=0.0, is_judged=False, detail=(why,)), 0.0
+
+
 def _unjudged(why: str) -> RewardOutput:
     return RewardOutput(total=0.0, format=0.0, correctness=0.0, is_format_valid=False, accuracy=0.0, detail=(why,))
 
 
 def _given(reward: float) -> RewardOutput:
-    """An environment judges the outcome, not the format."""
-    return RewardOutput(
-        total=reward,
-        format=0.0,
-        correctness=reward,
-        is_format_valid=True,
-        accuracy=min(max(reward, 0.0), 1.0),
-        detail=("judged by its environment",),
-    )
+    """An environment's: it says nothing of a format or an accuracy, and nothing is claimed."""
+    return RewardOutput(total=reward, parts={"environment": reward}, detail=("judged by its environment",))
