@@ -23,7 +23,7 @@ TEST_ARGS ?=
 # A module stays in one process, since its tests share what they made.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos
+.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos reference pictures site
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -141,6 +141,21 @@ audit: ## known vulnerabilities of the frozen list (pip-audit in .cache/audit); 
 
 resolve: $(STAMP) ## whether the public package index alone has every pin, for each Python (requirements/resolve.py)
 	@$(BIN)/python requirements/resolve.py
+
+reference: $(STAMP) ## docs/reference from the code that it describes
+	@$(BIN)/python docs/make_reference.py
+
+pictures: $(STAMP) ## docs/images that are drawn by code
+	@$(BIN)/python docs/make_pictures.py
+
+SITE := .site/bin/mkdocs
+$(SITE): requirements/site.txt | $(STAMP)
+	@rm -rf .site && $(BIN)/python -m venv .site
+	@.site/bin/python -m pip install --no-input --disable-pip-version-check --quiet --no-deps --require-hashes -r requirements/site.txt
+	@touch $@
+
+site: $(SITE) ## the documents as a web site in site/ (mkdocs.yml); a dead link or an unlisted page fails
+	@NO_MKDOCS_2_WARNING=1 $(SITE) build --strict # --quiet would drop warnings before they are counted
 
 clean: ## remove caches and build leftovers (keeps .venv and runs)
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,7 @@
 """Console script ``nemo-run``: run a launch file, hand everything else to NeMo-Run's own command line.
 
     nemo-run launch/rest_70b.py [--dryrun] [--yes] [key=value ...]
+    nemo-run rest_70b ...                                          the recipe of that name that is installed
     nemo-run experiment status ID
 
 nemo-run 0.11.1 ships ``nemo`` and ``nemorun`` only, and neither runs a file.  ``python launch/rest_70b.py ...`` is the
@@ -29,6 +30,7 @@ from typing import Any
 
 from launch.compat import ensure_nemo_run_importable
 from megatron_rest.config import ConfigError, RestConfig, load
+from megatron_rest.scripts import recipe_file
 
 __all__ = ["main", "run_recipe"]
 
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     bin_dir = str(Path(sys.executable).parent)
     if bin_dir not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = bin_dir + os.pathsep + os.environ.get("PATH", "")
-    if arguments and arguments[0].endswith(".py"):
-        _run_file(Path(arguments[0]), arguments[1:])
+    if arguments and (arguments[0].endswith(".py") or recipe_file(arguments[0])):
+        _run_file(recipe_file(arguments[0]) or Path(arguments[0]), arguments[1:])
     else:
         _nemo_run(arguments)
 

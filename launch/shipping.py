@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import megatron_rest
 from launch.compat import ensure_nemo_run_importable
 from launch.recipe import ROOT, stop
 from megatron_rest.config import ConfigError, RestConfig
@@ -19,8 +20,14 @@ import nemo_run as run  # noqa: E402
 __all__ = ["CodePackager", "as_script", "digests", "user_packages"]
 
 PACKAGES = ("megatron_rest", "launch", "data_tools")
+_BUNDLED = "megatron_rest/bundled/"
 _LARGEST = 64 << 20  # of a user's package: more is data, which belongs on shared storage
 _LARGEST_INLINE = 90_000  # of a script: Linux takes 128 KiB as one argument, and the configuration is in there, too
+
+
+def _top(name: str) -> Path:
+    """Where a package of ours lies: all at the top of a checkout; a wheel has two of them below the third."""
+    return Path(megatron_rest.__file__).resolve().parent if name == "megatron_rest" else ROOT / name
 
 
 @dataclass(kw_only=True)
@@ -30,7 +37,7 @@ class CodePackager(run.Packager):
     ``tops`` are folders and files; each lies in the top of the archive under its own name.
     """
 
-    tops: list[str] = field(default_factory=lambda: [str(ROOT / name) for name in PACKAGES])
+    tops: list[str] = field(default_factory=lambda: [str(_top(name)) for name in PACKAGES])
 
     def package(self, path: Path, job_dir: str, name: str) -> str:
         """Write ``<job_dir>/<name>.tar.gz`` if it is not there."""
@@ -49,7 +56,7 @@ def user_packages(config: RestConfig) -> list[Path]:
         for named in named_code(config):
             key, reference = named.key, named.reference
             top = examine(named)
-            if top.parent.resolve() == ROOT and top.name in PACKAGES:
+            if top.name in PACKAGES and top.resolve() == _top(top.name):
                 continue  # is shipped anyway
             if top.name in (*PACKAGES, *(f"{name}.py" for name in PACKAGES)):
                 stop(f"{key} {reference!r}: {top} has the name of a package of this project: rename it")
@@ -97,6 +104,8 @@ def _tar(tops: Iterable[Path]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=6) as tar:
         for top in tops:
             for name, path in files(top):
+                if name.startswith(_BUNDLED):
+                    continue  # an installed wheel's launch and data_tools, which lie in the top of the archive
                 info = tarfile.TarInfo(name)
                 data = path.read_bytes()
                 info.size, info.mode = len(data), 0o755 if os.access(path, os.X_OK) else 0o644

@@ -22,11 +22,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from megatron_rest.credit_traits import BUILT_IN as CREDITS
+from megatron_rest.credit_traits import Normalisation, traits_of
 from megatron_rest.pass_through import OURS
 
 __all__ = [
+    "ADVANTAGE_NAMES",
     "DIALECT_NAMES",
     "LOGGERS",
+    "LOSS_NAMES",
     "RESOLVED",
     "REWARD_FUNCTIONS",
     "TRANSPORTS",
@@ -79,12 +83,19 @@ DIALECT_NAMES = (
 """Values of ``model.dialect`` beside ``auto``: the table of :mod:`megatron_rest.regions.dialects`."""
 
 
+ADVANTAGE_NAMES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gdpo")
+"""Values of ``advantage.estimator`` beside ``package.module:attribute`` (``algorithms/estimators.py``)."""
+
+LOSS_NAMES = ("clipped", "gspo", "cispo", "sapo")
+"""Values of ``loss.function`` beside ``package.module:attribute`` (``algorithms/ratio_losses.py``)."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message says which key, what came and how to mend it."""
 
 
 class WeightSource(StrEnum):
-    """Where token weights come from."""
+    """Where ResT's token weights come from; the other rules of token credit are in ``credit_traits.BUILT_IN``."""
 
     UNIFORM = "uniform"  # plain GRPO
     CONSTANT = "constant"  # the paper's region constants with the curriculum
@@ -121,10 +132,11 @@ class Fp8Recipe(StrEnum):
 
 
 class AdvantageEstimator(StrEnum):
-    """Group-relative advantage."""
+    """Advantage of a rollout within its group alone; ``ADVANTAGE_NAMES`` has those of the whole step, too."""
 
     GRPO = "grpo"  # (R - mean) / (std + eps)
     DR_GRPO = "dr_grpo"  # R - mean
+    RLOO = "rloo"  # R - mean of the others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -543,24 +555,43 @@ def _reward_term(name: str, values: Any) -> RewardTerm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdvantageConfig:
-    """Group-relative advantages."""
+    """From rewards to one advantage a rollout."""
 
-    estimator: AdvantageEstimator = AdvantageEstimator.GRPO
-    """grpo or dr_grpo."""
+    estimator: str = AdvantageEstimator.GRPO
+    """grpo, dr_grpo, rloo, reinforce_pp, reinforce_pp_baseline, gdpo (reward parts normalised apart), or
+    package.module:attribute."""
     epsilon: float = 1e-6
-    """Added to the group's standard deviation."""
+    """Added to standard deviations."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the estimator (gdpo: advantage.options.weights.correctness=2.0)."""
+    overlong_buffer: int = 0
+    """DAPO's soft overlong punishment: over the last so many tokens of rollout.max_response_tokens the reward falls
+    linearly by overlong_penalty; 0 = off."""
+    overlong_penalty: float = 1.0
+    """What an answer of full length loses."""
+    mask_truncated: bool = False
+    """Answers that were cut at the length limit carry no loss (they still count for their siblings)."""
 
     def __post_init__(self) -> None:
+        _name("advantage.estimator", self.estimator, ADVANTAGE_NAMES)
+        if self.estimator in list(AdvantageEstimator):
+            object.__setattr__(self, "estimator", AdvantageEstimator(self.estimator))
         if self.epsilon <= 0:
             raise ConfigError(f"advantage.epsilon is {self.epsilon}, expected a number > 0")
+        _at_least("advantage.overlong_buffer", self.overlong_buffer, 0)
+        _within("advantage.overlong_penalty", self.overlong_penalty, 0, open_ends="least")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightingConfig:
-    """Token weights: regions, curriculum, normalisation (mean 1 per sequence over its valid tokens)."""
+    """Token credit: ResT's weights by region (curriculum, mean 1 per sequence over its valid tokens), or another
+    rule."""
 
-    source: WeightSource = WeightSource.CONSTANT
-    """uniform (plain GRPO), constant, reference_code, entropy_offline, entropy_ema or variance_optimal."""
+    source: str = WeightSource.CONSTANT
+    """ResT: uniform (plain GRPO), constant, reference_code, entropy_offline, entropy_ema or variance_optimal; others:
+    entropy_mask, hicra, egpo, aem, empg, gtpo, otb, otb_turns (docs/algorithm.md), or package.module:attribute."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the rule (weighting.options.share=0.2); ResT's sources have the keys below instead."""
     gamma_format: float = 1.0
     """Weight of tags, JSON glue and end of turn at progress 0."""
     gamma_name: float = 1.2
@@ -595,6 +626,14 @@ class WeightingConfig:
     """score_bound: 1 / (1 - exp(-H)); inverse: 1 / H (both in the paper, Eq. 9)."""
 
     def __post_init__(self) -> None:
+        _name("weighting.source", self.source, tuple(CREDITS))
+        if self.source in list(WeightSource):
+            object.__setattr__(self, "source", WeightSource(self.source))
+            if self.options:
+                raise ConfigError(
+                    f"weighting.options {', '.join(self.options)}: weighting.source={self.source} takes its numbers "
+                    "from the keys of the weighting section itself (weighting.gamma_think=...)"
+                )
         _one_of("weighting.entropy_rule", self.entropy_rule, ("score_bound", "inverse"))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -613,7 +652,7 @@ class WeightingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Clipped policy loss."""
+    """Policy loss."""
 
     aggregation: LossAggregation = LossAggregation.SEQUENCE_MEAN
     """sequence_mean (paper), token_mean or reference_code."""
@@ -637,8 +676,19 @@ class LossConfig:
     """Log-ratios are clamped to +- this before exp."""
     old_log_probs: str = "policy"
     """What ratios start from: policy (as it was when the step began) or engine (as sampled; nothing is scored)."""
+    function: str = "clipped"
+    """What a token's ratio and advantage make: clipped (PPO), gspo (ratio of the whole answer), cispo, sapo, or
+    package.module:attribute."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function (sapo: loss.options.tau_negative=1.05)."""
 
     def __post_init__(self) -> None:
+        _name("loss.function", self.function, LOSS_NAMES)
+        if self.dual_clip is not None and self.function in ("cispo", "sapo"):
+            raise ConfigError(
+                f"loss.dual_clip bounds a clipped loss, and loss.function={self.function} has no such bound: set "
+                "loss.dual_clip=null"
+            )
         _one_of("loss.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
         _one_of("loss.tis_level", self.tis_level, ("token", "sequence"))
         _one_of("loss.old_log_probs", self.old_log_probs, ("policy", "engine"))
@@ -959,11 +1009,13 @@ def validate(config: RestConfig, *, world_size: int) -> None:
             f"trainer.max_tokens_per_microbatch {config.trainer.max_tokens_per_microbatch} is smaller than one "
             f"sequence may be ({longest} tokens)"
         )
-    if config.weighting.source is WeightSource.REFERENCE_CODE and config.loss.aggregation is LossAggregation.TOKEN_MEAN:
+    _check_credit(config)
+    is_positive = traits_of(config.weighting.source).normalisation is Normalisation.POSITIVE
+    if is_positive and config.loss.aggregation is LossAggregation.TOKEN_MEAN:
         raise ConfigError(
-            "weighting.source=reference_code gives the tokens of positive weight, not all tokens, the mean 1, and "
-            "loss.aggregation=token_mean divides by the sum of weights, which is then not known before the first "
-            "forward pass: set loss.aggregation to sequence_mean or reference_code"
+            f"weighting.source={config.weighting.source} gives the tokens of positive weight, not all tokens, the mean "
+            "1, and loss.aggregation=token_mean divides by the sum of weights, which is then not known before the "
+            "first forward pass: set loss.aggregation to sequence_mean or reference_code"
         )
     if config.profile.first_and_last[1] > config.trainer.steps:
         raise ConfigError(
@@ -986,6 +1038,40 @@ def validate(config: RestConfig, *, world_size: int) -> None:
         raise ConfigError(
             "precision.parameters=true needs parallel.distributed_optimizer=true: it holds the float32 weights that "
             "FP8 ones are made from"
+        )
+
+
+def _check_credit(config: RestConfig) -> None:
+    """Token credit, advantages and losses that cannot work as the rest of the configuration is."""
+    source, estimator, function = config.weighting.source, config.advantage.estimator, config.loss.function
+    if config.parallel.context_parallel > 1 and function == "gspo":
+        raise ConfigError(
+            "loss.function=gspo takes the ratio of a whole answer, which context parallelism cuts: set "
+            "parallel.context_parallel=1, or loss.function to clipped, cispo or sapo"
+        )
+    moves_zero = source in CREDITS and traits_of(source).moves_zero
+    if config.data.resample_zero_groups and (estimator == "reinforce_pp" or moves_zero):
+        what = "advantage.estimator" if estimator == "reinforce_pp" else "weighting.source"
+        raise ConfigError(
+            f"data.resample_zero_groups draws again where equal rewards teach nothing, and with {what}="
+            f"{estimator if what.startswith('advantage') else source} they do: set data.resample_zero_groups=0"
+        )
+    others = {
+        "weighting.source": "" if isinstance(source, WeightSource) else source,
+        "advantage.estimator": "" if isinstance(estimator, AdvantageEstimator) else estimator,
+        "loss.function": "" if function == "clipped" else function,
+    }
+    if config.trainer.replay_every and any(others.values()):
+        named = ", ".join(f"{key}={value}" for key, value in others.items() if value)
+        raise ConfigError(
+            f"trainer.replay_every records one microbatch of an update, from which {named} cannot be computed again: "
+            "set trainer.replay_every=0"
+        )
+    longest = config.rollout.max_response_tokens
+    if config.advantage.overlong_buffer > longest:
+        raise ConfigError(
+            f"advantage.overlong_buffer {config.advantage.overlong_buffer} is longer than an answer may be "
+            f"(rollout.max_response_tokens {longest}): lower it"
         )
 
 
@@ -1282,6 +1368,20 @@ def _one_of(path: str, value: str, allowed: typing.Sequence[str]) -> None:
         near = difflib.get_close_matches(value, allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(allowed)}"
         raise ConfigError(f"{path} is {value!r}: {hint}")
+
+
+_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def _name(path: str, value: str, known: typing.Sequence[str]) -> None:
+    """A built-in name, or the form of code of one's own."""
+    if ":" not in value:
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{path} is {value!r}: {hint}; your own is package.module:attribute")
+    elif not _CODE.fullmatch(value):
+        raise ConfigError(f"{path} is {value!r}, expected package.module:attribute")
 
 
 def _within(path: str, value: float, least: float, most: float = math.inf, *, open_ends: str = "") -> None:

@@ -5,46 +5,54 @@ What trains asks here, and so does what plans.
 
 from __future__ import annotations
 
-from megatron_rest.config import ConfigError, LossAggregation, LossConfig, ParallelConfig, RestConfig, WeightSource
+from megatron_rest.config import ConfigError, LossAggregation, LossConfig, ParallelConfig, RestConfig
+from megatron_rest.credit_traits import CreditTraits, traits_of
 
 __all__ = [
     "has_gradient_without_advantage",
     "is_scored",
+    "keeps_zero_groups",
     "least_microbatches",
     "measured_statistic",
     "microbatches_multiple",
     "shares_prompts",
 ]
 
-_STATISTICS = {
-    WeightSource.ENTROPY_OFFLINE: "entropy",
-    WeightSource.ENTROPY_EMA: "entropy",
-    WeightSource.VARIANCE_OPTIMAL: "beta",
-}
 
-
-def measured_statistic(source: WeightSource) -> str | None:
-    """What token weights want measured in the scoring pass of every step: "entropy", "beta" or None."""
-    return _STATISTICS.get(source)
+def measured_statistic(source: str) -> str | None:
+    """What token weights follow over the run, region by region: "entropy", "beta" or None."""
+    return traits_of(source).follows or None
 
 
 def has_gradient_without_advantage(loss: LossConfig) -> bool:
-    """Whether a sequence of advantage 0 changes the gradient.
+    """Whether a token of advantage 0 changes the gradient.
 
-    Entropy and KL terms do not ask for the advantage, and ``reference_code`` averages over whatever shares a
-    microbatch.
+    Entropy and KL terms do not ask for the advantage, ``reference_code`` averages over whatever shares a microbatch,
+    and of a function of the user's own nothing is known.
     """
-    return bool(loss.entropy_coef or loss.kl_coef) or loss.aggregation is LossAggregation.REFERENCE_CODE
+    has_terms = bool(loss.entropy_coef or loss.kl_coef) or ":" in loss.function
+    return has_terms or loss.aggregation is LossAggregation.REFERENCE_CODE
 
 
-def is_scored(config: RestConfig, number: int, *, is_saved: bool = False) -> bool:
+def keeps_zero_groups(config: RestConfig, traits: CreditTraits | None = None) -> bool:
+    """Whether rollouts whose advantage is 0 are trained on.
+
+    ``traits`` are those of the rule of token credit, where it is at hand; else what the configuration tells of it.
+    """
+    traits = traits_of(config.weighting.source) if traits is None else traits
+    is_of_step = config.advantage.estimator == "reinforce_pp"  # equal rewards of a group differ from those of others
+    return has_gradient_without_advantage(config.loss) or traits.moves_zero or is_of_step
+
+
+def is_scored(config: RestConfig, number: int, *, is_saved: bool = False, traits: CreditTraits | None = None) -> bool:
     """Whether update ``number`` (from 0) of a step is scored before the first.
 
-    The weights need it if their source measures this step, ratios if an earlier update of the step will have moved the
+    Token credit needs it if its rule measures something, ratios if an earlier update of the step will have moved the
     policy (and the engine's log-probs do not take their place), a file if the step is saved.
     """
+    traits = traits_of(config.weighting.source) if traits is None else traits
     needs_old = config.loss.old_log_probs == "policy" or is_saved
-    return measured_statistic(config.weighting.source) is not None or (number > 0 and needs_old)
+    return traits.is_scored or (number > 0 and needs_old)
 
 
 def shares_prompts(config: RestConfig, *, has_transformer_engine: bool) -> bool:

@@ -252,10 +252,16 @@ class MicroBatch:
         return replace(self, **moved)
 
     def with_scores(
-        self, *, old_log_probs: Tensor | None, token_weights: Tensor | None, ref_log_probs: Tensor | None = None
+        self, *, old_log_probs: Tensor | None, token_weights: Tensor | None = None, ref_log_probs: Tensor | None = None
     ) -> MicroBatch:
         """The same microbatch after the scoring passes; ``old_log_probs`` None: the update's own are the old ones."""
         return replace(self, old_log_probs=old_log_probs, token_weights=token_weights, ref_log_probs=ref_log_probs)
+
+    def with_credit(self, *, token_weights: Tensor | None, advantages: Tensor | None) -> MicroBatch:
+        """The same microbatch with token weights (None: uniform); ``advantages`` None: the rollouts' own stay."""
+        return replace(
+            self, token_weights=token_weights, advantages=self.advantages if advantages is None else advantages
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,6 +36,7 @@ __all__ = [
     "load_named",
     "load_object",
     "locate",
+    "make",
     "named_code",
     "package_digests",
     "recorded",
@@ -79,6 +80,14 @@ def named_code(config: RestConfig) -> list[NamedCode]:
             called_with=("prompt",),
             arguments=config.rollout.environment_arguments,
         ),
+    ]
+    found += [
+        NamedCode(key=key, reference=str(reference), called_with=(), arguments=options)
+        for key, reference, options in (
+            ("advantage.estimator", config.advantage.estimator, config.advantage.options),
+            ("weighting.source", config.weighting.source, config.weighting.options),
+            ("loss.function", config.loss.function, config.loss.options),
+        )
     ]
     found += [
         NamedCode(key=term.key, reference=term.function, called_with=("answer",), arguments=term.arguments)
@@ -127,7 +136,9 @@ def load_object(key: str, reference: CodeReference) -> Any:
     top = locate(key, reference)
     module, _, attribute = reference.partition(":")
     name = module.partition(".")[0]
-    if name not in sys.modules and _spec(name, sys.path) != _spec(name, [str(top.parent)]):
+    if name == __name__.partition(".")[0]:
+        top = Path(__file__).parent  # this project's own, whatever else of its name lies about
+    elif name not in sys.modules and _spec(name, sys.path) != _spec(name, [str(top.parent)]):
         sys.path.insert(0, str(top.parent))
         importlib.invalidate_caches()
     try:
@@ -146,6 +157,26 @@ def load_object(key: str, reference: CodeReference) -> Any:
     except AttributeError as error:
         raise ConfigError(f"{key} {reference!r}: {file} defines no {attribute}") from error
     return found
+
+
+def make(key: str, reference: CodeReference, options: Mapping[str, Any], options_key: str) -> Any:
+    """Import what ``reference`` names and call it with ``options``.
+
+    Raises ConfigError: it is not there, its import fails, it is no factory, or it does not take these options.
+    """
+    factory = load_object(key, reference)
+    if not callable(factory):
+        raise ConfigError(f"{key} {reference!r} is a {type(factory).__name__}, expected a class or a factory")
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ConfigError(
+            f"{options_key} {dict(options)}: {reference} takes {inspect.signature(factory)}: {error}"
+        ) from error
+    try:
+        return factory(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{options_key} {dict(options)}: {reference}: {error}") from error
 
 
 def _spec(name: str, path: list[str]) -> str | None:

@@ -6,14 +6,20 @@ loss = RestPolicyLoss(config.loss)                                     # the sam
 """
 
 from megatron_rest.algorithms.advantages import group_relative_advantages
+from megatron_rest.algorithms.estimators import JudgedRollouts, find_estimator
 from megatron_rest.algorithms.policy_loss import RestPolicyLoss, rest_policy_loss
+from megatron_rest.algorithms.ratio_losses import RatioLoss, RatioTerms
 from megatron_rest.types import BatchTotals, LossInputs, LossOutput
 
 __all__ = [
     "BatchTotals",
+    "JudgedRollouts",
     "LossInputs",
     "LossOutput",
+    "RatioLoss",
+    "RatioTerms",
     "RestPolicyLoss",
+    "find_estimator",
     "group_relative_advantages",
     "rest_policy_loss",
 ]

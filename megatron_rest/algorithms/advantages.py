@@ -21,12 +21,13 @@ def group_relative_advantages(
     """Advantage of each rollout within its group; every token of the rollout gets this one number.
 
     ``grpo`` (paper Eq. 15): ``(R - mean) / (std + epsilon)`` with the unbiased standard deviation (n - 1), as the
-    published code has it.  ``dr_grpo`` (arXiv 2503.20783): ``R - mean``.  A group of equal rewards gives exactly 0.  A
-    group of one has no siblings: mean 0 and std 1, so the advantage is the reward itself (published code).
+    published code has it.  ``dr_grpo`` (arXiv 2503.20783): ``R - mean``.  ``rloo`` (arXiv 2402.14740): ``R - mean`` of
+    the others, which is ``n / (n - 1)`` times that.  A group of equal rewards gives exactly 0.  A group of one has no
+    siblings: mean 0 and std 1, so the advantage is the reward itself (published code).
 
     Args:
         rewards: ``[G]`` one group, or ``[P, G]`` one group a row; torch, numpy or nested lists.
-        estimator: ``grpo`` or ``dr_grpo``.
+        estimator: ``grpo``, ``dr_grpo`` or ``rloo``.
         epsilon: added to the standard deviation.
 
     Returns:
@@ -55,4 +56,6 @@ def _advantages(values: Tensor, estimator: AdvantageEstimator, epsilon: float) -
     centred = torch.where(is_constant, 0.0, values - values.mean(-1, keepdim=True))  # rounding of the mean is no signal
     if estimator is AdvantageEstimator.DR_GRPO:
         return centred
+    if estimator is AdvantageEstimator.RLOO:
+        return centred * (values.shape[-1] / (values.shape[-1] - 1))
     return centred / (values.std(-1, keepdim=True) + epsilon)

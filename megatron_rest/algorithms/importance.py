@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rest.config import LossConfig
 from megatron_rest.types import LossInputs
 
-__all__ = ["rollout_correction", "truncated_ratios"]
+__all__ = ["rollout_correction", "sum_over_sequence", "truncated_ratios"]
 
 
 def rollout_correction(inputs: LossInputs, old_log_probs: Tensor, config: LossConfig) -> Tensor:
@@ -49,20 +49,20 @@ def truncated_ratios(
     log_ratio = torch.where(mask, log_ratio, 0.0)
     if config.tis_level == "sequence":
         assert sequence_ids is not None
-        whole = _sum_over_sequence(log_ratio, mask, sequence_ids, sequence_lengths)
+        whole = sum_over_sequence(log_ratio, mask, sequence_ids, sequence_lengths)
         log_ratio = torch.where(mask, whole, 0.0)
     limit = config.max_log_ratio
     return log_ratio.clamp(-limit, limit).exp().clamp(max=config.tis_cap)
 
 
-def _sum_over_sequence(values: Tensor, mask: Tensor, sequence_ids: Tensor, sequence_lengths: Tensor) -> Tensor:
+def sum_over_sequence(values: Tensor, mask: Tensor, sequence_ids: Tensor, sequence_lengths: Tensor) -> Tensor:
     """Sum of ``values`` over the valid tokens of each token's sequence, ``[T]``."""
     index = _numbered(sequence_ids)
     zeros = values.new_zeros(len(values))
     counts = zeros.index_add(0, index, mask.to(values.dtype))[index]
     message = (
-        "a sequence is cut: sequence-level importance sampling needs all its tokens in one microbatch on one "
-        "context-parallel rank; use tis_level=token"
+        "a sequence is cut: a ratio over a whole sequence needs all its tokens in one microbatch on one "
+        "context-parallel rank; use tis_level=token, and not loss.function=gspo"
     )
     is_whole = ~(mask & (counts != sequence_lengths)).any()
     if is_whole.device.type != "cpu":

@@ -1,6 +1,7 @@
 """ResT's clipped policy loss over the label-aligned tokens ``[T]`` of one microbatch.
 
     l_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),   r = exp(log_prob - old_log_prob)        (Eq. 19; a.4)
+          or what else ``loss.function`` makes of r and A (``ratio_losses.py``)
     loss = sum over all microbatches and ranks of c_t l_t, divided once by the global token count
 
 ``c_t`` is where the aggregations differ.  With N sequences, M tokens, weights w of sum W (all of the whole optimiser
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from megatron_rest.algorithms.importance import rollout_correction
 from megatron_rest.algorithms.kl import kl_estimate
+from megatron_rest.algorithms.ratio_losses import RatioTerms, find_ratio_loss
 from megatron_rest.config import LossAggregation, LossConfig
 from megatron_rest.types import LossInputs, LossOutput
 
@@ -56,7 +58,7 @@ class RestPolicyLoss:
     @property
     def is_token_separable(self) -> bool:
         config = self.config
-        needs_sequences = config.tis_cap is not None and config.tis_level == "sequence"
+        needs_sequences = _needs_sequences(config)
         return config.aggregation is not LossAggregation.REFERENCE_CODE and not needs_sequences
 
     def token_losses(self, inputs: LossInputs) -> Tensor:
@@ -119,7 +121,18 @@ def _token_losses(inputs: LossInputs, config: LossConfig) -> tuple[Tensor, dict[
     old = inputs.log_probs if inputs.old_log_probs is None else inputs.old_log_probs
     old_log_probs = torch.where(mask, old.detach(), 0.0)
     advantages = torch.where(mask, inputs.advantages.detach(), 0.0)
-    token_loss, metrics = _clipped_loss(log_probs, old_log_probs, advantages, mask, config)
+    log_ratio = (log_probs - old_log_probs).clamp(-config.max_log_ratio, config.max_log_ratio)
+    token_loss, metrics = find_ratio_loss(config).function(
+        RatioTerms(
+            log_probs=log_probs,
+            log_ratio=log_ratio,
+            advantages=advantages,
+            mask=mask,
+            sequence_ids=inputs.sequence_ids,
+            sequence_lengths=torch.where(mask, inputs.sequence_lengths, 1.0),
+            config=config,
+        )
+    )
     if config.tis_cap is not None:
         correction = rollout_correction(inputs, old_log_probs, config)
         token_loss = token_loss * correction
@@ -164,30 +177,10 @@ def _inverse_lengths(inputs: LossInputs) -> Tensor:
     return torch.where(mask, 1.0 / torch.where(mask, inputs.sequence_lengths, 1.0), 0.0)
 
 
-def _clipped_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, config: LossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token losses ``[T]`` and per-token metrics.  With ``log_probs == old_log_probs`` the ratio is exactly 1."""
-    log_ratio = (log_probs - old_log_probs).clamp(-config.max_log_ratio, config.max_log_ratio)
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    token_loss = torch.maximum(unclipped, clipped)
-    is_clipped = clipped > unclipped
-    seen, seen_ratio = log_ratio.detach(), ratio.detach()
-    metrics = {
-        "ratio": seen_ratio,
-        "approx_kl": torch.expm1(seen) - seen,  # k3 of KL(old || new) on samples of old: non-negative, unbiased
-        "clip_fraction": is_clipped.float(),
-        "clip_fraction_high": (is_clipped & (seen_ratio > 1.0)).float(),
-        "clip_fraction_low": (is_clipped & (seen_ratio < 1.0)).float(),
-    }
-    if config.dual_clip is not None:  # for A < 0 the clipped loss is unbounded in r
-        bound = -config.dual_clip * advantages
-        is_bounded = (advantages < 0) & (token_loss > bound)
-        token_loss = torch.where(is_bounded, bound, token_loss)
-        metrics["dual_clip_fraction"] = is_bounded.float()
-    return token_loss, metrics
+def _needs_sequences(config: LossConfig) -> bool:
+    """Whether the loss of a token depends on other tokens of its sequence."""
+    is_whole = config.tis_cap is not None and config.tis_level == "sequence"
+    return is_whole or find_ratio_loss(config).needs_sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +241,7 @@ def _check(inputs: LossInputs, config: LossConfig) -> None:
         "ref_log_probs": bool(config.kl_coef),
         "entropy": bool(config.entropy_coef),
         "rollout_log_probs": config.tis_cap is not None,
-        "sequence_ids": config.tis_cap is not None and config.tis_level == "sequence",
+        "sequence_ids": _needs_sequences(config),
     }
     needed["totals"] = config.aggregation is LossAggregation.REFERENCE_CODE
     missing = [name for name, is_needed in needed.items() if is_needed and getattr(inputs, name) is None]

@@ -36,7 +36,9 @@ _DTYPES = {
     "entropy": np.float32,
     "token_weights": np.float32,
     "beta": np.float32,
+    "token_advantages": np.float32,
 }
+_OPTIONAL = ("beta", "token_advantages")
 _PER_SEQUENCE = ("group_ids", "advantages", "rewards")
 _FILE = re.compile(r"step_(\d{6,})\.npz")
 # zipfile's own, its decompressors', and RuntimeError for an encrypted entry or an unknown compression method
@@ -61,12 +63,13 @@ class SavedRollouts:
     entropy: np.ndarray  # float32 [T], nats
     token_weights: np.ndarray  # float32 [T]
     beta: np.ndarray | None = None  # float32 [T], squared score norms, where the run measures them
+    token_advantages: np.ndarray | None = None  # float32 [T], where weighting.source may give each token its own
 
     def __post_init__(self) -> None:
         num_tokens = int(self.lengths.sum())
         for name, dtype in _DTYPES.items():
             array = getattr(self, name)
-            if array is None and name == "beta":
+            if array is None and name in _OPTIONAL:
                 continue
             expected = len(self.lengths) if name in ("lengths", *_PER_SEQUENCE) else num_tokens
             if array.dtype != dtype or array.shape != (expected,):

@@ -84,8 +84,8 @@ def _with_scores(step: StepLoss, output: PolicyOutput) -> tuple[Tensor, Tensor, 
 def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Callable[..., Any]]:
     """Scoring pass (forward only).
 
-    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage (``[3, T]`` with beta).  Rows
-    without loss hold 0 where the head does not project them.
+    The schedule's result is the list of ``[2, T]`` float32 outputs of the last stage (``[4, T]`` with beta and sum
+    p^2).  Rows without loss hold 0 where the head does not project them.
     """
     microbatch = next(data_iterator)
     return _forward(microbatch, model, HeadContext(active_rows=microbatch.active_rows)), _scores
@@ -93,6 +93,7 @@ def score_step(data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Any, Ca
 
 def _scores(output: PolicyOutput) -> tuple[Tensor, Tensor, Tensor]:
     output = PolicyOutput(*output)
-    rows = [row[0].detach() for row in (output.log_probs, output.entropy, output.beta) if row is not None]
+    found = (output.log_probs, output.entropy, output.beta, output.sum_p2)
+    rows = [row[0].detach() for row in found if row is not None]
     zero = torch.zeros((), device=rows[0].device)
     return zero, zero.to(torch.int), torch.stack(rows)

@@ -47,10 +47,11 @@ LogitScale = Callable[[Tensor], Tensor]
 class PolicyOutput(NamedTuple):
     """What ``model(..., labels=labels)`` returns with a head; mixed-precision wrappers turn it into a plain tuple."""
 
-    log_probs: Tensor  # float32 [b, s], nats; 0 on rows that were not projected
+    log_probs: Tensor  # float32 [b, s], nats; 0 on rows that were not projected.  Constant beside a loss_sum
     entropy: Tensor  # float32 [b, s], nats; likewise
     beta: Tensor | None = None  # float32 [b, s], constant; inside output.measuring_beta
     loss_sum: Tensor | None = None  # scalar float32; the loss, where HeadContext.token_loss was used; it has the graph
+    sum_p2: Tensor | None = None  # float32 [b, s], constant, sum of squared probabilities; beside beta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +61,7 @@ class HeadContext:
     """
 
     active_rows: Tensor | None = None  # int64 on the CPU, strictly increasing: rows with loss; None = all
+    loss_mask: Tensor | None = None  # bool [s * b]: where it is False a label may be anything (-100, padding)
     token_loss: TokenLoss | None = None  # loss of a row from its own log-prob and entropy; None: the caller's affair
 
 
@@ -95,6 +97,8 @@ class PolicyHead:
         """``hidden_states`` [s, b, H] ([s / TP, b, H] under sequence parallelism), ``labels`` [b, s] global ids."""
         context = context or HeadContext()
         rows = labels.transpose(0, 1).contiguous()
+        if context.loss_mask is not None:  # on a device nobody can look which labels are out of range
+            rows = torch.where(context.loss_mask.view(rows.shape), rows, 0)
         if self.form == "fused":
             scores, loss_sum = self._fused(hidden_states, output_layer, output_weight, rows, context)
         else:
@@ -105,6 +109,7 @@ class PolicyHead:
             entropy=scores.entropy.transpose(0, 1),
             beta=None if beta is None else beta.transpose(0, 1),
             loss_sum=loss_sum,
+            sum_p2=None if scores.collision is None else scores.collision.transpose(0, 1),
         )
 
     def _from_logits(

@@ -7,10 +7,10 @@
 :func:`detach` gives the model back as it was.  How it gets there depends on what the installed Megatron can do, which
 its signatures say and its version does not:
 
-* ``GPTModel.forward(output_processor=..., output_processor_context=...)`` exists (0.17 and newer): a forward pre-hook
+* ``GPTModel.forward(output_processor=..., output_processor_context=...)`` exists (0.18 and newer): a forward pre-hook
   of the instance passes the head as that argument.  Nothing of Megatron is replaced.
-* it does not (0.16): the instance's ``_postprocess``, in which its forward pass ends, is shadowed by an adapter that
-  hands the head the same arguments.  The one symbol that is replaced; if it has moved, attaching raises and names it.
+* it does not (0.16, 0.17): the instance's ``_postprocess``, in which its forward pass ends, is shadowed by an adapter
+  that hands the head the same arguments.  The one symbol that is replaced; if it has moved, attaching names it.
 
 Either way a step may pass ``output_processor_context=HeadContext(...)``: rows with loss, and a loss to differentiate
 within the forward pass.
@@ -22,6 +22,8 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from megatron_rest.mcore.head import HeadContext, PolicyHead, PolicyOutput, check_fusable
 
@@ -59,10 +61,13 @@ def attach(model: Any, *, vocab_size: int | None = None, temperature: float = 1.
 
     Raises:
         RuntimeError: this Megatron has neither of the two places to attach to; names them.
-        ValueError: unknown form, or an output layer that cannot be fused.
+        TypeError: ``model`` is a wrapper (DistributedDataParallel, Float16Module); names it.
+        ValueError: unknown form, an output layer that cannot be fused, a ``vocab_size`` beyond its columns, or a
+            configuration that averages the means of microbatches (``calculate_per_token_loss=False``).
     """
     if form not in _FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(_FORMS)}")
+    _check_model(model, vocab_size)
     is_last = getattr(model, "post_process", False)
     if is_last and form == "fused":
         check_fusable(model.output_layer, model.config)
@@ -145,6 +150,11 @@ class _NativeSeam:
 
     def _pass_head(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if self.head is not None and _has_labels(args, kwargs):
+            if model.config.mtp_num_layers and kwargs.get("loss_mask") is None and torch.is_grad_enabled():
+                raise ValueError(
+                    "multi-token prediction adds a cross-entropy of its own, on every token: pass loss_mask=[b, s] to "
+                    "the model, or the policy learns to write its prompts"
+                )
             kwargs.setdefault(_ARGUMENT, self.head)
         return args, kwargs
 
@@ -192,6 +202,23 @@ def _has_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return kwargs.get("labels", positional) is not None
 
 
+def _check_model(model: Any, vocab_size: int | None) -> None:
+    inner = getattr(model, "module", None)
+    if inner is not None and not hasattr(model, "output_layer"):
+        raise TypeError(
+            f"model is a {type(model).__name__} around a {type(inner).__name__}: attach to the model itself, before it "
+            "is wrapped, or to megatron.core.utils.unwrap_model(model)"
+        )
+    if getattr(getattr(model, "config", None), "calculate_per_token_loss", True) is False:
+        raise ValueError(
+            "config.calculate_per_token_loss is False: Megatron would average the means of microbatches, and the step "
+            "would depend on how the work is split; set it to True (--calculate-per-token-loss) before the model exists"
+        )
+    columns = getattr(getattr(model, "output_layer", None), "output_size", None)
+    if vocab_size is not None and columns is not None and not 0 < vocab_size <= columns:
+        raise ValueError(f"vocab_size is {vocab_size}, but the output layer has {columns} columns, padding included")
+
+
 def _check_adaptable(model: Any) -> None:
     name = f"{type(model).__module__}.{type(model).__name__}"
     method = getattr(type(model), _ADAPTED, None)
@@ -200,10 +227,10 @@ def _check_adaptable(model: Any) -> None:
         raise RuntimeError(
             f"{name} has neither an argument {_ARGUMENT} of forward nor a method {_ADAPTED}({', '.join(_NEEDED)}, "
             "...): this Megatron-Core finishes its forward pass elsewhere; megatron_rest knows GPTModel of "
-            "megatron-core 0.16 (the method) and of 0.17 to 0.19 (the argument)"
+            "megatron-core 0.16 and 0.17 (the method) and of 0.18 and 0.19 (the argument)"
         )
     if getattr(model.config, "mtp_num_layers", None):
         raise RuntimeError(
             f"{name}: multi-token prediction adds its loss inside {_ADAPTED}, which a head would replace; it needs a "
-            f"Megatron-Core whose forward takes {_ARGUMENT} (0.17 and newer)"
+            f"Megatron-Core whose forward takes {_ARGUMENT} (0.18 and newer)"
         )

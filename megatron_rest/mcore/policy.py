@@ -39,6 +39,7 @@ class Scores:
     log_probs: Tensor  # float32 [T], nats
     entropy: Tensor  # float32 [T], nats
     beta: Tensor | None = None  # float32 [T], squared score norm of the output layer (mcore.output), if asked for
+    sum_p2: Tensor | None = None  # float32 [T], sum of squared probabilities, beside beta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,13 +101,13 @@ class MegatronPolicy:
     ) -> list[Scores]:
         """Log-probs and entropy of every label, without gradients; the same list on every pipeline and tensor rank.
 
-        ``with_beta`` adds the score norms that :func:`megatron_rest.mcore.output.measuring_beta` defines;
+        ``with_beta`` adds the score norms that :func:`megatron_rest.mcore.output.measuring_beta` defines, and sum p^2;
         ``temperature`` replaces the sampling temperature; ``in_bf16`` leaves FP8 products out.  FP8 scales are used as
         training left them, and left as they are.
 
         Collectives: the pipeline's forward communication, one all-gather per microbatch over TP on the last stage (two
         with beta under sequence parallelism), one all-gather of ``[2, sum T / CP]`` float32 over CP and one broadcast
-        of ``[2, sum T]`` over PP (``[3, ...]``).
+        of ``[2, sum T]`` over PP (``[4, ...]`` with beta).
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -119,7 +120,7 @@ class MegatronPolicy:
                 if temperature is not None:
                     measuring.enter_context(at_temperature(module, temperature))
             outputs = self._schedule(score_step, microbatches, forward_only=True)
-        return self._scores(outputs, microbatches, rows=3 if with_beta else 2)
+        return self._scores(outputs, microbatches, rows=4 if with_beta else 2)
 
     def _scores(self, outputs: Sequence[Tensor], microbatches: Sequence[MicroBatch], *, rows: int) -> list[Scores]:
         """``[rows, T / CP]`` of each microbatch from the last stage -> scores of whole sequences on every rank."""
@@ -133,7 +134,8 @@ class MegatronPolicy:
         if context.pp_size > 1:
             dist.broadcast(flat, src=context.last_stage_rank, group=context.pp_group)
         parts = [part[:, : len(m.token_ids)] for part, m in zip(flat.split(lengths, dim=1), microbatches, strict=True)]
-        return [Scores(log_probs=part[0], entropy=part[1], beta=part[2] if rows > 2 else None) for part in parts]
+        names = ("log_probs", "entropy", "beta", "sum_p2")[:rows]
+        return [Scores(**dict(zip(names, part, strict=True))) for part in parts]
 
     def settle_scales(self, microbatches: Sequence[MicroBatch]) -> None:
         """First scales of delayed FP8 scaling, from two forward passes (``mcore.precision.settle_scales``).

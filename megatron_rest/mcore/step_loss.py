@@ -9,7 +9,8 @@ have ``calculate_per_token_loss=True``: Megatron then divides by the sum of ``nu
 context-parallel ranks, and no split of the work changes the gradient.
 
 ``step.context`` tells the head which rows carry loss and, where the loss allows it, how to differentiate them while the
-logits are at hand.  Leaving it out changes the cost only.
+logits are at hand.  The log-probs and the entropy beside such a loss are constants: a term of your own on them belongs
+into the loss (``token_losses``), or leave the context out, which changes the cost and gives them their gradient back.
 """
 
 from __future__ import annotations
@@ -83,10 +84,11 @@ class LossTokens:
         """Read a Megatron-LM style batch: tensors ``[b, s]``, index t of each speaks of ``labels[:, t]``.
 
         Args:
-            batch: ``loss_mask`` (bool, or numbers that are 0 or 1) and ``advantages`` (``[b, s]`` or one a sequence,
-                ``[b]``); optional ``old_log_probs``, ``token_weights``, ``rollout_log_probs``, ``ref_log_probs``
-                (``[b, s]``), ``cu_seqlens`` (``[n + 1]``, packed sequences of a batch of 1; otherwise every row is a
-                sequence) and ``active_rows``.  Other keys are the host's and are not looked at.
+            batch: ``loss_mask`` (bool, or numbers that are 0 or 1) and ``advantages`` (``[b, s]`` or one a sequence:
+                ``[b]``, ``[b, 1]``, or ``[n]`` beside ``cu_seqlens``); optional ``old_log_probs``,
+                ``token_weights``, ``rollout_log_probs``, ``ref_log_probs`` (``[b, s]``), ``cu_seqlens`` (``[n + 1]``,
+                packed sequences of a batch of 1; otherwise every row is a sequence) and ``active_rows``.  Other keys
+                are the host's and are not looked at.
             totals: of the whole optimiser step, where the data pipeline knows them; not needed otherwise.
 
         ``active_rows`` are computed here if ``loss_mask`` is on the CPU.  A mask on a device is not read back: put
@@ -96,15 +98,15 @@ class LossTokens:
         if missing:
             raise ValueError(f"the batch has no {' and no '.join(missing)}, only {', '.join(sorted(batch))}")
         mask = _binary(batch["loss_mask"])
+        sequence_ids = _sequence_ids(mask, batch.get("cu_seqlens"))
         columns: dict[str, Tensor | None] = {}
         for name in ("advantages", "old_log_probs", "token_weights", "rollout_log_probs", "ref_log_probs"):
             value = batch.get(name)
-            if value is not None and name == "advantages" and value.shape == mask.shape[:1]:
-                value = value[:, None].expand(mask.shape)
+            if value is not None and name == "advantages":
+                value = _by_token(value, sequence_ids, batch.get("cu_seqlens"))
             if value is not None and value.shape != mask.shape:
                 raise ValueError(f"{name} is {list(value.shape)}, expected {list(mask.shape)} like loss_mask")
             columns[name] = None if value is None else _rows(value).float()
-        sequence_ids = _sequence_ids(mask, batch.get("cu_seqlens"))
         counts = mask.new_zeros(int(mask.numel()) + 1, dtype=torch.float32)  # as many sequences there can be
         counts = counts.index_add(0, sequence_ids.reshape(-1), mask.reshape(-1).float())
         rows = batch.get("active_rows")
@@ -140,7 +142,11 @@ class StepLoss:
         """For ``model(..., output_processor_context=...)``."""
         loss = self.loss
         is_separable = isinstance(loss, SeparableLoss) and loss.is_token_separable
-        return HeadContext(active_rows=self.tokens.active_rows, token_loss=self._token_losses if is_separable else None)
+        return HeadContext(
+            active_rows=self.tokens.active_rows,
+            loss_mask=self.tokens.loss_mask,
+            token_loss=self._token_losses if is_separable else None,
+        )
 
     def _token_losses(self, log_probs: Tensor, entropy: Tensor, rows: Tensor | slice) -> Tensor:
         assert isinstance(self.loss, SeparableLoss)
@@ -148,6 +154,11 @@ class StepLoss:
 
     def __call__(self, output: PolicyOutput) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """``(loss_sum, num_tokens, {name: float32 [sum, count]})``; metric "loss" is the loss itself."""
+        if isinstance(output, Tensor):
+            raise TypeError(
+                f"the model returned a tensor {list(output.shape)} (its own cross-entropy, or logits) and no "
+                "log-probs: call attach(model, vocab_size=...) on every chunk before it is wrapped, and pass labels"
+            )
         output = PolicyOutput(*output)
         out = self.loss(self.tokens.inputs(_rows(output.log_probs), _rows(output.entropy)))
         loss_sum = out.loss_sum if output.loss_sum is None else output.loss_sum
@@ -169,6 +180,15 @@ def _binary(mask: Tensor) -> Tensor:
     if mask.device.type == "cpu" and mask.is_floating_point() and not torch.equal(is_on.to(mask.dtype), mask):
         raise ValueError("loss_mask holds numbers besides 0 and 1: it selects; put factors into token_weights")
     return is_on
+
+
+def _by_token(advantages: Tensor, sequence_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """``[b, s]`` of advantages that are one a sequence; others as they came."""
+    sequences = len(sequence_ids) if cu_seqlens is None else cu_seqlens.numel() - 1
+    if advantages.shape == sequence_ids.shape or advantages.shape not in ((sequences,), (sequences, 1)):
+        return advantages
+    # what lies behind the last sequence is padding, and belongs to none
+    return advantages.reshape(-1)[sequence_ids.clamp(max=sequences - 1)]
 
 
 def _sequence_ids(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rest.ops.agreement import check_first_call
+from megatron_rest.ops.distributed_tensor import refuse_distributed
 from megatron_rest.ops.fp8 import Fp8Products
 from megatron_rest.ops.projection import (
     accumulate_weight_gradient,
@@ -37,7 +39,13 @@ from megatron_rest.ops.row_blocks import (
 )
 from megatron_rest.ops.row_route import RowRoute
 from megatron_rest.ops.sharding import VocabShard
-from megatron_rest.ops.vocab_parallel import TokenLogProbs, check_labels_and_temperature, refuse_second_order
+from megatron_rest.ops.vocab_parallel import (
+    TokenLogProbs,
+    check_labels_and_temperature,
+    refuse_second_order,
+    without_ignored,
+    zero_where_ignored,
+)
 
 __all__ = ["LogitBlocks", "WeightGradient", "check_linear_arguments", "linear_log_probs_and_entropy"]
 
@@ -57,6 +65,7 @@ def linear_log_probs_and_entropy(
     gradient_accumulation_fusion: bool = False,
     fp8_gradients: bool = False,
     reduce_in_fp32: bool = True,
+    ignore_index: int | None = None,
 ) -> TokenLogProbs:
     """Log-prob of each label and entropy of each row of softmax(hidden @ weight^T / temperature), both differentiable.
 
@@ -84,6 +93,7 @@ def linear_log_probs_and_entropy(
         reduce_in_fp32: sum the ranks' parts of d_hidden in fp32 and round once: 4 bytes an element travel.  False sums
             them in the dtype of ``hidden``, as Megatron's linear layer does: in bf16 half the bytes, and an error of up
             to 4e-3 instead of 2e-3.
+        ignore_index: as in ``vocab_parallel_log_probs_and_entropy``.
 
     Returns:
         log_probs, entropy (nats), collision or None, each [...] like ``labels``, fp32 (float64 for float64 input).
@@ -93,6 +103,7 @@ def linear_log_probs_and_entropy(
         RuntimeError: ``fp8_gradients`` where the hardware or the torch release has no such products.
     """
     check_linear_arguments(hidden, weight, labels, temperature, tp_group if sequence_parallel else None)
+    is_label, labels = without_ignored(labels, ignore_index)
     blocks = LogitBlocks.create(
         weight, labels, tp_group=tp_group, temperature=temperature, vocab_size=vocab_size, active_rows=active_rows,
         sequence_parallel=sequence_parallel, block_size=block_size, fp8_gradients=fp8_gradients,
@@ -101,7 +112,8 @@ def linear_log_probs_and_entropy(
     main_grad_owner = weight if gradient_accumulation_fusion else None
     if main_grad_owner is not None:
         WeightGradient.check_main_grad(weight)
-    return TokenLogProbs(*_FusedLinear.apply(hidden, weight, blocks, main_grad_owner, with_collision))
+    tokens = TokenLogProbs(*_FusedLinear.apply(hidden, weight, blocks, main_grad_owner, with_collision))
+    return zero_where_ignored(tokens, is_label)
 
 
 class LogitBlocks:
@@ -146,6 +158,7 @@ class LogitBlocks:
         if block_size is not None and block_size < 1:
             raise ValueError(f"block_size must be at least 1 row, got {block_size}; None picks one")
         shard = VocabShard.create(len(weight), tp_group=tp_group, vocab_size=vocab_size)
+        check_first_call(shard, labels, weight, names_vocab_size=vocab_size is not None)
         route = RowRoute.create(
             labels.numel(), active_rows, tp_group=tp_group, sequence_parallel=sequence_parallel, device=labels.device
         )
@@ -299,6 +312,7 @@ def check_linear_arguments(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, split_over: dist.ProcessGroup | None
 ) -> None:
     """Raise ValueError where the arguments of a fused head do not fit; ``split_over``: the sequence-parallel group."""
+    refuse_distributed(hidden=hidden, weight=weight, labels=labels)
     if weight.dim() != 2 or hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden must be [..., H] and weight [V/TP, H], got hidden {list(hidden.shape)} and weight "

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rest.ops.agreement import check_first_call
+from megatron_rest.ops.distributed_tensor import local_logits
 from megatron_rest.ops.row_blocks import (
     GradientRule,
     Scratch,
@@ -52,15 +54,18 @@ def vocab_parallel_log_probs_and_entropy(
     vocab_size: int | None = None,
     consume: bool = False,
     with_collision: bool = False,
+    ignore_index: int | None = None,
 ) -> TokenLogProbs:
     """Log-prob of each label and entropy of each row of softmax(logits / temperature), both differentiable.
 
     Collectives: one all-gather over ``tp_group`` in the forward pass (4 numbers a token, 5 with the collision), none in
-    the backward pass.  Every rank of the group must call it with the same labels.
+    the backward pass.  Every rank of the group must call it with the same labels: at a group's first call one more
+    all-gather compares them, and the shards (``agreement``).
 
     Args:
         vocab_parallel_logits: [..., V/TP], any floating dtype and any strides; this rank's columns.  Not modified
-            unless ``consume``.  -inf columns are allowed and get zero probability and gradient.
+            unless ``consume``.  -inf columns are allowed and get zero probability and gradient.  A DTensor that is
+            ``Shard(-1)`` over one dimension of its mesh (``loss_parallel``) brings its group along.
         labels: [...], integer, GLOBAL vocabulary ids.  Positions without a label take any valid id.
         tp_group: process group the vocabulary is split over; None means unsharded, never the default group.
         temperature: positive; log-probs and entropy are those of the distribution that is sampled at this temperature.
@@ -70,6 +75,8 @@ def vocab_parallel_log_probs_and_entropy(
             backward pass raises RuntimeError.
         with_collision: also return sum of p^2 (the squared score norm of a row is ``1 - 2 p_label + collision``, its
             expectation ``1 - collision``).
+        ignore_index: label of positions without one (Hugging Face: -100): their log-prob and entropy are 0, without
+            gradient.  None: every label is an id.
 
     Returns:
         log_probs, entropy (nats) and collision or None, each [...].
@@ -78,15 +85,18 @@ def vocab_parallel_log_probs_and_entropy(
         ValueError: shapes, dtypes, temperature or ``vocab_size`` do not fit; a label is out of range (on CUDA this is a
             device-side assertion, so that the hot path has no host synchronisation).
     """
+    vocab_parallel_logits, labels, tp_group = local_logits(vocab_parallel_logits, labels, tp_group)
     _check_arguments(vocab_parallel_logits, labels, temperature)
     if consume:
         _check_consumable(vocab_parallel_logits)
     shard = VocabShard.create(vocab_parallel_logits.shape[-1], tp_group=tp_group, vocab_size=vocab_size)
+    check_first_call(shard, labels, vocab_parallel_logits, names_vocab_size=vocab_size is not None)
+    is_label, labels = without_ignored(labels, ignore_index)
     shard.check_labels(labels)
     log_probs, entropy, collision = _VocabParallel.apply(
         vocab_parallel_logits, labels, shard, 1.0 / temperature, consume, with_collision
     )
-    return TokenLogProbs(log_probs, entropy, collision)
+    return zero_where_ignored(TokenLogProbs(log_probs, entropy, collision), is_label)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -150,6 +160,22 @@ class _VocabParallel(torch.autograd.Function):
         return grad_logits, None, None, None, None, None
 
 
+def without_ignored(labels: Tensor, ignore_index: int | None) -> tuple[Tensor | None, Tensor]:
+    """Where ``labels`` are ids (None: everywhere), and labels that are all ids."""
+    if ignore_index is None:
+        return None, labels
+    is_label = labels != ignore_index
+    return is_label, torch.where(is_label, labels, 0)
+
+
+def zero_where_ignored(tokens: TokenLogProbs, is_label: Tensor | None) -> TokenLogProbs:
+    """Positions without a label say 0 and pass no gradient on."""
+    if is_label is None:
+        return tokens
+    kept = [None if values is None else torch.where(is_label, values, 0.0) for values in tokens]
+    return TokenLogProbs(*kept)  # type: ignore[arg-type]
+
+
 def refuse_second_order(operator: str) -> None:
     """Raise inside a backward pass that was asked for ``create_graph=True``.
 
@@ -187,8 +213,10 @@ def _check_arguments(logits: Tensor, labels: Tensor, temperature: float) -> None
             f"vocab_parallel_logits must be [..., V/TP] with labels [...], got logits {list(logits.shape)} and labels "
             f"{list(labels.shape)}: bring both into the same order ([s, b] or [T]) before the call"
         )
-    if not logits.is_floating_point():
-        raise ValueError(f"vocab_parallel_logits must be floating point, got {logits.dtype}")
+    if not logits.is_floating_point() or logits.element_size() == 1:
+        raise ValueError(
+            f"vocab_parallel_logits must be floating point (bfloat16, float16, float32 or float64), got {logits.dtype}"
+        )
     if logits.shape[-1] == 0:
         raise ValueError("vocab_parallel_logits has no columns: every rank must hold V/TP >= 1 of them")
     check_labels_and_temperature(labels, temperature, logits.device)

@@ -12,12 +12,12 @@ import argparse
 import json
 import runpy
 import sys
-from pathlib import Path
 
 from megatron_rest.config import ConfigError, RestConfig, load
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.plan import make_plan
 from megatron_rest.planner.report import as_dict, as_text
+from megatron_rest.scripts import recipe_file
 
 __all__ = ["main"]
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="megatron-rest plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a recipe (launch/NAME.py) or a run.yaml")
+    parser.add_argument("config", help="a recipe (launch/NAME.py, or NAME of an installed one) or a run.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values")
     parser.add_argument("--gpus", type=int, default=0, help="ranks (default: the recipe's, or one replica)")
     parser.add_argument("--gpu", choices=sorted(HARDWARE), help="default: h100, or what the recipe names")
@@ -66,11 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _source(path: str) -> tuple[RestConfig | None, str | None, int, str]:
     """Base configuration, file over it, ranks and accelerator."""
-    if not path.endswith(".py"):
+    recipe = recipe_file(path)
+    if not path.endswith(".py") and (recipe is None or recipe.suffix != ".py"):
         return None, path, 0, "h100"
-    if not Path(path).is_file():
+    if recipe is None:
         raise ConfigError(f"no recipe {path}")
-    names = runpy.run_path(path, run_name="recipe")  # a recipe is a program of the user's own
+    names = runpy.run_path(str(recipe), run_name="recipe")  # a recipe is a program of the user's own
     if not isinstance(names.get("RECIPE"), RestConfig):
         raise ConfigError(f"{path} defines no RECIPE of type RestConfig")
     return names["RECIPE"], None, int(names.get("GPUS", 0)), str(names.get("GPU", "h100"))

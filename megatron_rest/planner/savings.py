@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_rest.passes import has_gradient_without_advantage, measured_statistic
+from megatron_rest.credit_traits import BUILT_IN, traits_of
+from megatron_rest.passes import has_gradient_without_advantage, keeps_zero_groups
 from megatron_rest.planner.plan import Plan
 
 __all__ = ["Saving", "savings_of"]
@@ -58,8 +59,9 @@ def _shared_prompts(plan: Plan) -> Saving:
 def _skipped_scoring(plan: Plan) -> Saving:
     work, c = plan.work, plan.config
     why = f"{work.num_scored} of {work.num_updates} update{'s' if work.num_updates > 1 else ''} of a step scored"
-    if measured_statistic(c.weighting.source):
-        why += f": weighting.source={c.weighting.source} measures in every step"
+    if traits_of(c.weighting.source).is_scored:
+        guessed = "" if c.weighting.source in BUILT_IN else ", as far as a plan knows: it is not imported"
+        why += f": weighting.source={c.weighting.source} measures in every step{guessed}"
     elif work.num_scored:
         why += "; loss.old_log_probs=engine needs none"
     return Saving(
@@ -72,7 +74,7 @@ def _skipped_scoring(plan: Plan) -> Saving:
 
 
 def _zero_groups(plan: Plan) -> Saving:
-    share, keeps = plan.zero_groups, has_gradient_without_advantage(plan.config.loss)
+    share, keeps = plan.zero_groups, keeps_zero_groups(plan.config)
     other = plan.work_under(replace(plan.assumed, zero_groups=0.0 if share else _EXAMPLE))
     every, fewer = (other, plan.work) if share else (plan.work, other)
     why = f"{fewer.left_out:.0%} of the sequences leave, --zero-groups {share:g}"
@@ -91,6 +93,11 @@ def _zero_groups(plan: Plan) -> Saving:
 
 def _kept_by(plan: Plan) -> Iterator[str]:
     loss = plan.config.loss
+    if keeps_zero_groups(plan.config) and not has_gradient_without_advantage(loss):
+        is_credit = traits_of(plan.config.weighting.source).moves_zero
+        yield "weighting.source" if is_credit else "advantage.estimator"
+    if ":" in loss.function:
+        yield "loss.function"
     if loss.entropy_coef:
         yield "loss.entropy_coef"
     if loss.kl_coef:

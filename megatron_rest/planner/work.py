@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from megatron_rest.config import RestConfig
+from megatron_rest.credit_traits import traits_of
 from megatron_rest.data.alignment import packing_alignment, round_up
 from megatron_rest.data.packing import Part, RowCost, deal
 from megatron_rest.model_map import ModelShape
 from megatron_rest.packing_report import PackingReport
 from megatron_rest.passes import (
-    has_gradient_without_advantage,
     is_scored,
+    keeps_zero_groups,
     least_microbatches,
-    measured_statistic,
     microbatches_multiple,
     shares_prompts,
 )
@@ -103,7 +103,7 @@ def step_work(
     """Of a step whose lengths are drawn from ``lengths`` with a fixed seed."""
     num_updates, group_size = config.optimizer.updates_per_step, config.rollout.rollouts_per_prompt
     size = config.data.prompts_per_step * group_size // num_updates
-    keeps_all = has_gradient_without_advantage(config.loss)
+    keeps_all = keeps_zero_groups(config)
     left_out = 0.0 if keeps_all else _zero_share(config, assumed.zero_groups)
     trained = max(round(size * (1 - left_out)), 1)
     cost = RowCost.of_shape(shape)
@@ -112,7 +112,7 @@ def step_work(
         for seed in range(min(_DRAWS, max(_DRAWN // size, 1)))
     ]
     scored = sum(is_scored(config, number) for number in range(num_updates))
-    is_measured = measured_statistic(config.weighting.source) is not None
+    is_measured = traits_of(config.weighting.source).is_of_all
     passes = scored / (1 - left_out) if is_measured else float(scored)  # statistics are of all samples
     again = 0.0 if config.parallel.recompute == "none" else fmean(d.layers for d in draws)
     again *= _mlp_share(shape) if config.parallel.recompute == "mlp" else 1.0

@@ -134,8 +134,11 @@ def _advantages(bundle: ReplayBundle) -> Tensor:
             deviation = math.sqrt(float(centred.square().sum()) / (len(siblings) - 1))
         if bool((siblings == siblings[0]).all()) and len(siblings) > 1:
             centred = torch.zeros_like(siblings)
-        is_scaled = config.estimator is AdvantageEstimator.GRPO
-        of_sequence[mine] = centred / (deviation + config.epsilon) if is_scaled else centred
+        if config.estimator is AdvantageEstimator.GRPO:
+            centred = centred / (deviation + config.epsilon)
+        elif config.estimator is AdvantageEstimator.RLOO and len(siblings) > 1:
+            centred = siblings - (siblings.sum() - siblings) / (len(siblings) - 1)
+        of_sequence[mine] = centred
     owners = bundle.batch["sequence_ids"]
     return torch.where(owners >= 0, of_sequence[owners.clamp_min(0)], 0.0)
 

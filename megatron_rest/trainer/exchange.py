@@ -15,7 +15,14 @@ import torch.distributed as dist
 from megatron_rest.mcore.policy import Scores
 from megatron_rest.types import MicroBatch, PromptSample, Rollout, RolloutGroup, StopReason
 
-__all__ = ["all_gather_groups", "all_token_scores", "pack_groups", "unpack_groups"]
+__all__ = [
+    "all_gather_groups",
+    "all_token_scores",
+    "all_token_values",
+    "pack_groups",
+    "token_places",
+    "unpack_groups",
+]
 
 _STOP_REASONS = tuple(StopReason)
 
@@ -50,7 +57,12 @@ def all_gather_groups(
 
 
 def all_token_scores(
-    lengths: Sequence[int], microbatches: Sequence[MicroBatch], scores: Sequence[Scores], *, dp_group: dist.ProcessGroup
+    lengths: Sequence[int],
+    microbatches: Sequence[MicroBatch],
+    scores: Sequence[Scores],
+    *,
+    dp_group: dist.ProcessGroup,
+    with_advantages: bool = False,
 ) -> dict[str, np.ndarray]:
     """``old_log_probs``, ``entropy``, ``token_weights`` and, if measured, ``beta`` of all sequences of a step.
 
@@ -59,30 +71,69 @@ def all_token_scores(
         microbatches: this replica's, with ``token_weights`` (None counts as 1).
         scores: of the same microbatches; all with beta or all without.
         dp_group: replicas that hold the other sequences.
+        with_advantages: ``token_advantages``, too.
 
     Returns:
         float32 ``[sum(lengths)]`` each, index t for token t itself, 0 where there is no loss; equal on all replicas.
 
-    Collectives: one SUM all-reduce of ``[3 or 4, sum(lengths)]`` float32 over ``dp_group``; it adds zeros to the
+    Collectives: one SUM all-reduce of ``[3 to 5, sum(lengths)]`` float32 over ``dp_group``; it adds zeros to the
         one value of each token, so nothing is rounded.
     """
     with_beta = any(score.beta is not None for score in scores)
-    table = torch.zeros(4, sum(lengths))
-    starts = torch.from_numpy(np.cumsum([0, *lengths[:-1]]))
+    columns = []
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
-        # Position p of a sequence speaks of its token p + 1.
-        at = (starts[microbatch.sequence_ids.clamp_min(0)] + microbatch.position_ids + 1)[mask]
-        weights = torch.ones(()) if microbatch.token_weights is None else microbatch.token_weights[mask]
-        table[0, at] = score.log_probs.cpu()[mask]
-        table[1, at] = score.entropy.cpu()[mask]
-        table[2, at] = weights
-        if score.beta is not None:
-            table[3, at] = score.beta.cpu()[mask]
-    table = table if with_beta else table[:3].contiguous()
-    dist.all_reduce(table, group=dp_group)
-    names = ("old_log_probs", "entropy", "token_weights", "beta")
-    return dict(zip(names, table.numpy(), strict=False))
+        count = int(mask.sum())
+        weights = torch.ones(count) if microbatch.token_weights is None else microbatch.token_weights[mask]
+        values = [score.log_probs.cpu()[mask], score.entropy.cpu()[mask], weights]
+        if with_beta:
+            values.append(torch.zeros(count) if score.beta is None else score.beta.cpu()[mask])
+        if with_advantages:
+            values.append(microbatch.advantages[mask])
+        columns.append(torch.stack(values))
+    names = ["old_log_probs", "entropy", "token_weights"]
+    names += ["beta"] if with_beta else []
+    names += ["token_advantages"] if with_advantages else []
+    table = all_token_values(lengths, microbatches, columns, dp_group=dp_group, size=len(names))
+    return dict(zip(names, table.numpy(), strict=True))
+
+
+def token_places(lengths: Sequence[int], microbatch: MicroBatch) -> torch.Tensor:
+    """int64: where the loss tokens of ``microbatch`` lie among all tokens of the step.
+
+    ``lengths`` are those of all sequences, in the order of their ``sequence_id`` 0, 1, ...
+    """
+    starts = torch.from_numpy(np.cumsum([0, *lengths[:-1]]))
+    # Position p of a sequence speaks of its token p + 1.
+    return (starts[microbatch.sequence_ids.clamp_min(0)] + microbatch.position_ids + 1)[microbatch.loss_mask]
+
+
+def all_token_values(
+    lengths: Sequence[int],
+    microbatches: Sequence[MicroBatch],
+    columns: Sequence[torch.Tensor],
+    *,
+    dp_group: dist.ProcessGroup | None,
+    size: int | None = None,
+) -> torch.Tensor:
+    """float32 ``[k, sum(lengths)]``: values of all loss tokens of a step, 0 elsewhere; equal on all replicas.
+
+    Args:
+        lengths: tokens of every sequence, in the order of their ``sequence_id`` 0, 1, ...
+        microbatches: this replica's.
+        columns: float32 ``[k, loss tokens]`` of each.
+        dp_group: replicas that hold the other sequences; None: there is one, and nothing is sent.
+        size: k, where there may be no microbatch.
+
+    Collectives: one SUM all-reduce over ``dp_group``; it adds zeros to the one value of each token, so nothing is
+        rounded.
+    """
+    table = torch.zeros(len(columns[0]) if size is None else size, sum(lengths))
+    for microbatch, values in zip(microbatches, columns, strict=True):
+        table[:, token_places(lengths, microbatch)] = values
+    if dp_group is not None:
+        dist.all_reduce(table, group=dp_group)
+    return table
 
 
 def pack_groups(groups: Sequence[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor]:

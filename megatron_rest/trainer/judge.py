@@ -7,14 +7,14 @@ tokenised again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from megatron_rest.algorithms import group_relative_advantages
+from megatron_rest.algorithms import JudgedRollouts, find_estimator
 from megatron_rest.config import AdvantageConfig, RewardConfig
 from megatron_rest.regions import (
     TOOLRL,
@@ -34,8 +34,11 @@ from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGrou
 
 __all__ = ["Judge", "Verdict"]
 
+PartsOf = Mapping[str, np.ndarray]
+
 _log = logging.getLogger(__name__)
 _TAIL = 32  # last tokens of a prompt: more than an opened or an empty thought takes
+_ROUNDING = 1e-12  # of a reward's parts against its total
 _SHOWN = 500  # characters of an answer that could not be judged
 
 
@@ -48,8 +51,13 @@ class Verdict:
     static_rewards: tuple[float, ...]  # total without the schedule: comparable between steps
     is_zero_group: tuple[bool, ...]  # a group each: whether its advantages are all zero, so that it teaches nothing
     num_truncated: int  # rollouts that hit the length limit
-    is_judged: tuple[bool, ...]  # False: infrastructure ended the rollout, or its reward failed: neither says anything
-    # of the policy
+    # False: infrastructure ended the rollout, or its reward failed: neither says anything of the policy
+    is_judged: tuple[bool, ...]
+    scored_rewards: tuple[float, ...] = ()  # what advantages come from: totals, less what overlong answers lose
+
+    def __post_init__(self) -> None:
+        if not self.scored_rewards:
+            object.__setattr__(self, "scored_rewards", tuple(reward.total for reward in self.rewards))
 
 
 class Judge:
@@ -58,9 +66,10 @@ class Judge:
     Args:
         token_bytes: bytes of every vocabulary id.
         reward: reward with its schedule.
-        advantage: group-relative advantage.
+        advantage: from rewards to advantages.
         dialect: how the policy writes: for regions and rewards.
         stop_token_ids: a sampled one ended its turn; it is glue, and no part of the answer's text.
+        max_response_tokens: where answers are cut; what ``advantage.overlong_buffer`` counts from.
 
     Whether a prompt has opened the thought (or closed an empty one) is read from its last tokens, turn by turn.
     """
@@ -73,11 +82,14 @@ class Judge:
         advantage: AdvantageConfig,
         dialect: Dialect = TOOLRL,
         stop_token_ids: Sequence[int] = (),
+        max_response_tokens: int = 0,
     ) -> None:
         self.token_bytes = token_bytes
         self.reward = reward
         self.static_reward = replace(reward, schedule=False)
         self.advantage = advantage
+        self.estimate = find_estimator(advantage)
+        self.max_response_tokens = max_response_tokens
         self._reported: set[str] = set()  # prompts whose references cannot be read
         self.dialect = dialect
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -87,52 +99,67 @@ class Judge:
         self._said_in = -1
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
-        samples: list[TrainSample] = []
-        rewards: list[RewardOutput] = []
-        static: list[float] = []
-        is_zero: list[bool] = []
-        is_judged: list[bool] = []
-        for number, (group, judged) in enumerate(zip(groups, self._rewards(groups, step=step), strict=True)):
-            counts = [
-                reward.is_judged and not rollout.stop_reason.is_infrastructure
-                for rollout, (reward, _) in zip(group.rollouts, judged, strict=True)
-            ]
-            is_judged += counts
-            advantages = self._advantages([reward.total for reward, _ in judged], np.array(counts))
-            is_zero.append(not np.any(advantages))
-            for i, (rollout, (reward, static_total)) in enumerate(zip(group.rollouts, judged, strict=True)):
-                sample = self.sample(
-                    group,
-                    rollout,
-                    advantage=float(advantages[i]),
-                    sequence_id=len(samples),
-                    group_id=number,
-                    carries_loss=counts[i],
-                )
-                samples.append(sample)
-                rewards.append(reward)
-                static.append(static_total)
-        truncated = sum(r.stop_reason is not StopReason.EOS for g in groups for r in g.rollouts)
+        judged = [pair for group in self._rewards(groups, step=step) for pair in group]
+        rewards = [reward for reward, _ in judged]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        is_judged = np.array(
+            [r.is_judged and _is_whole(rollout) for r, rollout in zip(rewards, rollouts, strict=True)], bool
+        )
+        overlong = np.array([self._overlong(rollout) for rollout in rollouts])
+        scored = np.array([reward.total for reward in rewards]) + overlong
+        numbers = np.array([number for number, group in enumerate(groups) for _ in group.rollouts], np.int64)
+        advantages = self._advantages(numbers, is_judged, scored, _parts(rewards, overlong))
+        samples = [
+            self.sample(
+                groups[numbers[i]],
+                rollout,
+                advantage=float(advantages[i]),
+                sequence_id=i,
+                group_id=int(numbers[i]),
+                carries_loss=bool(is_judged[i]),
+            )
+            for i, rollout in enumerate(rollouts)
+        ]
         return Verdict(
             samples=tuple(samples),
             rewards=tuple(rewards),
-            static_rewards=tuple(static),
-            is_zero_group=tuple(is_zero),
-            num_truncated=truncated,
-            is_judged=tuple(is_judged),
+            static_rewards=tuple(static for _, static in judged),
+            is_zero_group=tuple(not np.any(advantages[numbers == number]) for number in range(len(groups))),
+            num_truncated=sum(rollout.stop_reason is not StopReason.EOS for rollout in rollouts),
+            is_judged=tuple(is_judged.tolist()),
+            scored_rewards=tuple(scored.tolist()),
         )
 
-    def _advantages(self, rewards: Sequence[float], counts: np.ndarray) -> np.ndarray:
-        """float64 [G].  Rollouts that were not judged have 0 and count for nobody.
+    def _advantages(
+        self, numbers: np.ndarray, is_judged: np.ndarray, rewards: np.ndarray, parts: PartsOf
+    ) -> np.ndarray:
+        """float64 [S] of all rollouts, ``numbers`` their groups'.  Those that were not judged have 0 and count for
+        nobody.
 
         One that is left of several has nobody to be compared with: 0.
         """
+        counted = is_judged.copy()
+        for number in np.unique(numbers):
+            mine = is_judged[numbers == number]
+            if mine.sum() <= 1 and not mine.all():
+                counted[numbers == number] = False
         advantages = np.zeros(len(rewards))
-        if counts.sum() > 1 or counts.all():
-            advantages[counts] = group_relative_advantages(
-                np.array(rewards)[counts], estimator=self.advantage.estimator, epsilon=self.advantage.epsilon
+        if counted.any():
+            scored = JudgedRollouts(
+                rewards=rewards[counted],
+                groups=numbers[counted],
+                parts={name: values[counted] for name, values in parts.items()},
             )
+            advantages[counted] = self.estimate(scored)
         return advantages
+
+    def _overlong(self, rollout: Rollout) -> float:
+        """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), <= 0."""
+        buffer = self.advantage.overlong_buffer
+        if not buffer:
+            return 0.0
+        over = len(rollout.token_ids) - (self.max_response_tokens - buffer)
+        return -self.advantage.overlong_penalty * min(max(over / buffer, 0.0), 1.0)
 
     def _rewards(self, groups: Sequence[RolloutGroup], *, step: int) -> list[list[tuple[RewardOutput, float]]]:
         """Of every rollout its reward, and the total without the schedule."""
@@ -155,6 +182,7 @@ class Judge:
         total = static = 0.0
         fields: dict[str, Any] = {"detail": ()}
         parts: dict[str, float] = {}
+        summands: dict[str, float] = {}
         fine: list[np.ndarray] = []
         said = iter(foreign)
         for term in self.reward.as_terms():
@@ -183,9 +211,11 @@ class Judge:
                     num_calls = [len(turn.calls) for turn in answer.turns]
                     fine.append(term.weight * token_rewards(reward, rollout.loss_mask, regions, num_calls))
             parts[name] = value
+            summands[name] = term.weight * value
             total += term.weight * value
             static += term.weight * static_value
-        output = RewardOutput(total=total, parts=parts, token_rewards=np.sum(fine, axis=0) if fine else None, **fields)
+        earned = np.sum(fine, axis=0) if fine else None
+        output = RewardOutput(total=total, parts=parts, summands=summands, token_rewards=earned, **fields)
         return output, static
 
     def _judge_in_time(
@@ -296,11 +326,13 @@ class Judge:
     ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
 
-        Nor does what was not judged, or what infrastructure ended: what it did to the answer is not the policy's.
+        Nor does what was not judged, or what infrastructure ended: what it did to the answer is not the policy's; nor,
+        with ``advantage.mask_truncated``, what was cut at the length limit.
         """
         prompt = group.prompt.token_ids
         regions = self._regions(prompt, rollout)
-        carries_loss &= not rollout.stop_reason.is_infrastructure
+        is_cut = rollout.stop_reason in (StopReason.LENGTH, StopReason.CONTEXT)
+        carries_loss &= not (rollout.stop_reason.is_infrastructure or (is_cut and self.advantage.mask_truncated))
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
@@ -311,6 +343,16 @@ class Judge:
             sequence_id=sequence_id,
             group_id=group_id,
         )
+
+
+def _parts(rewards: Sequence[RewardOutput], overlong: np.ndarray) -> PartsOf:
+    """What the rewards add up from: float64 [S] each; what no name is for is "other"."""
+    named = [reward.added_up_from() for reward in rewards]
+    names = dict.fromkeys(name for summands in named for name in summands)
+    parts = {name: np.array([summands.get(name, 0.0) for summands in named], np.float64) for name in names}
+    other = np.array([r.total for r in rewards]) - sum(parts.values())
+    other[np.abs(other) < _ROUNDING] = 0.0
+    return parts | {name: values for name, values in (("overlong", overlong), ("other", other)) if values.any()}
 
 
 def _is_whole(rollout: Rollout) -> bool:
@@ -328,4 +370,5 @@ def _unjudged(why: str) -> RewardOutput:
 
 def _given(reward: float) -> RewardOutput:
     """An environment's: it says nothing of a format or an accuracy, and nothing is claimed."""
-    return RewardOutput(total=reward, parts={"environment": reward}, detail=("judged by its environment",))
+    said = {"environment": reward}
+    return RewardOutput(total=reward, parts=said, summands=said, detail=("judged by its environment",))

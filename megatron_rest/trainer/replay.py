@@ -92,7 +92,7 @@ def record_update(
         facts=facts,
         batch=_columns(chosen, seen),
         step={
-            "rewards": torch.tensor([reward.total for reward in verdict.rewards], dtype=torch.float64),
+            "rewards": torch.tensor(verdict.scored_rewards, dtype=torch.float64),
             # What infrastructure ended is compared with nobody.
             "group_ids": torch.tensor(
                 [-1 if r.stop_reason.is_infrastructure else i for i, group in enumerate(groups) for r in group.rollouts]

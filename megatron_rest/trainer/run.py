@@ -56,7 +56,7 @@ from megatron_rest.trainer.watch import Watch
 from megatron_rest.types import StepReport
 from megatron_rest.user_code import load_named, named_code, recorded
 from megatron_rest.weight_sync.sync import WeightSync
-from megatron_rest.weighting import RestWeighting
+from megatron_rest.weighting import find_credit
 
 __all__ = ["build_trainer", "train"]
 
@@ -220,8 +220,9 @@ def build_trainer(config: RestConfig) -> RestTrainer:
             advantage=config.advantage,
             dialect=judged_dialect(config, chat),
             stop_token_ids=ends,
+            max_response_tokens=config.rollout.max_response_tokens,
         ),
-        weighting=RestWeighting.from_config(config.weighting),
+        weighting=find_credit(config.weighting),
         validator=Validator(config, tokenizer, rank=parts.context.rank, chat=chat) if config.validation.every else None,
         # Before any checkpoint is loaded: the reference is model.path, in a continued run as in the first.
         reference=ReferencePolicy(parts.policy) if config.loss.kl_coef else None,

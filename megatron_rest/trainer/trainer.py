@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rest.algorithms import RestPolicyLoss
+from megatron_rest.algorithms.ratio_losses import find_ratio_loss
 from megatron_rest.config import Fp8Recipe, RestConfig, RolloutQuantization, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
@@ -26,9 +27,10 @@ from megatron_rest.data.sample_file import write_samples
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
-from megatron_rest.passes import is_scored
+from megatron_rest.passes import is_scored, keeps_zero_groups
 from megatron_rest.trainer.canary import Canary
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
+from megatron_rest.trainer.credit import check_rule, give_credit
 from megatron_rest.trainer.exchange import all_token_scores
 from megatron_rest.trainer.fleet import EngineFleet
 from megatron_rest.trainer.judge import Judge, Verdict
@@ -60,7 +62,7 @@ from megatron_rest.types import (
     TrainSample,
 )
 from megatron_rest.weight_sync.source import MegatronWeightSource
-from megatron_rest.weighting import RestWeighting, region_sums
+from megatron_rest.weighting import CreditRule, RestWeighting, region_sums
 
 __all__ = ["RestTrainer"]
 
@@ -80,7 +82,7 @@ class RestTrainer:
         fleet: the rollout engines.
         source: the policy's weights as full HF tensors.
         judge: regions, rewards, advantages.
-        weighting: token weights.
+        weighting: the rule of token credit.
         validator: benchmarks while training; None = none.
         reference: of the KL term; None = no such term.
     """
@@ -94,7 +96,7 @@ class RestTrainer:
         fleet: EngineFleet,
         source: MegatronWeightSource,
         judge: Judge,
-        weighting: RestWeighting,
+        weighting: CreditRule,
         validator: Validator | None = None,
         reference: ReferencePolicy | None = None,
     ) -> None:
@@ -106,6 +108,8 @@ class RestTrainer:
         self.fleet = fleet
         self.source = source
         self.judge = judge
+        check_rule(weighting, config)
+        find_ratio_loss(config.loss)  # raises now what the first update would
         self.weighting = weighting
         self.validator = validator
         self.reference = reference
@@ -151,14 +155,16 @@ class RestTrainer:
                 rest = self.rest(updates, step=step)
             with timer.phase("score"):
                 scores = [self.score(batch, number, step=step) for number, batch in enumerate(batches)]
-                rest_scores = [self.policy.score(b.microbatches, with_beta=self.is_measuring_beta) for b in rest]
+                rest_scores = [self.policy.score(b.microbatches, with_beta=self.with_score_norms) for b in rest]
                 ref_log_probs = self.score_reference(batches)
             with timer.phase("weights"):
                 self.measure([*batches, *rest], [*scores, *rest_scores])
                 batches = [
-                    self.weigh(batch, part, reference, progress=self.progress(step))
+                    self.with_old(batch, part, reference)
                     for batch, part, reference in zip(batches, scores, ref_log_probs, strict=True)
                 ]
+                every = self.weigh([*batches, *rest], [*scores, *rest_scores], verdict, step=step)
+                batches, rest = every[: len(batches)], every[len(batches) :]
             with timer.phase("update"):
                 reports: list[UpdateReport] = []
                 for number, batch in enumerate(batches):
@@ -178,10 +184,6 @@ class RestTrainer:
                 metrics |= update_metrics(reports)
                 self.save_samples(step, groups, verdict)
                 if is_saved(step, self.config.trainer):
-                    rest = [
-                        self.weigh(b, s, (), progress=self.progress(step))
-                        for b, s in zip(rest, rest_scores, strict=True)
-                    ]
                     self.save_rollouts(step, groups, verdict, [*batches, *rest], [*scores, *rest_scores])
             if not self.is_one_step_off:
                 with timer.phase("sync"):
@@ -255,7 +257,8 @@ class RestTrainer:
     def updates(self, verdict: Verdict) -> list[UpdateSamples]:
         """Samples of each optimiser update."""
         num_updates = self.config.optimizer.updates_per_step
-        return split_updates(verdict.samples, num_updates=num_updates, loss=self.config.loss)
+        keeps_all = keeps_zero_groups(self.config, self.weighting.traits)
+        return split_updates(verdict.samples, num_updates=num_updates, loss=self.config.loss, keeps_all=keeps_all)
 
     def batch(self, samples: Sequence[TrainSample], *, totals: BatchTotals | None = None) -> TrainBatch:
         """This replica's packed microbatches."""
@@ -264,27 +267,29 @@ class RestTrainer:
     def rest(self, updates: Sequence[UpdateSamples], *, step: int) -> list[TrainBatch]:
         """What is scored and not trained: samples without a gradient, where a statistic or a file is of all samples."""
         left_out = [sample for update in updates for sample in update.left_out]
-        is_wanted = self.weighting.statistic is not None or is_saved(step, self.config.trainer)
+        is_wanted = self.weighting.traits.is_of_all or is_saved(step, self.config.trainer)
         return [self.batch(left_out)] if left_out and is_wanted else []
 
     @property
-    def is_measuring_beta(self) -> bool:
-        return self.weighting.statistic == "beta"
+    def with_score_norms(self) -> bool:
+        return self.weighting.traits.with_score_norms
 
     def score(self, batch: TrainBatch, number: int, *, step: int) -> Sequence[Scores]:
         """Scores of an update's microbatches, as the step begins; empty where nothing needs them before the update."""
-        if not is_scored(self.config, number, is_saved=is_saved(step, self.config.trainer)):
+        traits = self.weighting.traits
+        if not is_scored(self.config, number, is_saved=is_saved(step, self.config.trainer), traits=traits):
             return ()
-        return self.policy.score(batch.microbatches, with_beta=self.is_measuring_beta)
+        return self.policy.score(batch.microbatches, with_beta=self.with_score_norms)
 
     def measure(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> None:
         """Region entropies or score norms of this step into the weighting, for sources that follow them.
 
         Collectives: one all-reduce of 12 float64 numbers over the data-parallel group; none if nothing is measured.
         """
-        statistic = self.weighting.statistic
-        if statistic is None:
+        statistic = self.weighting.traits.follows
+        if not statistic:
             return
+        assert isinstance(self.weighting, RestWeighting), "region means are what ResT's sources follow"
         total = torch.zeros(2, len(TokenRegion), dtype=torch.float64)
         for batch, part in zip(batches, scores, strict=True):
             for microbatch, score in zip(batch.microbatches, part, strict=True):
@@ -303,28 +308,35 @@ class RestTrainer:
         ends = list(accumulate(len(batch.microbatches) for batch in batches))
         return [flat[begin:end] for begin, end in pairwise([0, *ends])]
 
-    def weigh(
-        self,
-        batch: TrainBatch,
-        scores: Sequence[Scores],
-        ref_log_probs: Sequence[Tensor | None],
-        *,
-        progress: float,
+    def with_old(
+        self, batch: TrainBatch, scores: Sequence[Scores], ref_log_probs: Sequence[Tensor | None]
     ) -> TrainBatch:
-        """Old and reference log-probs and token weights into every microbatch.
+        """Old and reference log-probs into every microbatch.
 
         Without scores the update's own log-probs are the old ones (every ratio is 1), or else the engine's.
         """
-        weighed = []
+        filled = []
         for microbatch, score, reference in zip_longest(batch.microbatches, scores, ref_log_probs):
             old = None if score is None else score.log_probs.cpu()
             if self.config.loss.old_log_probs == "engine":
                 old = microbatch.rollout_log_probs
-            weights = self.weighting.packed(
-                microbatch.region_ids, microbatch.sequence_ids, loss_mask=microbatch.loss_mask, progress=progress
-            )
-            weighed.append(microbatch.with_scores(old_log_probs=old, token_weights=weights, ref_log_probs=reference))
-        return replace(batch, microbatches=tuple(weighed))
+            filled.append(microbatch.with_scores(old_log_probs=old, ref_log_probs=reference))
+        return replace(batch, microbatches=tuple(filled))
+
+    def weigh(
+        self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]], verdict: Verdict, *, step: int
+    ) -> list[TrainBatch]:
+        """Token credit into every microbatch of the step, by ``weighting.source``."""
+        return give_credit(
+            self.weighting,
+            batches,
+            scores,
+            samples=verdict.samples,
+            rewards=verdict.scored_rewards,
+            progress=self.progress(step),
+            name=str(self.config.weighting.source),
+            dp_group=self.context.dp_group,
+        )
 
     def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:
         """Entropy, weight mass and mismatch over all updates of the step that were scored."""
@@ -355,13 +367,15 @@ class RestTrainer:
     ) -> None:
         """This step's rollouts with regions, scores and weights into one file, written by rank 0.
 
-        Collectives: one all-reduce of ``[3, T]`` float32 over the data-parallel group (``[4, T]`` with score norms).
+        Collectives: one all-reduce of ``[3, T]`` float32 over the data-parallel group (a row more with score norms, and
+        one with advantages by token).
         """
         values = all_token_scores(
             [len(s.token_ids) for s in verdict.samples],
             [m for batch in batches for m in batch.microbatches],
             [s for part in scores for s in part],
             dp_group=self.context.dp_group,
+            with_advantages=not isinstance(self.weighting, RestWeighting),
         )
         if self.context.rank != 0:
             return
@@ -467,7 +481,10 @@ class RestTrainer:
                 f"the prompts of step {loaded.step + 1} are not those that this checkpoint's run would have come to: "
                 "data.* or trainer.seed differ"
             )
-        self.weighting.load_state_dict(state.weighting)
+        if state.weighting.keys() == self.weighting.state_dict().keys():
+            self.weighting.load_state_dict(state.weighting)
+        else:
+            notes.append("saved under another rule of token credit (weighting.source): this one begins anew")
         self.fleet.num_restarts = state.num_restarts
         self.skips.in_a_row = state.skipped_in_a_row
         self._collected = state.queue if self.is_one_step_off else None

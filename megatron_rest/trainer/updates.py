@@ -26,10 +26,15 @@ class UpdateSamples:
     totals: BatchTotals  # of both
 
 
-def split_updates(samples: Sequence[TrainSample], *, num_updates: int, loss: LossConfig) -> list[UpdateSamples]:
-    """Samples of each update, in order; whole groups stay together as far as the split allows."""
+def split_updates(
+    samples: Sequence[TrainSample], *, num_updates: int, loss: LossConfig, keeps_all: bool = False
+) -> list[UpdateSamples]:
+    """Samples of each update, in order; whole groups stay together as far as the split allows.
+
+    ``keeps_all``: token credit gives some a gradient whose rollout's advantage is 0.
+    """
     size = len(samples) // num_updates
-    keeps_all = has_gradient_without_advantage(loss)
+    keeps_all = keeps_all or has_gradient_without_advantage(loss)
     updates = []
     for start in range(0, len(samples), size):
         mine = samples[start : start + size]

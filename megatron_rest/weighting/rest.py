@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from megatron_rest.config import WeightingConfig, WeightSource
-from megatron_rest.passes import measured_statistic
+from megatron_rest.credit_traits import traits_of
 from megatron_rest.types import TokenRegion
+from megatron_rest.weighting.credit import Credit, CreditRows, CreditRule
 from megatron_rest.weighting.curriculum import NUM_REGIONS, check_progress, clip_positive, region_gammas
 from megatron_rest.weighting.means import RegionMeans, region_sums
 from megatron_rest.weighting.rules import entropy_weights
@@ -35,8 +36,8 @@ Array = TypeVar("Array", Tensor, np.ndarray)
 _MIN_BETA = 1e-30  # a token whose distribution is a point mass has beta 0; the cap max_weight then decides
 
 
-class RestWeighting:
-    """Token weights of one sequence (call it) or of packed sequences (:meth:`packed`).
+class RestWeighting(CreditRule):
+    """Token weights of one sequence (call it), of packed sequences (:meth:`packed`) or of a step's rows.
 
     Torch in, torch out (same device); numpy in, numpy out; always float32, never with gradient.  ``CONTEXT`` and masked
     tokens get exactly 0 and do not count; the valid tokens of each sequence have mean 1 (with the source
@@ -45,6 +46,7 @@ class RestWeighting:
 
     def __init__(self, config: WeightingConfig | None = None) -> None:
         self.config = _as_published(config) if config is not None else WeightingConfig()
+        self.traits = traits_of(self.config.source)
         self._positive_only = self.config.source is WeightSource.REFERENCE_CODE
         self.means = RegionMeans(
             decay=self.config.entropy_decay,
@@ -84,7 +86,11 @@ class RestWeighting:
     @property
     def statistic(self) -> str | None:
         """What :meth:`update` wants the region means of: ``"entropy"``, ``"beta"`` or None (nothing is measured)."""
-        return measured_statistic(self.config.source)
+        return self.traits.follows or None
+
+    def credit(self, rows: CreditRows) -> Credit:
+        """These weights as a rule of token credit: by the running means, whatever ``rows`` hold of statistics."""
+        return Credit(weights=self.packed(rows.regions, rows.sequence, progress=rows.progress).astype(np.float64))
 
     def update(self, sums: Tensor | Sequence[float], counts: Tensor | Sequence[float]) -> None:
         """Fold in this step's :func:`region_sums`, already added over all ranks and microbatches."""

@@ -145,12 +145,18 @@ class Slurm:
         return {int(job["JobId"]): job for job in found if job.get("HetJobOffset", "0") == "0"}
 
     def wait(self, job: int, *states: str, seconds: float) -> dict[str, str]:
-        """The job when it is in one of ``states``."""
+        """The job when it is in one of ``states``.
+
+        A scheduler of Slurm looks at a job again only after something has changed.  On a cluster other jobs see to
+        that; here a comment on a waiting job does, or one that was put back waits for minutes after its time has come.
+        """
         end = time.monotonic() + seconds
         while True:
             found = self.jobs().get(job, {})
             if found.get("JobState") in states:
                 return found
+            if found.get("JobState") == "PENDING":
+                self.run("scontrol", "update", f"JobId={job}", "Comment=waiting")
             if time.monotonic() > end:
                 raise AssertionError(f"job {job} is not {' or '.join(states)} after {seconds} s: {found}")
             time.sleep(0.5)

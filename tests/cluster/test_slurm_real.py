@@ -144,7 +144,7 @@ def test_the_warning_comes_before_the_limit_and_everything_ends(cluster: Cluster
 
 def test_a_job_that_fails_is_requeued(cluster: Cluster) -> None:
     [job] = cluster.submit("run", "requeue=1", TEST_MODE="fail-once")
-    ended = cluster.slurm.wait(job, "COMPLETED", seconds=150)
+    ended = cluster.slurm.wait(job, "COMPLETED", seconds=300)
     assert ended["Restarts"] == "1"
     assert len((cluster.folder / f"rank-{job}-0").read_text().splitlines()) == 2, "the same job, twice"
 

@@ -407,3 +407,13 @@ def test_batches_that_do_not_fit_are_refused(change, message):
     batch = {k: v for k, v in (batch | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
         LossTokens.of_batch(batch)
+
+
+def test_advantages_may_be_one_a_sequence():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 1]])
+    for advantages in (torch.tensor([1.0, 2.0]), torch.tensor([[1.0], [2.0]])):
+        tokens = LossTokens.of_batch({"loss_mask": mask, "advantages": advantages})
+        assert tokens.advantages.tolist() == [1, 2] * 4  # rows are [s, b]
+    packed = {"loss_mask": torch.ones(1, 5), "advantages": torch.tensor([1.0, 2.0])}
+    tokens = LossTokens.of_batch(packed | {"cu_seqlens": torch.tensor([0, 3, 5])})
+    assert tokens.advantages.tolist() == [1, 1, 1, 2, 2]

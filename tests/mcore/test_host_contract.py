@@ -15,8 +15,11 @@ import megatron.core
 import pytest
 import torch
 
+from megatron_rest.algorithms import RestPolicyLoss
+from megatron_rest.config import LossConfig
 from megatron_rest.mcore import cpu, output
 from megatron_rest.mcore.head import PolicyHead
+from megatron_rest.mcore.step_loss import LossTokens, StepLoss
 from tests.helpers.distributed import run_distributed
 
 # module, callable, its parameters that we pass or read by name
@@ -116,6 +119,41 @@ def test_labels_stand_where_the_seam_looks_for_them():
     assert names[output._LABELS_POSITION] == "labels"
 
 
+def misuses(model, wrap) -> dict[str, str]:
+    """What an owner of this Megatron's model is told of calls that would be wrong."""
+    tokens = torch.arange(4)[None]
+    batch = {"loss_mask": torch.tensor([[0, 1, 1, 0]]), "advantages": torch.ones(1, 1)}
+    step = StepLoss(RestPolicyLoss(LossConfig()), LossTokens.of_batch(batch))
+    said = {}
+
+    def note(name, call) -> None:
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        said[name] = str(error.value)
+
+    note("wrapped", lambda: output.attach(wrap(), vocab_size=32))
+    note("too many ids", lambda: output.attach(model, vocab_size=33))
+    note("forgotten", lambda: step(model(tokens, tokens, None, labels=tokens)))
+    model.config.calculate_per_token_loss = False
+    note("means of means", lambda: output.attach(model, vocab_size=32))
+    model.config.calculate_per_token_loss = True
+    output.attach(model, vocab_size=32)
+    # labels that carry no loss may be anything, and where the mask is on a device nobody knows the rows
+    blind = StepLoss(step.loss, dataclasses.replace(step.tokens, active_rows=None))
+    marked = torch.where(torch.tensor([[False, True, True, False]]), tokens, -100)
+    losses = [
+        float(one(model(tokens, tokens, None, labels=labels, output_processor_context=one.context))[0])
+        for one, labels in ((step, tokens), (step, marked), (blind, tokens), (blind, marked))
+    ]
+    assert losses[0] != 0 and max(losses) - min(losses) < 1e-6, losses
+    if output.has_output_processor(model):
+        model.config.mtp_num_layers = 1
+        note("prompts in the loss", lambda: model(tokens, tokens, None, labels=tokens))
+        model.config.mtp_num_layers = None
+    output.detach(model)
+    return said
+
+
 def call_of_the_head(rank: int, world_size: int) -> dict[str, object]:
     """What this Megatron hands to a head, and whether its own argument carried it."""
     from megatron.core import parallel_state
@@ -129,11 +167,13 @@ def call_of_the_head(rank: int, world_size: int) -> dict[str, object]:
     parallel_state.initialize_model_parallel()
     cpu.seed_model_parallel(0, tp_rank=0)
     config = TransformerConfig(
-        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True, masked_softmax_fusion=False
-    )
+        num_layers=1, hidden_size=16, num_attention_heads=2, use_cpu_initialization=True, masked_softmax_fusion=False,
+        calculate_per_token_loss=True,
+    )  # fmt: skip
     model = GPTModel(
         config, get_gpt_layer_local_spec(), vocab_size=32, max_sequence_length=8, position_embedding_type="rope"
     )
+    said = misuses(model, lambda: DistributedDataParallel(config, DistributedDataParallelConfig(), model))
     output.attach(model, vocab_size=32)
     seen: dict[str, object] = {}
     real = PolicyHead.__call__
@@ -149,6 +189,7 @@ def call_of_the_head(rank: int, world_size: int) -> dict[str, object]:
     wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
     layer = model.output_layer
     return {
+        "said": said,
         "is native": output.has_output_processor(model),
         "replaced": [name for name in ("_postprocess", "forward") if name in vars(model)],
         "hidden": tuple(seen["hidden_states"].shape),
@@ -180,3 +221,8 @@ def test_the_head_gets_what_it_needs_through_the_place_that_this_megatron_offers
     assert found["layer attributes"] == []
     assert found["main_grad"]
     assert found["wrapped"] == "PolicyOutput"
+    assert "DistributedDataParallel around a GPTModel" in found["said"]["wrapped"]
+    assert found["said"]["too many ids"] == "vocab_size is 33, but the output layer has 32 columns, padding included"
+    assert "call attach(model, vocab_size=...)" in found["said"]["forgotten"]
+    assert "--calculate-per-token-loss" in found["said"]["means of means"]
+    assert not found["is native"] or "pass loss_mask=[b, s]" in found["said"]["prompts in the loss"]

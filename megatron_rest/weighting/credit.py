@@ -1,0 +1,202 @@
+"""The interface of token credit: the rows of a step in, token weights or token advantages out.
+
+    rows = CreditRows.of_samples(samples, rewards=rewards, progress=0.5, scores={"entropy": entropy})
+    credit = find_credit(config.weighting).credit(rows)          # weights [N] and/or advantages [N], float64
+
+A *row* is a loss token.  The rows of a rollout lie together and in order, rollouts in the order of the step, whatever
+microbatch, context-parallel rank or replica holds them: a rule cannot see how the work is split, so its credit cannot
+depend on it.  What a rule may look at beside them, and what its weights add up to, it declares
+(:class:`~megatron_rest.credit_traits.CreditTraits`); the denominators of the loss are not its affair.
+
+A rule of one's own is a class with ``traits`` and ``credit``, named in the configuration:
+
+    @dataclass(frozen=True)
+    class LateTokens(CreditRule):                                # weighting.source=mine.late:LateTokens
+        slope: float = 1.0                                       # weighting.options.slope=2.0
+        traits = CreditTraits(normalisation=Normalisation.ROLLOUT)
+
+        def credit(self, rows: CreditRows) -> Credit:
+            return Credit(weights=rows.mean_one(1.0 + self.slope * rows.index / rows.lengths[rows.sequence]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_rest.credit_traits import STATISTICS, CreditTraits, Normalisation
+from megatron_rest.types import TrainSample
+
+__all__ = ["Credit", "CreditRows", "CreditRule"]
+
+_MEAN_TOLERANCE = 1e-5  # of weights that say they have mean 1; float32 ones of thousands of tokens miss by 1e-7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CreditRows:
+    """N loss tokens of S rollouts, numpy.  Per-token arrays speak of the token itself (not of the one before it)."""
+
+    sequence: np.ndarray  # int64 [N], the rollout, 0..S-1, never falling
+    place: np.ndarray  # int64 [N], tokens between the rollout's first loss token and this one; tool outputs count
+    turn: np.ndarray  # int64 [N], the answer within its rollout, from 0
+    regions: np.ndarray  # int64 [N], TokenRegion
+    groups: np.ndarray  # int64 [S], siblings share one; -1: of none
+    advantages: np.ndarray  # float64 [S], of the rollout
+    rewards: np.ndarray  # float64 [S], what the advantages come from
+    progress: float  # of the run, in [0, 1]
+    log_probs: np.ndarray | None = None  # float64 [N], nats; of the policy as the step begins
+    entropy: np.ndarray | None = None  # float64 [N], nats
+    sum_p2: np.ndarray | None = None  # float64 [N], sum of the squared probabilities
+    beta: np.ndarray | None = None  # float64 [N], squared score norm of the output layer
+    ref_log_probs: np.ndarray | None = None  # float64 [N], nats; of the reference policy
+    lengths: np.ndarray = field(init=False)  # int64 [S], loss tokens of each rollout
+    index: np.ndarray = field(init=False)  # int64 [N], place among the rollout's loss tokens
+
+    def __post_init__(self) -> None:
+        size, count = len(self.sequence), len(self.groups)
+        for name in ("place", "turn", "regions", *STATISTICS):
+            value = getattr(self, name)
+            if value is not None and value.shape != (size,):
+                raise ValueError(f"{name} has shape {value.shape}, expected ({size},) like sequence")
+        for name in ("advantages", "rewards"):
+            if getattr(self, name).shape != (count,):
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected ({count},) like groups")
+        lengths = np.bincount(self.sequence, minlength=count)
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "index", np.arange(size) - np.repeat(np.cumsum(lengths) - lengths, lengths))
+
+    @classmethod
+    def of_samples(
+        cls,
+        samples: Sequence[TrainSample],
+        *,
+        rewards: Sequence[float] | np.ndarray,
+        progress: float,
+        scores: Mapping[str, np.ndarray] | None = None,
+    ) -> CreditRows:
+        """Rows of whole rollouts.
+
+        Args:
+            samples: in the order of the step, or those of a microbatch; a rule gets what its scope asks for.
+            rewards: one a sample.
+            progress: curriculum progress.
+            scores: statistics of :data:`STATISTICS`, ``[N]`` each, in the order of the rows.
+        """
+        counts = np.array([int(s.loss_mask.sum()) for s in samples], np.int64)
+        tokens = [np.flatnonzero(s.loss_mask) for s in samples]
+        at = np.concatenate([np.zeros(0, np.int64), *tokens])
+        sequence = np.repeat(np.arange(len(samples)), counts)
+        starts = np.cumsum(counts) - counts
+        first = np.repeat(starts, counts)
+        opens = np.diff(at, prepend=-2) != 1  # not the neighbour of the row before
+        opens[starts[counts > 0]] = True
+        turns = np.cumsum(opens)
+        regions = [s.region_ids[t] for s, t in zip(samples, tokens, strict=True)]
+        return cls(
+            sequence=sequence,
+            place=at - at[first],
+            turn=turns - turns[first],
+            regions=np.concatenate([np.zeros(0, np.int8), *regions]).astype(np.int64),
+            groups=np.array([s.group_id for s in samples], np.int64),
+            advantages=np.array([s.advantage for s in samples], np.float64),
+            rewards=np.asarray(rewards, np.float64),
+            progress=progress,
+            **{name: np.asarray(value, np.float64) for name, value in (scores or {}).items()},
+        )
+
+    def require(self, needs: frozenset[str]) -> None:
+        """ValueError if a statistic is not there."""
+        missing = sorted(name for name in needs if getattr(self, name) is None)
+        if missing:
+            raise ValueError(f"token credit needs {', '.join(missing)} of every token, and there is none")
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """float64 ``[S]``: added over the rows of each rollout, in their order."""
+        return np.bincount(self.sequence, values, minlength=len(self.groups))
+
+    def means(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """float64 ``[S]``: mean over the rows of each rollout (those of ``where``); 0 where there is none."""
+        where = np.ones(len(self.sequence), bool) if where is None else where
+        count = self.sums(where.astype(np.float64))
+        return self.sums(np.where(where, values, 0.0)) / np.maximum(count, 1.0)
+
+    def mean_one(self, weights: np.ndarray) -> np.ndarray:
+        """Weights over their mean in each rollout (0 where it has none)."""
+        mean = self.means(weights)[self.sequence]
+        return np.divide(weights, mean, out=np.zeros_like(weights, np.float64), where=mean > 0)
+
+    def turns(self) -> tuple[np.ndarray, np.ndarray]:
+        """All turns of all rollouts numbered from 0, int64 ``[N]``, and the rollout of each, int64 ``[turns]``."""
+        opens = (np.diff(self.turn, prepend=-1) != 0) | (self.index == 0)
+        return np.cumsum(opens) - 1, self.sequence[opens]
+
+    def siblings(self) -> np.ndarray:
+        """int64 ``[S]``: number of each rollout's group; one that is of none is a group of its own."""
+        lone = self.groups < 0
+        numbers = np.unique(self.groups, return_inverse=True)[1]
+        return np.where(lone, len(self.groups) + np.arange(len(self.groups)), numbers)
+
+    def across(self, position: np.ndarray, values: np.ndarray, kind: np.ndarray | None = None) -> np.ndarray:
+        """float64 ``[N]``: ``values`` added over the siblings' rows of the same ``position`` (and ``kind``)."""
+        side = self.siblings()[self.sequence]
+        if kind is not None:
+            side = side * 2 + kind
+        cell = side * (int(position.max(initial=0)) + 1) + position
+        return np.bincount(cell, values)[cell]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credit:
+    """What a rule gives to each row; None = as it was: weight 1, the rollout's advantage."""
+
+    weights: np.ndarray | None = None  # [N], >= 0
+    advantages: np.ndarray | None = None  # [N]
+
+    def check(self, rows: CreditRows, traits: CreditTraits, name: str) -> Credit:
+        """This credit, if it is one.  Raises ValueError naming the rule: shape, NaN, negative or unnormalised."""
+        for kind in ("weights", "advantages"):
+            value = getattr(self, kind)
+            if value is None:
+                continue
+            if not isinstance(value, np.ndarray) or value.shape != rows.sequence.shape:
+                what = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                raise ValueError(f"{name} gave {kind} of {what}, expected numpy {rows.sequence.shape}: one a row")
+            if not np.isfinite(value).all():
+                at = int(np.flatnonzero(~np.isfinite(value))[0])
+                raise ValueError(f"{name} gave {kind} that are not finite: {value[at]} at row {at}")
+        if self.weights is None:
+            return self
+        if (self.weights < 0).any():
+            raise ValueError(f"{name} gave a negative weight, {float(self.weights.min())}: turn the advantage instead")
+        if traits.normalisation is Normalisation.ROLLOUT:
+            means = rows.means(self.weights)
+            wrong = (np.abs(means - 1.0) > _MEAN_TOLERANCE) & (means != 0)
+            if wrong.any():
+                raise ValueError(
+                    f"{name} declares weights of mean 1 in each rollout, and one has {means[wrong][0]:.6g}: use "
+                    "rows.mean_one, or declare Normalisation.NONE"
+                )
+        return self
+
+
+class CreditRule:
+    """Base of rules without state.  What a resumed run must know goes into ``state_dict``: numbers, lists, strings."""
+
+    traits: CreditTraits = CreditTraits()
+
+    def credit(self, rows: CreditRows) -> Credit:
+        """Weights and/or advantages of ``rows``: all rows of the step, or of some rollouts (``traits.scope``).
+
+        Called once a step; where the scope is the group or the step, with the same rows on every rank, so a state that
+        moves here is the same everywhere.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        del state

@@ -1,0 +1,226 @@
+"""The guides do what they say: blocks run, or are read by the real parsers; docs/reference is as the code is; messages
+in the troubleshooting page are those of the program."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.cli import main as data_tools
+from launch.cli import _ALWAYS, _FLAGS
+from megatron_rest import cli
+from megatron_rest.analysis import compare, report
+from megatron_rest.config import load, validate
+from megatron_rest.rollout.environments.base import Answer, Observation
+from megatron_rest.rollout.environments.calls import parse_calls
+from megatron_rest.rollout.environments.guest import checked_observation, checked_reward
+from megatron_rest.types import PromptSample
+from tests.analysis.runs import draw_only, make_run
+from tests.helpers.forked import run_module
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("guides/*.md")), *sorted(DOCS.glob("concepts/*.md")), DOCS / "troubleshooting.md"]
+HERE_DOCUMENT = re.compile(r"^cat > (\S+) <<'EOF'\n(.*?)^EOF\n", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Words of every command of a page, files that it writes and comments left out."""
+    for block in blocks(page, "bash"):
+        for line in HERE_DOCUMENT.sub("", block).splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                yield words
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_are_what_the_parsers_take(page, reference):
+    for words in commands(page):
+        check(words, reference)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make dmeo",
+        "megatron-rest train run.yaml trainer.stps=3",
+        "megatron-rest report",
+        "megatron-rest plan run.yaml --gpuz 3",
+        "megatron-rest-data convert --input rows.jsonl",
+        "nemo-run launch/rest_9b.py --dryrun",
+        "nemo-run launch/rest_8b.py --dryrn",
+        "nemo-run launch/rest_8b.py link=3",
+        "export REST_IMAG=a",
+        "torchrun -m megatron_rest.trane",
+        "frobnicate now",
+    ],
+)
+def test_a_wrong_command_is_noticed(line, reference):
+    with pytest.raises((AssertionError, SystemExit, ValueError)):
+        check(shlex.split(line), reference)
+
+
+def check(words: list[str], reference: ModuleType) -> None:
+    """Raises for a command that would be refused for what is written in it."""
+    words = words[: words.index(">")] if ">" in words else words
+    program, *rest = words
+    match Path(program).name:
+        case "make":
+            check_make(rest)
+        case "megatron-rest" if rest[0] in ("train", "warm-start"):
+            load(None, [word for word in rest[1:] if "=" in word])
+        case "megatron-rest":
+            parser = reference._parser_of(cli.commands()[rest[0]][0])
+            options = (parser.parse_args if parser._subparsers else parser.parse_intermixed_args)(rest[1:])
+            load(None, list(getattr(options, "overrides", ())))
+        case "megatron-rest-data":
+            reference._parser_of("data_tools.cli").parse_args(rest)
+        case "nemo-run":
+            check_recipe(*rest)
+        case "torchrun":
+            assert importlib.util.find_spec(rest[rest.index("-m") + 1]), words
+        case "export":
+            assert {word.partition("=")[0] for word in rest} <= {*reference.YOURS}, words
+        case "sed":
+            assert rest[0] == "-n", "the one of the page on scaling up"
+        case _:
+            raise AssertionError(f"no parser is known for: {shlex.join(words)}")
+
+
+def check_make(words: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in words:
+        name, equals, _ = word.partition("=")
+        assert f"$({name})" in makefile if equals else f"\n{name}: " in makefile, word
+
+
+def check_recipe(file: str, *words: str) -> None:
+    tree = ast.parse((ROOT / file).read_bytes()) if (ROOT / file).is_file() else None
+    assert tree is not None, f"no recipe {file}"
+    [recipe] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == Path(file).stem]
+    own = {argument.arg for argument in recipe.args.args} | set(_ALWAYS)
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            assert key in _FLAGS, word
+        elif "." not in key:
+            assert key in own, word
+        elif not key.startswith("run.executor"):
+            load(None, [word])
+
+
+# ----------------------------------------------------------------------------------------------------------- guides
+
+
+def test_the_first_own_data_set(tmp_path, monkeypatch, capsys):
+    """Parts 1 to 3 as they stand there; the configuration of part 4 is loaded and checked."""
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "guides" / "own_data.md"
+    expected = "".join(blocks(page, "text")).splitlines()[:3]
+    for block in blocks(page, "bash"):
+        for name, text in HERE_DOCUMENT.findall(block):
+            (tmp_path / name).write_text(text)
+        for line in HERE_DOCUMENT.sub("", block).splitlines():
+            program, *arguments = shlex.split(line)
+            if program == "megatron-rest-data":
+                assert data_tools(arguments) == 0, capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert len(expected) == 3 and all(line in printed for line in expected)
+    config = load(tmp_path / "my" / "run.yaml")
+    validate(config, world_size=1)
+    assert (tmp_path / config.data.train / "manifest.json").is_file()
+
+
+def test_environments_of_the_reward_page():
+    countdown, short = blocks(DOCS / "guides" / "own_reward.md", "python")
+    prompt = PromptSample(prompt_id="a", token_ids=np.array([1], np.int32), ground_truth="")
+    tick = '<tool_call>{"name": "tick", "parameters": {}}</tool_call>'
+    assert play(countdown, "factory", prompt, [tick, tick, tick]) == (["2 left", "1 left"], 1.0)
+    assert play(countdown, "factory", prompt, ["no"]) == ([], 0.0)
+    assert play(short, "short", prompt, ["one two three"]) == ([], 0.25)
+
+
+def play(code: str, factory: str, prompt: PromptSample, texts: list[str]) -> tuple[list[str], float | None]:
+    """What the environment said, and its reward; it has to end with the last text."""
+    names: dict[str, Any] = {}
+    exec(compile(code, "own_reward.md", "exec"), names)
+    environment = names[factory](prompt)
+    environment.reset()
+    said, seen = [], Observation(done=True)
+    for turn, text in enumerate(texts):
+        seen = checked_observation(environment.step(Answer(text=text, calls=parse_calls(text), turn=turn)))
+        said += [message.content for message in seen.messages]
+    assert seen.done
+    reward = checked_reward(environment.reward())
+    environment.close()
+    return said, reward
+
+
+def test_reading_a_run(tmp_path, monkeypatch, capsys):
+    draw_only(monkeypatch, "reward")
+    runs = {name: make_run(tmp_path / name, 4, slope=slope) for name, slope in (("demo-rest", 0.2), ("demo-grpo", 0.1))}
+    for words in commands(DOCS / "guides" / "read_a_run.md"):
+        main = {"report": report.main, "compare": compare.main}.get(words[1])
+        if main:
+            assert main([str(runs[Path(w).name]) if w.startswith("runs/") else w for w in words[2:]]) == 0
+    [code] = blocks(DOCS / "guides" / "read_a_run.md", "python")
+    exec(compile(code, "read_a_run.md", "exec"), {"run_dir": runs["demo-rest"]})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("4 ")
+    assert (runs["demo-rest"] / "report.html").is_file()
+
+
+# -------------------------------------------------------------------------------------------- reference and messages
+
+
+def test_the_reference_is_current():
+    done = run_module("docs.make_reference", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_messages_are_those_of_the_program():
+    """The longest fixed piece of each quoted line is in a string of ours."""
+    strings = "\n".join(ours())
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    lines = [line for block in blocks(DOCS / "troubleshooting.md", "text") for line in block.splitlines()]
+    lines += re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE)
+    quoted = [line for line in lines if not line.startswith("torch.")]
+    missing = [line for line in quoted if longest_piece(line) not in strings]
+    assert len(quoted) > 15 and not missing, missing
+
+
+def longest_piece(line: str) -> str:
+    return max((piece.strip() for piece in re.split(r"\.\.\.|[\d.]*\d", line)), key=len)
+
+
+def ours() -> Iterator[str]:
+    """Every string of the packages; a value that is put in ends a piece."""
+    for package in ("megatron_rest", "launch"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
