@@ -1,12 +1,13 @@
 """A run that everything happens to, and the same run in peace: both must end as the same run.
 
-    python -m benchmarks.chaos [--faults 30] [--seed 1] [--steps 14]
+    python -m benchmarks.chaos [--faults 30] [--seed 1] [--steps 14] [--workers 1]
 
 One run of the trainer is left alone. The other is disturbed by random faults, and started again by a loop like that of
 a chain of jobs whenever it ends:
 
     while it runs       engine killed while it samples, engine killed in the middle of a weight transfer, engine stopped
-                        (SIGSTOP) while it samples: the run goes on
+                        (SIGSTOP) while it samples; with --workers 2 a worker of it killed or stopped, too: the run goes
+                        on
     what ends it        one rank killed, all processes killed, asked to stop (SIGTERM), no room for a checkpoint, no
                         room for the metrics
     while it is down    a bit of the newest checkpoint flipped, a file of it cut short, one lost, half a line behind the
@@ -14,8 +15,10 @@ a chain of jobs whenever it ends:
 
 At the end every step must be there once, and all there is be equal, bit for bit: metrics (but times and the number of
 engines replaced), rollouts of every step, exported weights, and the last checkpoint with optimiser, random streams and
-all. No end may take longer than --patience seconds from the fault to the last process. Exit status 1 if anything is
-otherwise. Which faults are drawn depends on the seed; the microsecond at which they hit depends on the machine.
+all. No end may take longer than --patience seconds from the fault to the last process, and after each no process of an
+engine, no folder and no file in /dev/shm may be left (if everything was killed at once: after the next start). Exit
+status 1 if anything is otherwise. Which faults are drawn depends on the seed; the microsecond at which they hit depends
+on the machine.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos_rank import ENGINE, Life
+from benchmarks.chaos_rank import ENGINE, WORKER, Life
 from megatron_rest.mcore import checkpoint_files
+from megatron_rest.processes import my_processes, variable_of
+from megatron_rest.rollout.keeper import FOLDER
 from megatron_rest.trainer.resume_check import kill_tree
 from megatron_rest.trainer.run_diff import Difference, compare_runs
 from megatron_rest.trainer.tiny import RANKS, make_base, tiny_settings
@@ -47,11 +52,12 @@ PHASES = ("rollout", "reward", "score", "weights", "update", "sync", "checkpoint
 MAY_DIFFER = frozenset({"rollout/restarts"})
 _HANG_SECONDS = 600  # of one start
 _ENGINE_TIMEOUT = 15  # seconds without a sign of life until a stopped engine is replaced
+_GONE_SECONDS = 10.0  # after the end of a run
 
 
-def draw(rng: random.Random, num_faults: int) -> tuple[Life, list[str]]:
+def draw(rng: random.Random, num_faults: int, kinds: Sequence[str] = ENGINE) -> tuple[Life, list[str]]:
     """A life with at most ``num_faults`` faults, and what happens while the run is down after it."""
-    engine = [rng.choice(ENGINE) for _ in range(min(rng.choice((0, 1, 1, 2)), num_faults - 1))]
+    engine = [rng.choice(kinds) for _ in range(min(rng.choice((0, 1, 1, 2)), num_faults - 1))]
     down = [rng.choice(DOWN) for _ in range(min(rng.choice((0, 1, 1, 2)), num_faults - 1 - len(engine)))]
     end, rank = rng.choice(END), rng.randrange(RANKS)
     life = Life(
@@ -80,7 +86,14 @@ def start(base: Path, run_dir: Path, *overrides: str, life: Life | None = None, 
         "trainer.save_rollouts_every=1",
         *overrides,
     ]
-    environment = {**os.environ, "CHAOS_LOG": str(_log_of(run_dir)), "CHAOS_LIFE": json.dumps(asdict(life or Life()))}
+    temporary = _temporary_of(run_dir)
+    temporary.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "TMPDIR": str(temporary),
+        "CHAOS_LOG": str(_log_of(run_dir)),
+        "CHAOS_LIFE": json.dumps(asdict(life or Life())),
+    }
     with subprocess.Popen(
         [*command, *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -116,13 +129,21 @@ class Chaos:
         return self.faults.total()
 
 
-def disturb(base: Path, run_dir: Path, *overrides: str, faults: int, seed: int, quiet: bool = False) -> Chaos:
+def disturb(
+    base: Path,
+    run_dir: Path,
+    *overrides: str,
+    faults: int,
+    seed: int,
+    quiet: bool = False,
+    kinds: Sequence[str] = ENGINE,
+) -> Chaos:
     """Start the run again and again until ``faults`` faults have happened to it and it has come to its end."""
     rng, chaos = random.Random(seed), Chaos()
     while True:
         left = faults - chaos.num_faults
-        life, down = draw(rng, left) if left > 0 else (Life(), [])
-        before = _happened(run_dir)
+        life, down = draw(rng, left, kinds) if left > 0 else (Life(), [])
+        before, shared = _happened(run_dir), _shared_memory()
         status, output = start(base, run_dir, *overrides, life=life)
         ended = time.time()
         chaos.num_starts += 1
@@ -132,6 +153,7 @@ def disturb(base: Path, run_dir: Path, *overrides: str, faults: int, seed: int, 
             if kind in END:
                 chaos.seconds_to_end[kind] = max(chaos.seconds_to_end.get(kind, 0.0), ended - at)
         _check_end(chaos, life, [kind for kind, _ in new], status, output)
+        chaos.wrong += left_behind(run_dir, shared, is_swept_later="job killed" in [kind for kind, _ in new])
         if not quiet:
             step = (checkpoint_files.latest(run_dir / "checkpoints") or Path("nothing")).name
             print(f"{chaos.num_faults:3d} faults: {', '.join(k for k, _ in new) or 'none'}; saved: {step}", flush=True)
@@ -152,6 +174,27 @@ def _check_end(chaos: Chaos, life: Life, new: list[str], status: int, output: st
         chaos.wrong.append(f"the run ended with status {status} by itself:\n{output[-6000:]}")
     elif status and life.end in reasons and reasons[life.end] not in output:
         chaos.wrong.append(f"after {life.end!r} nobody said {reasons[life.end]!r}:\n{output[-6000:]}")
+
+
+def left_behind(run_dir: Path, shared: set[str], *, is_swept_later: bool) -> list[str]:
+    """What a run has left shortly after its end; of one that was killed with everything, processes only count."""
+    temporary, deadline = _temporary_of(run_dir), time.monotonic() + _GONE_SECONDS
+    while True:
+        left = [f"process {p}" for p in my_processes() if (variable_of(p, FOLDER) or "").startswith(str(temporary))]
+        if not is_swept_later:
+            left += [str(path) for path in temporary.glob("engine-*")]
+            left += [path for path in _shared_memory() - shared if path.startswith("vllm_dist_")]
+        if not left or time.monotonic() > deadline:
+            return [f"left behind: {what}" for what in left]
+        time.sleep(0.1)
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def _temporary_of(run_dir: Path) -> Path:
+    return run_dir.with_name(run_dir.name + ".tmp")
 
 
 def spoil(run_dir: Path, kind: str, rng: random.Random) -> bool:
@@ -204,16 +247,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", type=int, default=30, help="how many happen (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the faults (%(default)s)")
     parser.add_argument("--steps", type=int, default=14, help="RL steps of both runs (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="vLLM processes of the engine (%(default)s)")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds from a fault to the end (%(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         base = make_base(Path(folder))
         calm, disturbed = base / "calm", base / "disturbed"
-        steps = f"trainer.steps={args.steps}"
-        seconds = train(base, calm, steps)
+        steps, workers = f"trainer.steps={args.steps}", f"rollout.tensor_parallel={args.workers}"
+        seconds = train(base, calm, steps, workers)
         print(f"undisturbed: {args.steps} steps in {seconds:.0f} s", flush=True)
         started = time.perf_counter()
-        chaos = disturb(base, disturbed, steps, faults=args.faults, seed=args.seed)
+        kinds = ENGINE if args.workers == 1 else WORKER
+        chaos = disturb(base, disturbed, steps, workers, faults=args.faults, seed=args.seed, kinds=kinds)
         wrong = chaos.wrong
         if chaos.num_faults < args.faults:
             wrong.append(f"only {chaos.num_faults} of {args.faults} faults found an occasion: more --steps")

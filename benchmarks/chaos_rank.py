@@ -24,9 +24,10 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ENGINE", "Life"]
+__all__ = ["ENGINE", "WORKER", "Life"]
 
 ENGINE = ("engine killed in generation", "engine killed in a transfer", "engine stopped")
+WORKER = ("worker of an engine killed", "worker of an engine stopped")  # of an engine with several
 _ROLLOUTS_BEFORE = 3  # handed over before an engine is killed in the middle of generation
 _SYNC_SECONDS = 0.005  # after the first byte may have been sent; a transfer of the toy takes some 30 ms
 
@@ -68,7 +69,7 @@ class _Saboteur:
 
         def disturbed_run(engine: RemoteEngine, requests: Any, *, on_rollout: Any, **others: Any) -> None:
             due = saboteur.engine_due[:1]
-            is_due = due in ([ENGINE[0]], [ENGINE[2]]) and len(requests) > _ROLLOUTS_BEFORE
+            is_due = bool(due) and due[0] != ENGINE[1] and len(requests) > _ROLLOUTS_BEFORE
             if is_due:
                 saboteur.engine_due.pop(0)
             handed: list[int] = []
@@ -96,7 +97,11 @@ class _Saboteur:
 
     def signal_engine(self, engine: Any, kind: str) -> None:
         self.note(kind)
-        os.kill(engine.pid, signal.SIGSTOP if kind == ENGINE[2] else signal.SIGKILL)
+        pid = engine.pid
+        if kind in WORKER:
+            below = psutil.Process(pid).children(recursive=True)
+            pid = next(process.pid for process in below if "Worker" in process.name())
+        os.kill(pid, signal.SIGSTOP if "stopped" in kind else signal.SIGKILL)
 
     def phase_begins(self, step: int, phase: str) -> None:
         if self.is_over or phase != self.life.phase:

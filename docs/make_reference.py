@@ -208,6 +208,64 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield from _item(f"`{shown}`{needed}", _escape(formatter._expand_help(action) if action.help else ""))
 
 
+# --------------------------------------------------------------------------------------------------------- Python API
+
+EMBEDDED = (  # what others import
+    *("megatron_rest.ops", "megatron_rest.regions", "megatron_rest.weighting", "megatron_rest.algorithms"),
+    *("megatron_rest.rewards", "megatron_rest.mcore.output", "megatron_rest.mcore.step_loss"),
+    *("megatron_rest.data.prompts", "megatron_rest.rollout.environments.base"),
+)
+
+
+def python_api() -> Iterator[str]:
+    """Public names (``__all__``) of the modules that are meant to be imported, with signature and docstring."""
+    yield "# Python API\n"
+    yield from _paragraph(
+        "What is meant to be imported by others: [embedding](../embedding.md) shows how it fits together. Up to "
+        "`algorithms` only torch, numpy and PyYAML are needed, for `mcore` Megatron-Core."
+    )
+    for name in EMBEDDED:
+        module = importlib.import_module(name)
+        yield f"## {name}\n"
+        yield from _paragraph(_plain((inspect.getdoc(module) or "").partition("\n\n")[0]))
+        for public in module.__all__:
+            yield from _public(public, getattr(module, public))
+
+
+def _public(name: str, value: Any) -> Iterator[str]:
+    if not (inspect.isclass(value) or inspect.isfunction(value)):
+        return
+    yield f"### {name}\n"
+    yield f"```python\n{_signature(name, value)}\n```\n"
+    doc = inspect.getdoc(value) if value.__doc__ and not value.__doc__.startswith(f"{name}(") else ""
+    if doc:
+        yield f"```text\n{doc}\n```\n"
+    methods = [(n, m) for n, m in vars(value).items() if not n.startswith("_")] if inspect.isclass(value) else []
+    for method, function in methods:
+        function = function.__func__ if isinstance(function, classmethod | staticmethod) else function
+        if inspect.isfunction(function) and function.__doc__:
+            first = _plain((inspect.getdoc(function) or "").partition("\n\n")[0])
+            yield from _item(f"`{method}`", first)
+    yield ""
+
+
+def _signature(name: str, value: Any) -> str:
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # nothing that is called
+        return name
+    unstable = [p for p in signature.parameters.values() if " at 0x" in repr(p.default)]  # other addresses every time
+    named = {p.name: p.replace(default=...) for p in unstable}
+    signature = signature.replace(parameters=[named.get(p.name, p) for p in signature.parameters.values()])
+    plain = re.sub(r"ForwardRef\('([^']*)'[^)]*\)", r"\1", str(signature).replace("Ellipsis", "..."))
+    one = name + re.sub(r"(: |-> )'([^']*)'", r"\1\2", plain)
+    if len(one) <= WIDTH:
+        return one
+    inside, _, returned = one.removeprefix(f"{name}(").rpartition(")")
+    parts = re.split(r", (?=\*|\w+[:=,)]|\w+$)", inside)
+    return "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returned}"])
+
+
 # ---------------------------------------------------------------------------------------------- environment variables
 
 YOURS = {
@@ -343,6 +401,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "configuration.md": configuration,
     "command_line.md": command_line,
     "environment.md": environment,
+    "python_api.md": python_api,
 }
 
 

@@ -589,7 +589,8 @@ class WeightingConfig:
 
     source: str = WeightSource.CONSTANT
     """ResT: uniform (plain GRPO), constant, reference_code, entropy_offline, entropy_ema or variance_optimal; others:
-    entropy_mask, hicra, egpo, aem, empg, gtpo, otb, otb_turns (docs/algorithm.md), or package.module:attribute."""
+    entropy_mask, hicra, message_penalty, egpo, aem, empg, gtpo, otb, otb_turns (docs/algorithm.md), or
+    package.module:attribute."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the rule (weighting.options.share=0.2); ResT's sources have the keys below instead."""
     gamma_format: float = 1.0
@@ -752,8 +753,8 @@ class WeightSyncConfig:
     bucket_bytes: int = 64 << 20
     """Tensors travel in buckets or messages of about this size."""
     canary_tolerance: float | None = None
-    """Largest |log-prob difference| between engine and trainer on the canary after a sync, nats; null = 1e-3 if both
-    compute in float32, 0.1 if not (16-bit rounding alone makes up to 0.06), 1.0 with rollout.quantization."""
+    """|log-prob difference| between engine and trainer that the middle one of the canary's tokens may have after a
+    sync, nats; null = 1e-4 if both compute in float32, 0.05 if not, 0.3 with rollout.quantization."""
     canary_tokens: int = 16
     """Tokens sampled from the canary prompt after every sync."""
 

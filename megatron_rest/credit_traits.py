@@ -11,9 +11,11 @@ from enum import StrEnum
 
 __all__ = ["BUILT_IN", "OWN", "STATISTICS", "CreditTraits", "Normalisation", "Scope", "traits_of"]
 
-STATISTICS = ("log_probs", "entropy", "sum_p2", "beta", "ref_log_probs")
+STATISTICS = ("log_probs", "entropy", "sum_p2", "beta", "ref_log_probs", "marks")
 """What a rule may need of every token: log-prob (nats), entropy (nats), sum p^2, squared score norm of the output
-layer, log-prob under the reference policy."""
+layer, log-prob under the reference policy, and what is wrong in form with its turn (``types.TurnMark``)."""
+
+_NOT_SCORED = {"ref_log_probs", "marks"}  # there without a scoring pass
 
 
 class Scope(StrEnum):
@@ -50,7 +52,7 @@ class CreditTraits:
     @property
     def is_scored(self) -> bool:
         """Whether something has to be measured in the scoring pass of every step."""
-        return bool(self.needs - {"ref_log_probs"})
+        return bool(self.needs - _NOT_SCORED)
 
     @property
     def with_score_norms(self) -> bool:
@@ -85,6 +87,7 @@ BUILT_IN: dict[str, tuple[str, CreditTraits]] = {
     # others' token weights and advantages
     "entropy_mask": ("entropy_mask:EntropyMask", _of("entropy", scope=Scope.STEP)),
     "hicra": ("hicra:Hicra", _of(scope=Scope.ROLLOUT)),
+    "message_penalty": ("message_penalty:MessagePenalty", _of("marks", scope=Scope.ROLLOUT, moves_zero=True)),
     "egpo": ("egpo:Egpo", _of("entropy", scope=Scope.ROLLOUT)),
     "aem": ("aem:Aem", _of("entropy", scope=Scope.GROUP)),
     "empg": ("empg:Empg", _of("entropy", scope=Scope.STEP, moves_zero=True)),

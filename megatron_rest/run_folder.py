@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from megatron_rest.config import RESOLVED, ConfigError, RestConfig, load, to_dict
+from megatron_rest.processes import space, start_of
 from megatron_rest.user_code import recorded
 
 __all__ = [
@@ -70,8 +71,8 @@ class Owner:
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            started=_start_of(os.getpid()),
-            space=_space(),
+            started=start_of(os.getpid()),
+            space=space(),
             job=job_name(),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
             key=os.urandom(8).hex(),
@@ -303,7 +304,7 @@ def _beat(path: Path, me: Owner, released: threading.Event) -> None:
 
 
 def _may_live(owner: Owner, age: float) -> bool:
-    if owner.space == _space():
+    if owner.space == space():
         return _is_running(owner)
     job, _, restart = owner.job.rpartition(".")
     mine, _, my_restart = job_name().rpartition(".")
@@ -313,27 +314,11 @@ def _may_live(owner: Owner, age: float) -> bool:
 
 
 def _is_visible(owner: Owner) -> bool:
-    return owner.space == _space() and _is_running(owner)
+    return owner.space == space() and _is_running(owner)
 
 
 def _is_running(owner: Owner) -> bool:
-    return _start_of(owner.pid) == owner.started != ""
-
-
-def _start_of(pid: int) -> str:
-    """Field 22 of /proc/PID/stat; empty for a process that is gone or only waits to be collected."""
-    try:
-        fields_behind_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields_behind_name[0] in ("Z", "X") else fields_behind_name[19]
-
-
-def _space() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"  # nobody else's: only the age of the lock counts
+    return start_of(owner.pid) == owner.started != ""
 
 
 def _touched(path: Path) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import StrEnum
+from enum import IntFlag, StrEnum
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ __all__ = [
     "TokenRegion",
     "TrainBatch",
     "TrainSample",
+    "TurnMark",
 ]
 
 
@@ -60,6 +61,13 @@ class StopReason(StrEnum):
         with it.
         """
         return self in (StopReason.ABORTED, StopReason.TOOL_TIMEOUT, StopReason.TOOL_FAILED)
+
+
+class TurnMark(IntFlag):
+    """What is wrong in form with a turn, by its dialect's reader."""
+
+    CALLS = 1  # a call section that cannot be read, or that never closes
+    THOUGHT = 2  # a thought that never closes
 
 
 def _same_length(owner: str, expected: int, **arrays: np.ndarray | Tensor | None) -> None:
@@ -139,6 +147,7 @@ class TrainSample:
     advantage: float
     sequence_id: int  # unique in the step
     group_id: int = -1  # samples of one group begin with the same prompt; -1: of none
+    marks: np.ndarray | None = None  # uint8 [L], TurnMark of the token's turn; None: turns were not looked at
 
     def __post_init__(self) -> None:
         _same_length(
@@ -147,6 +156,7 @@ class TrainSample:
             loss_mask=self.loss_mask,
             region_ids=self.region_ids,
             rollout_log_probs=self.rollout_log_probs,
+            marks=self.marks,
         )
         if self.loss_mask[0]:
             raise ValueError("the first token of a sequence has no predictor: loss_mask[0] must be False")

@@ -10,6 +10,7 @@ An asynchronous save takes a snapshot and returns; one forked process a rank wri
     writer = CheckpointWriter(folder, config.checkpoint)
     writer.save(policy, step=10, extra={...})     # waits for the save before it, if that is still under way
     writer.poll()                                 # after every step: renames what is finished
+    writer.complete({...})                        # what was not there yet when save() took its snapshot
     writer.wait()                                 # at the end
 
     path, notes = newest_intact(folder)           # None if there is none; notes say what is damaged
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import queue
 import shutil
@@ -34,6 +36,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rest.config import CheckpointConfig, ConfigError
@@ -45,11 +48,21 @@ from megatron_rest.mcore.optimizer_state import aligned, is_distributed, load_op
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.mcore.safe_loading import check_description, data_only
 
-__all__ = ["CheckpointError", "CheckpointWriter", "Loaded", "latest", "load", "load_model", "newest_intact"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointWriter",
+    "Loaded",
+    "late_tensors",
+    "latest",
+    "load",
+    "load_model",
+    "newest_intact",
+]
 
 _log = logging.getLogger(__name__)
 
 _SUMS_OF_RANK = ".sums_of_{}"
+_LATE_FILE = "late.safetensors"
 _RESULT_OF_RANK = ".written_by_{}"
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the scheduler sets lr and weight_decay
 
@@ -82,6 +95,7 @@ class CheckpointWriter:
         self.folder = Path(folder)
         self.config = config
         self._calls = AsyncCallsQueue(persistent=False)  # a forked process a save
+        self._late: _Late | None = None
 
     def check_writable(self) -> None:
         """Find out now, and not when the first checkpoint is due, that nothing can be written into the folder."""
@@ -92,20 +106,32 @@ class CheckpointWriter:
         with tempfile.TemporaryFile(dir=self.folder) as file:
             file.write(b"writable")
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a save waits for :meth:`complete`."""
+        return self._late is not None and not self._late.is_there
+
     def save(
-        self, policy: MegatronPolicy, *, step: int, extra: dict[str, Any], metrics: Mapping[str, float] | None = None
+        self,
+        policy: MegatronPolicy,
+        *,
+        step: int,
+        extra: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        is_complete: bool = True,
     ) -> Path:
         """Write ``<folder>/step_<step>`` and return its path, which exists once the checkpoint is whole.
 
         ``extra`` is plain data (numbers, strings, lists, dicts, tensors) and comes back from :func:`load` as it was;
         only rank 0's is written.  ``metrics`` of the step go into ``step.json``; ``checkpoint.best_metric`` is one of
-        them.
+        them.  Without ``is_complete`` the checkpoint is not whole before :meth:`complete` has brought the rest.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
         from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
         self.wait()
+        assert self._late is None, "the save before this one was never completed"
         target = self.folder / f"step_{step:06d}"
         partial_ = target.with_suffix(".partial")
         _on_rank_0(partial(_make_room, target, partial_), partial_)
@@ -126,7 +152,11 @@ class CheckpointWriter:
         if request.async_fn is not None:
             transforms = request.async_fn.args[0]  # Megatron's own: nothing, unless somebody registered some
             request = request._replace(async_fn=partial(_write, transforms))
-        request.add_finalize_fn(partial(self._publish, partial_, target, step, dict(metrics or {})))
+        publish = partial(self._publish, partial_, target, step, dict(metrics or {}))
+        if is_complete:
+            request.add_finalize_fn(publish)
+        else:
+            self._late = _Late(partial_ / _LATE_FILE, publish)
         with _failures_named(partial_):
             if self.config.asynchronous:
                 self._calls.schedule_async_request(request)
@@ -134,15 +164,33 @@ class CheckpointWriter:
                 request.execute_sync()
         return target
 
+    def complete(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The rest of a save that was not complete: ``tensors`` on CPU, by ``section.name`` in :attr:`Loaded.extra`."""
+        late = self._late
+        assert late is not None, "no save waits for more"
+        _on_rank_0(partial(_write_late, late.path, tensors), late.path)
+        late.is_there = True
+        self.poll()
+
     def poll(self) -> None:
         """Complete a save whose processes have all finished; returns at once if one has not."""
-        with _failures_named(self.folder):
-            self._calls.maybe_finalize_async_calls(blocking=False)
+        self._finalize(blocking=False)
 
     def wait(self) -> None:
-        """Return when nothing is being written."""
-        with _failures_named(self.folder):
-            self._calls.maybe_finalize_async_calls(blocking=True)
+        """Return when nothing is being written.  What waits for :meth:`complete` goes on waiting."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        late = self._late
+        try:
+            with _failures_named(self.folder):
+                self._calls.maybe_finalize_async_calls(blocking=blocking)
+        except CheckpointError:
+            self._late = None  # there is no such checkpoint
+            raise
+        if late is not None and late.is_there and not self._calls.get_num_unfinalized_calls():
+            self._late = None
+            late.publish()
 
     def _publish(self, written: Path, target: Path, step: int, metrics: Mapping[str, float]) -> None:
         dist.barrier()
@@ -167,6 +215,27 @@ class CheckpointWriter:
                 shutil.rmtree(old)
 
         _on_rank_0(publish, written)
+
+
+@dataclass(slots=True)
+class _Late:
+    """A save whose last file is not there yet."""
+
+    path: Path
+    publish: Callable[[], None]
+    is_there: bool = False
+
+
+def late_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What :meth:`CheckpointWriter.complete` brought, by ``section.name``; nothing if the save was complete."""
+    file = path / _LATE_FILE
+    return load_file(file) if file.is_file() else {}
+
+
+def _write_late(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def newest_intact(folder: str | Path) -> tuple[Path | None, list[str]]:
@@ -220,7 +289,11 @@ def load(path: str | Path, policy: MegatronPolicy, *, is_verified: bool = False)
     for i, module in enumerate(policy.modules):
         module.load_state_dict(state[_chunk_key(policy, i)], strict=True)
     _load_optimizer(path, policy, state)
-    return Loaded(step=state["step"], extra=state["extra"], rng=state["rng"] if is_same_layout else None)
+    extra = state["extra"]
+    for name, tensor in late_tensors(path).items():
+        section, _, key = name.partition(".")
+        extra[section] = {**(extra.get(section) or {}), key: tensor}
+    return Loaded(step=state["step"], extra=extra, rng=state["rng"] if is_same_layout else None)
 
 
 def _load_optimizer(path: Path, policy: MegatronPolicy, state: dict[str, Any]) -> None:

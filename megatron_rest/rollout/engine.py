@@ -21,7 +21,9 @@ __all__ = [
     "EngineLostError",
     "EngineStateError",
     "Exam",
+    "MoreRequests",
     "OnRollout",
+    "RefusedRequestError",
     "RolloutEngine",
     "RolloutRequest",
     "as_groups",
@@ -39,7 +41,11 @@ class EngineStateError(RuntimeError):
 
 
 class EngineLostError(RuntimeError):
-    """The engine's process died or hung and was ended; what it had not handed over is to be sampled again."""
+    """The engine's process died, failed or hung and was ended; what it had not handed over is to be sampled again."""
+
+
+class RefusedRequestError(ValueError):
+    """What was asked for cannot be done, and was not begun: the engine is as it was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +70,10 @@ OnRollout = Callable[[int, Rollout], None]
 """Called with a request's key and its rollout as soon as that is complete."""
 
 
+MoreRequests = Callable[[], "Sequence[RolloutRequest] | None"]
+"""Asked again and again while an engine samples: what to take on besides; None = there will be no more."""
+
+
 class RolloutEngine(Protocol):
     """Token in, token out.  All arrays are numpy, log-probs are float32 nats."""
 
@@ -80,16 +90,23 @@ class RolloutEngine(Protocol):
         max_response_tokens: int,
         on_rollout: OnRollout,
         exam: Exam | None = None,
+        more: MoreRequests | None = None,
     ) -> None:
         """Sample every request; each goes to ``on_rollout`` once, in the order in which they end.
 
-        With ``exam`` they are answered greedily, with its environment in the place of the engine's own.  Raises
+        With ``exam`` they are answered greedily, with its environment in the place of the engine's own.  ``more`` is
+        asked at least after every rollout, and the call returns when it has said None and all is handed over.  Raises
         EngineLostError when the engine goes; what was handed over before stays valid.
         """
         ...
 
     def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``n`` most likely next tokens and their log-probs: ``(int32 [n], float32 [n])``."""
+        ...
+
+    def next_tokens(self, token_ids: Sequence[int] | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` likeliest tokens behind ``token_ids`` and their log-probs at temperature 1, likeliest first:
+        ``(int32 [k], float32 [k])``."""
         ...
 
     def prompt_log_probs(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:

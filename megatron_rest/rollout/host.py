@@ -23,15 +23,13 @@ import json
 import os
 import secrets
 import select
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,16 +37,15 @@ from megatron_rest.config import ConfigError
 from megatron_rest.network import INTERFACE, is_loopback, listen, own_address
 from megatron_rest.preflight import GPUS_PER_NODE, JOB_LOG, check_gpus, say_in_job_log
 from megatron_rest.rollout.devices import visible_devices, without_expandable_segments
+from megatron_rest.rollout.keeper import EngineProcesses, new_engine_folder
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 
 __all__ = [
     "EngineHost",
     "announced",
     "ask_for_engine",
-    "clear_engine_folder",
     "main",
-    "new_engine_folder",
-    "own_engine_folder",
+    "start_worker",
     "worker_environment",
 ]
 
@@ -57,7 +54,6 @@ _HELLO_SECONDS = 10.0
 _HELLO_BYTES = 4096  # all that is read from somebody who has not shown the key
 # The owner's own rank in its job is none of the engine's business.
 _OF_THE_OWNER = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", JOB_LOG)
-_FOLDER = "REST_ENGINE_FOLDER"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,39 +112,27 @@ def ask_for_engine(host: EngineHost, *, devices: str | None, is_probe: bool = Fa
     return sock
 
 
-def worker_environment(devices: str | None, folder: Path) -> dict[str, str]:
-    """Of a worker that this process starts; ``devices`` are indices with commas among its GPUs, None: all of them.
+def start_worker(sock: socket.socket, devices: str | None, *, output: int | None = None) -> EngineProcesses:
+    """A worker of this process that serves ``sock``, with the GPUs ``devices``: indices with commas among those that
+    this process sees, None: all of them.  ``output`` as for Popen."""
+    return EngineProcesses(
+        [sys.executable, "-m", "megatron_rest.rollout.worker", str(sock.fileno()), str(os.getpid())],
+        folder=new_engine_folder(),
+        environment=worker_environment(devices),
+        descriptors=[sock.fileno()],
+        output=output,
+    )
 
-    ``folder`` becomes the temporary folder of all its processes; caches stay where they are.
-    """
+
+def worker_environment(devices: str | None) -> dict[str, str]:
+    """Of a worker with the GPUs ``devices``; caches stay where they are, though its temporary folder is its own."""
     environment = without_expandable_segments(os.environ)
     environment = {k: v for k, v in environment.items() if not k.startswith(_OF_THE_OWNER)}
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = visible_devices(devices)
     compiled = str(Path(tempfile.gettempdir(), f"torchinductor_{os.getuid()}"))
     environment.setdefault("TORCHINDUCTOR_CACHE_DIR", compiled)
-    return environment | {"TMPDIR": str(folder), _FOLDER: str(folder)}
-
-
-def new_engine_folder() -> Path:
-    """A temporary folder for one engine."""
-    return Path(tempfile.mkdtemp(prefix="engine-"))
-
-
-def clear_engine_folder(folder: Path) -> None:
-    """Remove an engine's temporary folder, and the shared memory that its workers named after their store in there.
-
-    vLLM removes both itself where it ends by itself; a killed engine cannot.
-    """
-    for store in folder.glob("vllm_dist_*"):
-        for segment in Path("/dev/shm").glob(f"{store.name}-*"):
-            segment.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def own_engine_folder() -> Path | None:
-    """What the process that started this worker made for it."""
-    return Path(os.environ[_FOLDER]) if _FOLDER in os.environ else None
+    return environment
 
 
 def serve(folder: Path, *, num_gpus: int, address: str = "") -> None:
@@ -210,24 +194,12 @@ def _answer(sock: socket.socket, key: str) -> None:
 
 
 def _run_worker(sock: socket.socket, devices: str | None) -> None:
-    folder = new_engine_folder()
-    command = [sys.executable, "-m", "megatron_rest.rollout.worker", str(sock.fileno()), str(os.getpid())]
-    # A session of its own: ending it ends the workers that vLLM may have started under it.
-    child = subprocess.Popen(
-        command,
-        pass_fds=[sock.fileno()],
-        env=worker_environment(devices, folder),
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-    )
+    worker = start_worker(sock, devices)
     hang_up = select.poll()
     hang_up.register(sock, select.POLLRDHUP | select.POLLHUP | select.POLLERR)
-    while child.poll() is None and not hang_up.poll(_POLL_MILLISECONDS):
+    while worker.poll() is None and not hang_up.poll(_POLL_MILLISECONDS):
         pass
-    with suppress(ProcessLookupError):  # it had ended by itself, with all it had started
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    clear_engine_folder(folder)
+    worker.end()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,9 @@
 """A rank's handle of an engine in a process of its own: calls with a time limit, death noticed, restart.
 
-Whatever happens to the process (killed, crashed, hung) ends in one of two ways: the call returns, or it raises
-:class:`EngineLostError` and the process is gone.  A process that gives no sign of life for
-``rollout.engine_timeout_seconds`` is ended, so nothing waits for it for ever, a peer in a weight transfer included.
+Whatever happens to the process (killed, crashed, hung, out of memory, one of its workers gone) ends in one of two ways:
+the call returns, or it raises :class:`EngineLostError` and the process is gone.  A process that gives no sign of life
+for ``rollout.engine_timeout_seconds`` is ended, so nothing waits for it for ever, a peer in a weight transfer included.
+Only what the engine refuses to do is an error of the caller (:class:`EngineCallError`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,16 @@ import numpy as np
 
 from megatron_rest.config import RolloutConfig, to_dict
 from megatron_rest.rollout.chat import ChatSettings
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, OnRollout, RolloutRequest
-from megatron_rest.rollout.host import (
-    EngineHost,
-    ask_for_engine,
-    clear_engine_folder,
-    new_engine_folder,
-    worker_environment,
+from megatron_rest.rollout.engine import (
+    NO_WEIGHTS,
+    EngineLostError,
+    EngineStateError,
+    Exam,
+    MoreRequests,
+    OnRollout,
+    RolloutRequest,
 )
+from megatron_rest.rollout.host import EngineHost, ask_for_engine, start_worker
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import Rollout, StopReason
 
@@ -40,7 +44,12 @@ __all__ = ["EngineCallError", "RemoteEngine"]
 _START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures graphs before its first sign of life
 _CLOSE_SECONDS = 30.0
 _BEHIND_SECONDS = 15.0  # how far, on a busy machine, the end of a process may lie behind that of its connection
+_LOOK_SECONDS = 1.0  # between looks whether the process is there: vLLM's own may keep the connection open
 _LOG_BYTES, _LOG_LINES = 8192, 12  # of the end of a process's output: kept, and quoted when it is lost
+
+
+Packed = tuple[dict[str, np.ndarray], dict[str, Any]]
+"""Requests as arrays and plain values."""
 
 
 class EngineCallError(RuntimeError):
@@ -104,12 +113,24 @@ class RemoteEngine:
         return self._process is not None and self._process.is_alive
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it has started (:meth:`wait_ready`) and is alive."""
+        return self._process is not None and self._process.is_ready and self._process.is_alive
+
+    def wait_ready(self) -> None:
+        """Return when the process has made its engine; raises EngineLostError when it could not."""
+        self._open().wait_ready()
+
+    @property
     def pid(self) -> int:
         """Of the process; changes with a restart.  0 if another node has it."""
         return self._open().pid
 
     def restart(self) -> None:
-        """End what is left of the process and start a new one, which holds no weights."""
+        """End what is left of the process and start a new one, which holds no weights.
+
+        Raises OSError where the node that has it cannot be reached; the old one stays lost then.
+        """
         self._open().kill()
         self.policy_version = NO_WEIGHTS
         self.num_restarts += 1
@@ -122,37 +143,37 @@ class RemoteEngine:
         max_response_tokens: int,
         on_rollout: OnRollout,
         exam: Exam | None = None,
+        more: MoreRequests | None = None,
     ) -> None:
         """See :class:`~megatron_rest.rollout.engine.RolloutEngine`."""
-        if not requests:
+        if not requests and more is None:
             return
-        prompts = [request.prompt for request in requests]
-        table = [
-            {
-                "key": request.key,
-                "seed": request.seed,
-                "prompt_id": request.prompt.prompt_id,
-                "ground_truth": request.prompt.ground_truth,
-                "index": request.prompt.index,
-                "length": len(request.prompt.token_ids),
-            }
-            for request in requests
-        ]
-        rows = {p.prompt_id: [p.messages_json, p.tools_json, p.metadata_json] for p in prompts}
-        token_ids = np.concatenate([prompt.token_ids for prompt in prompts]).astype(np.int32)
+        with_rows = bool(self._config.environment) or exam is not None  # nobody else reads them there
+
+        def packed_more() -> Packed | None:
+            new = None if more is None else more()
+            return None if new is None else _packed(new, with_rows)
+
+        arrays, values = _packed(requests, with_rows)
         self._sample(
             "run",
-            {"token_ids": token_ids},
+            arrays,
             on_rollout=on_rollout,
-            requests=table,
-            rows=rows if self._config.environment or exam is not None else {},  # nobody else reads them there
+            more=None if more is None else packed_more,
+            **values,
             max_response_tokens=max_response_tokens,
             exam=exam and asdict(exam),
+            is_open=more is not None,
         )
 
     def greedy(self, token_ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """The ``n`` most likely next tokens and their log-probs at temperature 1."""
         result = self._sample("greedy", {"token_ids": np.asarray(token_ids, np.int32)}, n=n)
+        return result["tokens"], result["log_probs"]
+
+    def next_tokens(self, token_ids: Sequence[int] | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` likeliest next tokens and their log-probs at temperature 1, likeliest first."""
+        result = self._sample("next_tokens", {"token_ids": np.asarray(token_ids, np.int32)}, k=k)
         return result["tokens"], result["log_probs"]
 
     def prompt_log_probs(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -206,16 +227,21 @@ class RemoteEngine:
             process.close()
 
     def _sample(
-        self, kind: str, arrays: dict[str, np.ndarray], on_rollout: OnRollout | None = None, **values: Any
+        self,
+        kind: str,
+        arrays: dict[str, np.ndarray],
+        on_rollout: OnRollout | None = None,
+        more: Callable[[], Packed | None] | None = None,
+        **values: Any,
     ) -> dict[str, Any]:
         if self.policy_version == NO_WEIGHTS:
             raise EngineStateError("the engine holds no valid weights: transfer the policy's weights before sampling")
         timeout = self._config.engine_timeout_seconds
-        return self._open().call(kind, arrays, timeout, on_rollout, version=self.policy_version, **values)
+        return self._open().call(kind, arrays, timeout, on_rollout, more, version=self.policy_version, **values)
 
     def _pass_on(self, kind: str, *arguments: Any) -> Any:
         timeout = self._config.engine_timeout_seconds
-        return self._open().call(kind, {}, timeout, None, arguments=arguments)["value"]
+        return self._open().call(kind, {}, timeout, arguments=arguments)["value"]
 
     def _open(self) -> _Process:
         if self._process is None:
@@ -227,43 +253,27 @@ class _Child:
     """A worker process that this one has started, and its end of the connection."""
 
     def __init__(self, devices: str | None) -> None:
-        self._folder = new_engine_folder()
         self.socket, theirs = socket.socketpair()
         with theirs:
-            arguments = [str(theirs.fileno()), str(os.getpid())]
-            command = [sys.executable, "-m", "megatron_rest.rollout.worker", *arguments]
-            # A session of its own: ending it ends the workers that vLLM may have started under it.
-            self._popen = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                env=worker_environment(devices, self._folder),
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        self._output = _Output(self._popen.stdout)
-        self.pid = self._popen.pid
+            self._processes = start_worker(theirs, devices, output=subprocess.PIPE)
+        self._output = _Output(self._processes.output)
+        self.pid = self._processes.pid
         self.name = f"engine process {self.pid}"
 
     @property
     def is_alive(self) -> bool:
-        return self._popen.poll() is None
+        return self._processes.poll() is None
 
     def kill(self) -> None:
         """End the process and all it started, and remove what they may have left."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self._popen.wait()
-        clear_engine_folder(self._folder)
+        self._processes.end()
 
     def wait(self, seconds: float) -> None:
         """For an end that was asked for."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(seconds)
+        self._processes.wait(seconds)
 
     def status(self) -> str:
-        code = self._popen.poll()
+        code = self._processes.poll()
         if code is None:
             return "its connection broke"
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
@@ -336,7 +346,7 @@ class _Process:
     def __init__(self, spec: dict[str, Any], devices: str | None, host: EngineHost | None) -> None:
         self._child = _Child(devices) if host is None else _Hosted(host, devices)
         self._connection = Connection(self._child.socket)
-        self._is_ready = False
+        self.is_ready = False
         self._calling = threading.Lock()
         self._connection.send("spec", **spec)
 
@@ -348,43 +358,88 @@ class _Process:
     def is_alive(self) -> bool:
         return self._child.is_alive
 
-    def call(
-        self, kind: str, arrays: dict[str, np.ndarray], timeout: float, on_rollout: OnRollout | None, **values: Any
-    ) -> dict[str, Any]:
-        """One call and its result; rollouts that come before it go to ``on_rollout``."""
-        with self._calling:
-            under_way = kind if self._is_ready else "start"
-            try:
-                if not self._is_ready:
-                    self._result(under_way, _START_SECONDS, None)
-                    self._is_ready, under_way = True, kind
-                self._connection.send(kind, arrays, **values)
-                return self._result(kind, timeout, on_rollout)
-            except ConnectionLostError as error:
-                self._child.wait(_BEHIND_SECONDS)  # it ends by itself, with a status of its own
-                self.kill()
-                raise self._lost(f"ended ({self._child.status()}) during {under_way}") from error
+    def wait_ready(self) -> None:
+        """Until it has started."""
+        with self._calling, self._losses_named("start"):
+            self._start()
 
-    def _result(self, kind: str, timeout: float, on_rollout: OnRollout | None) -> dict[str, Any]:
+    def call(
+        self,
+        kind: str,
+        arrays: dict[str, np.ndarray],
+        timeout: float,
+        on_rollout: OnRollout | None = None,
+        more: Callable[[], Packed | None] | None = None,
+        **values: Any,
+    ) -> dict[str, Any]:
+        """One call and its result; rollouts that come before it go to ``on_rollout``, and what ``more`` says to it."""
+        with self._calling:
+            with self._losses_named("start"):
+                self._start()
+            with self._losses_named(kind):
+                self._connection.send(kind, arrays, **values)
+                return self._result(kind, timeout, on_rollout, more)
+
+    def _start(self) -> None:
+        if not self.is_ready:
+            self._result("start", _START_SECONDS)
+            self.is_ready = True
+
+    @contextlib.contextmanager
+    def _losses_named(self, under_way: str) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionLostError as error:
+            self._child.wait(_BEHIND_SECONDS)  # it ends by itself, with a status of its own
+            self.kill()
+            raise self._lost(f"ended ({self._child.status()}) during {under_way}") from error
+
+    def _result(
+        self,
+        kind: str,
+        timeout: float,
+        on_rollout: OnRollout | None = None,
+        more: Callable[[], Packed | None] | None = None,
+    ) -> dict[str, Any]:
         while True:
-            try:
-                message = self._connection.receive(timeout)
-            except TimeoutError:
-                self.kill()
-                raise self._lost(
-                    f"gave no sign of life for {timeout:g} s during {kind} and was ended "
-                    "(rollout.engine_timeout_seconds)"
-                ) from None
+            message = self._receive(kind, timeout)
             match message["kind"]:
                 case "beat":
-                    continue
+                    pass
                 case "rollout":
                     assert on_rollout is not None, "only a run hands rollouts over"
                     on_rollout(message["key"], _rollout(message))
-                case "error":
+                case "refused":
                     raise EngineCallError(f"{message['type']}: {message['text']}")
+                case "broken":
+                    self._child.wait(_BEHIND_SECONDS)
+                    self.kill()
+                    raise self._lost(f"failed during {kind} ({message['type']}: {message['text']})")
                 case _:
                     return message
+            if more is not None:
+                packed = more()
+                if packed is None:
+                    self._connection.send("enough")
+                    more = None
+                elif packed[1]["requests"]:
+                    self._connection.send("more", packed[0], **packed[1])
+
+    def _receive(self, kind: str, timeout: float) -> dict[str, Any]:
+        """The next message; raises when none comes in time, or none can come any more."""
+        deadline = time.monotonic() + timeout
+        try:
+            while not self._connection.has_message(min(timeout, _LOOK_SECONDS)):
+                if not self.is_alive and not self._connection.has_message():
+                    raise ConnectionLostError("the process is gone")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            return self._connection.receive(timeout)
+        except TimeoutError:
+            self.kill()
+            raise self._lost(
+                f"gave no sign of life for {timeout:g} s during {kind} and was ended (rollout.engine_timeout_seconds)"
+            ) from None
 
     def _lost(self, how: str) -> EngineLostError:
         quoted = "".join(f"\n    {line}" for line in self._child.last_lines())
@@ -397,13 +452,32 @@ class _Process:
     def close(self) -> None:
         try:
             if self.is_alive:
-                self.call("close", {}, _CLOSE_SECONDS, None)
+                self.call("close", {}, _CLOSE_SECONDS)
                 self._child.wait(_CLOSE_SECONDS)
         except (EngineLostError, EngineCallError):
             pass
         finally:
             self.kill()
             self._connection.close()
+
+
+def _packed(requests: Sequence[RolloutRequest], with_rows: bool) -> Packed:
+    """Prompts' tokens one behind another, and the rest of each request; ``with_rows`` what their rows of data hold."""
+    prompts = [request.prompt for request in requests]
+    table = [
+        {
+            "key": request.key,
+            "seed": request.seed,
+            "prompt_id": request.prompt.prompt_id,
+            "ground_truth": request.prompt.ground_truth,
+            "index": request.prompt.index,
+            "length": len(request.prompt.token_ids),
+        }
+        for request in requests
+    ]
+    rows = {p.prompt_id: [p.messages_json, p.tools_json, p.metadata_json] for p in prompts} if with_rows else {}
+    tokens = [np.empty(0, np.int32), *(prompt.token_ids for prompt in prompts)]
+    return {"token_ids": np.concatenate(tokens).astype(np.int32)}, {"requests": table, "rows": rows}
 
 
 def _rollout(message: dict[str, Any]) -> Rollout:

@@ -1,6 +1,6 @@
 """Requests -> rollouts: one engine loop over episodes that are in different turns.
 
-    submit every prompt
+    submit every prompt (more of them may come while the loop runs)
     while something runs:   step the engine -> ended turns -> (environment, in a thread of its own) -> next turn or done
 
 Token in, token out: an episode's ids are the sampled ones as they came; tool outputs are rendered by the chat template,
@@ -22,15 +22,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_rest.regions import Schemas, schemas_of
-from megatron_rest.rollout.engine import OnRollout, RolloutRequest, turn_seed
+from megatron_rest.rollout.engine import MoreRequests, OnRollout, RolloutRequest, turn_seed
 from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message
 from megatron_rest.rollout.environments.calls import ParsedCalls
-from megatron_rest.rollout.environments.guest import checked_observation, checked_reward
+from megatron_rest.rollout.environments.guest import awaited, checked_observation, checked_reward
 from megatron_rest.types import Rollout, StopReason
 
 __all__ = ["Conversation", "Sampler", "Turn", "run_rollouts"]
 
-_WAIT_SECONDS = 0.05  # for an environment, while the engine has nothing to do
+_WAIT_SECONDS = 0.05  # for an environment or more requests, while the engine has nothing to do
 _NOT_JUDGED = 0.0  # reward of a rollout whose environment failed or hung; it carries no loss (trainer/judge.py)
 
 _log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class _Episode:
         """This episode's environment, made and reset when it is first needed.  Runs in a thread of the episode."""
         if self.environment is None:
             self.environment = factory(self.request.prompt)  # before it is reset: it is closed whatever happens then
-            self.environment.reset()
+            awaited(self.environment.reset())
         return self.environment
 
     def append(self, ids: np.ndarray, log_probs: np.ndarray | None) -> None:
@@ -150,6 +150,7 @@ def run_rollouts(
     on_rollout: OnRollout,
     conversation: Conversation | None = None,
     beat: Callable[[], None] = lambda: None,
+    more: MoreRequests | None = None,
 ) -> None:
     """Sample all requests; each rollout goes to ``on_rollout`` once, when it is complete.
 
@@ -160,8 +161,9 @@ def run_rollouts(
         on_rollout: takes key and rollout.
         conversation: environments; None = one turn a rollout.
         beat: called at least once an iteration, for a supervisor that wants signs of life.
+        more: asked once an iteration for requests to take on besides, until it returns None.
     """
-    _Loop(sampler, max_response_tokens, on_rollout, conversation).run(requests, beat)
+    _Loop(sampler, max_response_tokens, on_rollout, conversation).run(requests, beat, more)
 
 
 class _Loop:
@@ -179,14 +181,20 @@ class _Loop:
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         self._rendering = threading.Lock()
 
-    def run(self, requests: Sequence[RolloutRequest], beat: Callable[[], None]) -> None:
+    def run(
+        self, requests: Sequence[RolloutRequest], beat: Callable[[], None], more: MoreRequests | None = None
+    ) -> None:
+        new: Sequence[RolloutRequest] | None = requests
         try:
-            for request in requests:
-                schemas = schemas_of(request.prompt.tools) if self._conversation is not None else {}
-                self._submit(_Episode(request, request.prompt.token_ids.tolist(), schemas=schemas))
-            while self._sampling or self._acting:
+            while self._sampling or self._acting or new is not None:
+                for request in new or ():
+                    schemas = schemas_of(request.prompt.tools) if self._conversation is not None else {}
+                    self._submit(_Episode(request, request.prompt.token_ids.tolist(), schemas=schemas))
+                new = None if more is None or new is None else more()
                 for turn in self._sampler.step() if self._sampling else ():
                     self._take_turn(self._sampling.pop(turn.key), turn)
+                if not self._sampling and not new and (self._acting or new is not None):
+                    self._wait_for_a_result()
                 self._take_results()
                 self._end_late()
                 beat()
@@ -224,9 +232,9 @@ class _Loop:
         def call() -> tuple[np.ndarray | None, float | None]:
             """Tokens of what comes next; or none, and the reward."""
             environment = episode.enter(conversation.factory)
-            observation = checked_observation(environment.step(answer))
+            observation = checked_observation(awaited(environment.step(answer)))
             if observation.done:
-                return None, checked_reward(environment.reward())
+                return None, checked_reward(awaited(environment.reward()))
             with self._rendering:  # a tokenizer is not made for several threads at once
                 return conversation.translator.render(observation.messages), None
 
@@ -257,7 +265,7 @@ class _Loop:
         self._act(
             episode,
             conversation,
-            lambda: checked_reward(episode.enter(conversation.factory).reward()),
+            lambda: checked_reward(awaited(episode.enter(conversation.factory).reward())),
             lambda reward: self._finish(episode, reason, reward),
         )
 
@@ -276,13 +284,14 @@ class _Loop:
 
         threading.Thread(target=run, name="environment", daemon=True).start()
 
-    def _take_results(self) -> None:
-        wait = bool(self._acting) and not self._sampling
+    def _wait_for_a_result(self) -> None:
         with contextlib.suppress(queue.Empty):
-            result = self._results.get(timeout=_WAIT_SECONDS) if wait else self._results.get_nowait()
+            self._take(self._results.get(timeout=_WAIT_SECONDS))
+
+    def _take_results(self) -> None:
+        with contextlib.suppress(queue.Empty):
             while True:
-                self._take(result)
-                result = self._results.get_nowait()
+                self._take(self._results.get_nowait())
 
     def _take(self, result: _Result) -> None:
         key = result.action.episode.request.key
@@ -308,5 +317,6 @@ class _Loop:
 
 def _close(episode: _Episode) -> None:
     """In a thread, because it may hang like any other call; nobody waits for it."""
-    if episode.environment is not None:
-        threading.Thread(target=episode.environment.close, name="environment-close", daemon=True).start()
+    environment = episode.environment
+    if environment is not None:
+        threading.Thread(target=lambda: awaited(environment.close()), name="environment-close", daemon=True).start()

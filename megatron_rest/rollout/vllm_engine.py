@@ -32,7 +32,9 @@ from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
     EngineStateError,
     Exam,
+    MoreRequests,
     OnRollout,
+    RefusedRequestError,
     RolloutRequest,
     as_groups,
     make_requests,
@@ -155,15 +157,21 @@ class VllmEngine:
         on_rollout: OnRollout,
         beat: Callable[[], None] = lambda: None,
         exam: Exam | None = None,
+        more: MoreRequests | None = None,
     ) -> None:
         """Sample all requests, or answer them greedily; see :class:`RolloutEngine`.
 
         A response is at most ``max_response_tokens`` long and ends earlier where the context is full.  Raises
-        ValueError naming a prompt that leaves no room for a response.
+        RefusedRequestError naming a prompt that leaves no room for a response.
         """
         self._usable()
-        for request in requests:
-            self._room(request.prompt.token_ids, f"prompt {request.prompt.prompt_id}")
+        self._check(requests)
+
+        def checked_more() -> Sequence[RolloutRequest] | None:
+            new = more() if more is not None else None
+            self._check(new or ())
+            return new
+
         conversation = self._conversation if exam is None else self._exam_conversation(exam)
         with _rng_preserved():
             self._is_exam = exam is not None
@@ -175,10 +183,15 @@ class VllmEngine:
                     on_rollout=on_rollout,
                     conversation=conversation,
                     beat=beat,
+                    more=None if more is None else checked_more,
                 )
             finally:
                 self._is_exam = False
                 self._abandon()
+
+    def _check(self, requests: Sequence[RolloutRequest]) -> None:
+        for request in requests:
+            self._room(request.prompt.token_ids, f"prompt {request.prompt.prompt_id}")
 
     def _exam_conversation(self, exam: Exam) -> Conversation | None:
         if exam not in self._exams:
@@ -231,10 +244,22 @@ class VllmEngine:
         ids = np.asarray(token_ids, dtype=np.int32)
         room = self._room(ids, "the greedy prompt")
         if n > room:
-            raise ValueError(f"{len(ids)} + {n} tokens do not fit a context of {self._max_model_len}")
+            raise RefusedRequestError(f"{len(ids)} + {n} tokens do not fit a context of {self._max_model_len}")
         params = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, logprobs=0, detokenize=False)
         output = self._run([{"prompt_token_ids": ids.tolist()}], [params])[0].outputs[0]
         return np.asarray(output.token_ids, dtype=np.int32), _sampled_log_probs(output)
+
+    def next_tokens(self, token_ids: Sequence[int] | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ``k`` likeliest next tokens, at most 20, and their log-probs at temperature 1, likeliest first."""
+        from vllm import SamplingParams
+
+        ids = np.asarray(token_ids, dtype=np.int32)
+        self._room(ids, "the prompt")
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=k, detokenize=False)
+        [entry] = self._run([{"prompt_token_ids": ids.tolist()}], [params])[0].outputs[0].logprobs
+        best = sorted(entry.items(), key=lambda item: -item[1].logprob)[:k]
+        tokens, log_probs = zip(*((token, value.logprob) for token, value in best), strict=True)
+        return np.asarray(tokens, dtype=np.int32), np.asarray(log_probs, dtype=np.float32)
 
     def prompt_log_probs(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [L]: log-prob of ``token_ids[t]`` given what precedes it, at temperature 1; element 0 is 0.
@@ -325,14 +350,14 @@ class VllmEngine:
         """Tokens that fit behind a prompt; raises when there is none or an id is not in the vocabulary."""
         room = self._max_model_len - len(token_ids)
         if len(token_ids) == 0 or room < 1:
-            raise ValueError(
+            raise RefusedRequestError(
                 f"{what} has {len(token_ids)} tokens, the context takes 1 to {self._max_model_len - 1} and a response: "
                 "filter long prompts (data.max_prompt_tokens) or raise model.max_sequence_length"
             )
         low, high = int(token_ids.min()), int(token_ids.max())
         if low < 0 or high >= self._vocab_size:
             wrong = low if low < 0 else high
-            raise ValueError(f"{what} holds token id {wrong}, the vocabulary is 0..{self._vocab_size - 1}")
+            raise RefusedRequestError(f"{what} holds token id {wrong}, the vocabulary is 0..{self._vocab_size - 1}")
         return room
 
     def _usable(self) -> Any:

@@ -9,6 +9,7 @@ exactly, and there is no way to find the next message behind a broken one.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 import threading
@@ -66,6 +67,15 @@ class Connection:
             return _parse(header, payload)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConnectionLostError(f"no message of ours: {type(error).__name__}: {error}") from error
+
+    def has_message(self, seconds: float = 0.0) -> bool:
+        """Whether a message, or the end of the stream, comes within ``seconds``."""
+        try:
+            readable = select.poll()  # select() refuses descriptors above 1023
+            readable.register(self._socket, select.POLLIN | select.POLLHUP | select.POLLERR)
+            return bool(readable.poll(1000 * seconds))
+        except (OSError, ValueError) as error:  # closed here
+            raise ConnectionLostError(str(error)) from error
 
     def close(self) -> None:
         self._socket.close()

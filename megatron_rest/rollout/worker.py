@@ -1,7 +1,8 @@
 """An engine's own process: ``python -m megatron_rest.rollout.worker FD OWNER``, started by :class:`RemoteEngine`.
 
-It makes the engine that the first message describes and then answers one call after another.  When the rank that owns
-it goes, the connection ends, and so does this process.
+It makes the engine that the first message describes and then answers one call after another.  What was refused is said,
+and the engine goes on; after any other failure nobody knows what state it is in, so that is said and this process ends.
+When the rank that owns it goes, the connection ends, and so does this process, with all that vLLM has started under it.
 """
 
 from __future__ import annotations
@@ -10,26 +11,25 @@ from megatron_rest.rollout.process import has_gpu_driver, prepare_process
 
 prepare_process(cpu=not has_gpu_driver())  # environment that torch and vLLM read when they are imported
 
-import contextlib  # noqa: E402
 import os  # noqa: E402
-import signal  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
 
-from megatron_rest.config import RolloutConfig, from_dict  # noqa: E402
+from megatron_rest.config import ConfigError, RolloutConfig, from_dict  # noqa: E402
 from megatron_rest.rollout.chat import ChatSettings  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
-from megatron_rest.rollout.engine import Exam, RolloutRequest  # noqa: E402
-from megatron_rest.rollout.host import clear_engine_folder, own_engine_folder  # noqa: E402
+from megatron_rest.rollout.engine import EngineStateError, Exam, RefusedRequestError, RolloutRequest  # noqa: E402
+from megatron_rest.rollout.keeper import end_processes, own_engine_folder  # noqa: E402
 from megatron_rest.rollout.vllm_engine import VllmEngine  # noqa: E402
 from megatron_rest.rollout.wire import Connection, ConnectionLostError  # noqa: E402
 from megatron_rest.types import PromptSample, Rollout  # noqa: E402
 
 _BEAT_SECONDS = 1.0
+_REFUSALS = (RefusedRequestError, EngineStateError, ConfigError)
 _PASSED_ON = (
     "arguments",
     "weight_layout",
@@ -63,13 +63,16 @@ class Worker:
             chat=chat,
         )
         self._last_beat = 0.0
+        self._has_enough = True
         connection.send("result", value=None)
 
     def serve(self) -> None:
-        """Until the owner says so, or goes."""
+        """Until the owner says so or goes, or the engine breaks."""
         while True:
             message = self._connection.receive()
             kind = message["kind"]
+            if kind in ("more", "enough"):  # of a run that was refused meanwhile
+                continue
             if kind == "close":
                 self._engine.close()
                 self._connection.send("result", value=None)
@@ -78,9 +81,12 @@ class Worker:
                 self._answer(kind, message)
             except ConnectionLostError:
                 raise
-            except Exception as error:  # noqa: BLE001  raised again in the owner, which decides
-                self._connection.send("error", type=type(error).__name__, text=str(error))
+            except _REFUSALS as error:
+                self._connection.send("refused", type=type(error).__name__, text=str(error))
+            except Exception as error:  # noqa: BLE001  vLLM has many, none of which says what is left of the engine
                 traceback.print_exc()
+                self._connection.send("broken", type=type(error).__name__, text=str(error))
+                return
 
     def _answer(self, kind: str, message: dict[str, Any]) -> None:
         engine, send = self._engine, self._connection.send
@@ -88,23 +94,39 @@ class Worker:
             engine.policy_version = message["version"]
         match kind:
             case "run":
+                self._has_enough = not message["is_open"]
                 engine.run(
                     _requests(message),
                     max_response_tokens=message["max_response_tokens"],
                     on_rollout=self._hand_over,
                     beat=self._beat,
                     exam=Exam(**message["exam"]) if message["exam"] else None,
+                    more=self._more if message["is_open"] else None,
                 )
                 send("result", value=None)
             case "greedy":
                 tokens, log_probs = engine.greedy(message["token_ids"], message["n"])
+                send("result", {"tokens": tokens, "log_probs": log_probs})
+            case "next_tokens":
+                tokens, log_probs = engine.next_tokens(message["token_ids"], message["k"])
                 send("result", {"tokens": tokens, "log_probs": log_probs})
             case "prompt_log_probs":
                 send("result", {"log_probs": engine.prompt_log_probs(message["token_ids"])})
             case _ if kind in _PASSED_ON:
                 send("result", value=getattr(engine, kind)(*message["arguments"]))
             case _:
-                raise ValueError(f"unknown call {kind!r}")
+                raise RefusedRequestError(f"unknown call {kind!r}")
+
+    def _more(self) -> list[RolloutRequest] | None:
+        """Requests that the owner has sent since the last look; None when it has said that there are no more."""
+        requests: list[RolloutRequest] = []
+        while not self._has_enough and self._connection.has_message():
+            message = self._connection.receive()
+            if message["kind"] == "more":
+                requests += _requests(message)
+            else:
+                self._has_enough = True
+        return None if self._has_enough and not requests else requests
 
     def _hand_over(self, key: int, rollout: Rollout) -> None:
         self._connection.send(
@@ -145,25 +167,37 @@ def _requests(message: dict[str, Any]) -> list[RolloutRequest]:
     return requests
 
 
-def _follow(owner: int) -> None:
-    """End this process, and what vLLM started under it, when its owner is gone: it may hang in a transfer just then."""
-    while os.getppid() == owner:
-        time.sleep(_BEAT_SECONDS)
+def _end(status: int) -> NoReturn:
+    """End this process and what vLLM started under it.  Peers of the transfer group may be gone: no destructor may wait
+    for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     folder = own_engine_folder()
     if folder is not None:
-        clear_engine_folder(folder)
-    os.killpg(0, signal.SIGKILL)
+        end_processes(folder, os.getsid(0))
+    os._exit(status)
+
+
+def _follow(owner: int) -> None:
+    """The main thread may hang in a transfer when the owner goes."""
+    while os.getppid() == owner:
+        time.sleep(_BEAT_SECONDS)
+    _end(0)
 
 
 def main(argv: list[str]) -> None:
     """Serve the socket with file descriptor ``argv[0]``, for the process ``argv[1]``."""
     threading.Thread(target=_follow, args=(int(argv[1]),), daemon=True).start()
     connection = Connection(socket.socket(fileno=int(argv[0])))
-    with contextlib.suppress(ConnectionLostError):  # the owner is gone; nobody is left to tell
+    status = 0
+    try:
         Worker(connection).serve()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # peers of the transfer group may be gone: no destructor may wait for them
+    except ConnectionLostError:  # the owner is gone; nobody is left to tell
+        pass
+    except BaseException:  # noqa: BLE001  it could not start; the owner quotes this
+        traceback.print_exc()
+        status = 1
+    _end(status)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def give_credit(
     Raises:
         ValueError: the rule gave something else than one finite number a row (:meth:`Credit.check`).
     """
-    needs = rule.traits.needs
+    needs = rule.traits.needs - {"marks"}  # these are the samples' own
     if rule.traits.scope is Scope.ROLLOUT:
         return [
             replace(batch, microbatches=tuple(
@@ -133,7 +133,7 @@ def _alone(
     name: str,
 ) -> MicroBatch:
     """Credit of the rollouts of one microbatch by themselves."""
-    mask, needs = microbatch.loss_mask, rule.traits.needs
+    mask, needs = microbatch.loss_mask, rule.traits.needs - {"marks"}
     mine = torch.unique_consecutive(microbatch.sequence_ids[mask]).tolist()
     table = _statistics(microbatch, scores, needs) if not rule.traits.follows else torch.zeros(0, 0)
     measured = dict(zip(sorted(needs), table.numpy(), strict=True)) if len(table) else {}

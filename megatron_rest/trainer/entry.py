@@ -18,6 +18,7 @@ import psutil
 from megatron_rest.config import ConfigError, RestConfig, load, validate
 from megatron_rest.errors import RunError
 from megatron_rest.preflight import MachineError, check_machine, say_in_job_log
+from megatron_rest.rollout.keeper import end_all
 from megatron_rest.run_folder import STALE_SECONDS, claim, hold, job_name, wait_for_owner
 
 __all__ = ["STOPPED_STATUS", "StoppedEarly", "worker_main"]
@@ -132,6 +133,7 @@ def _run_folder(config: RestConfig) -> Iterator[None]:
 
 def _leave(status: int) -> NoReturn:
     """End this process and what it started.  Peers may wait in a collective: no destructor may join them."""
+    end_all()  # engines first: their keepers, which would clean up behind them, are among the children
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()

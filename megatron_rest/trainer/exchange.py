@@ -1,12 +1,11 @@
-"""Rollouts of every rank, on every rank, in prompt order.
+"""Rollouts of every rank, on every rank, under their keys.
 
-Engine i of n rolls out prompts i, i + n, i + 2 n, ...  Token ids and log-probs travel as flat tensors: nothing that a
-policy sampled is ever pickled.
+Token ids and log-probs travel as flat tensors: nothing that a policy sampled is ever pickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,44 +15,38 @@ from megatron_rest.mcore.policy import Scores
 from megatron_rest.types import MicroBatch, PromptSample, Rollout, RolloutGroup, StopReason
 
 __all__ = [
-    "all_gather_groups",
+    "all_gather_rollouts",
     "all_token_scores",
     "all_token_values",
     "pack_groups",
+    "pack_rollouts",
     "token_places",
     "unpack_groups",
+    "unpack_rollouts",
 ]
 
 _STOP_REASONS = tuple(StopReason)
 
 
-def all_gather_groups(
-    mine: Sequence[RolloutGroup],
-    prompts: Sequence[PromptSample],
-    *,
-    owners: Sequence[int],
-    group: dist.ProcessGroup | None = None,
-) -> list[RolloutGroup]:
-    """All groups in the order of ``prompts``.
+def all_gather_rollouts(
+    mine: Mapping[int, Rollout], prompt_ids: Sequence[str], *, group: dist.ProcessGroup | None = None
+) -> dict[int, Rollout]:
+    """The rollouts of all ranks, the same on every rank.
 
     Args:
-        mine: groups of ``prompts[i :: len(owners)]`` on the rank ``owners[i]``, in that order; none on other ranks.
-        prompts: of the step.
-        owners: rank of each engine.
+        mine: what this rank has, by key.
+        prompt_ids: of the rollout with key 0, 1, ...
         group: None = all ranks.
 
-    Collectives: two all-gathers (integers; log-probs and rewards) over ``group``, each with one of its sizes.
+    Where two ranks have the same key, the lower rank's counts.  Collectives: two all-gathers (integers; log-probs and
+    rewards) over ``group``, each with one of its sizes.
     """
-    integers, floats = pack_groups(mine)
-    all_integers = _all_gather(integers, group)
-    all_floats = _all_gather(floats, group)
-    groups: list[RolloutGroup | None] = [None] * len(prompts)
-    for engine, rank in enumerate(owners):
-        theirs = list(range(engine, len(prompts), len(owners)))
-        unpacked = unpack_groups(all_integers[rank], all_floats[rank], [prompts[i] for i in theirs])
-        for index, rollout_group in zip(theirs, unpacked, strict=True):
-            groups[index] = rollout_group
-    return [g for g in groups if g is not None]
+    integers, floats = pack_rollouts(mine)
+    gathered = zip(_all_gather(integers, group), _all_gather(floats, group), strict=True)
+    rollouts: dict[int, Rollout] = {}
+    for packed in gathered:
+        rollouts = unpack_rollouts(*packed, prompt_ids) | rollouts
+    return rollouts
 
 
 def all_token_scores(
@@ -137,58 +130,73 @@ def all_token_values(
 
 
 def pack_groups(groups: Sequence[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All there is to say about ``groups`` but their prompts: int64 and float32, flat."""
-    rollouts = [r for g in groups for r in g.rollouts]
-    header = [[len(g.rollouts) for g in groups], [x for r in rollouts for x in _header(r)]]
+    """All there is to say about ``groups``, of one size, but their prompts: int64 and float32, flat."""
+    return pack_rollouts(dict(enumerate(rollout for group in groups for rollout in group.rollouts)))
+
+
+def unpack_groups(integers: torch.Tensor, floats: torch.Tensor, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
+    """Undo :func:`pack_groups`, given the prompts of the groups in their order."""
+    size = int(integers[0]) // max(len(prompts), 1)
+    rollouts = unpack_rollouts(integers, floats, [prompt.prompt_id for prompt in prompts for _ in range(size)])
+    return [
+        RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[i * size + sibling] for sibling in range(size)))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def pack_rollouts(rollouts: Mapping[int, Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rollouts by key, without the names of their prompts: int64 and float32, flat.
+
+    integers: how many; key, length, stop reason, version, has a reward, of each; token ids; loss masks
+    floats:   rewards; log-probs
+    """
+    parts = list(rollouts.values())
     integers = np.concatenate(
-        [np.array(part, np.int64) for part in header] + [r.token_ids.astype(np.int64) for r in rollouts]
-        + [r.loss_mask.astype(np.int64) for r in rollouts]
-    )  # fmt: skip
-    rewards = np.array([0.0 if r.reward is None else r.reward for r in rollouts], np.float32)
-    floats = np.concatenate([rewards, *(r.log_probs for r in rollouts)]).astype(np.float32)
+        [
+            np.array([len(rollouts)], np.int64),
+            np.array([x for key, rollout in rollouts.items() for x in _header(key, rollout)], np.int64),
+            *(rollout.token_ids.astype(np.int64) for rollout in parts),
+            *(rollout.loss_mask.astype(np.int64) for rollout in parts),
+        ]
+    )
+    rewards = np.array([0.0 if rollout.reward is None else rollout.reward for rollout in parts], np.float32)
+    floats = np.concatenate([rewards, *(rollout.log_probs for rollout in parts)]).astype(np.float32)
     return torch.from_numpy(integers), torch.from_numpy(floats)
 
 
-_HEADER = 4  # integers a rollout
+_HEADER = 5  # integers a rollout
 
 
-def _header(rollout: Rollout) -> tuple[int, int, int, int]:
+def _header(key: int, rollout: Rollout) -> tuple[int, ...]:
     has_reward = rollout.reward is not None  # said by itself: no float has to mean "none"
-    return len(rollout.token_ids), _STOP_REASONS.index(rollout.stop_reason), rollout.policy_version, int(has_reward)
+    reason = _STOP_REASONS.index(rollout.stop_reason)
+    return key, len(rollout.token_ids), reason, rollout.policy_version, int(has_reward)
 
 
-def unpack_groups(
-    packed_integers: torch.Tensor, packed_floats: torch.Tensor, prompts: Sequence[PromptSample]
-) -> list[RolloutGroup]:
-    """Undo :func:`pack_groups`, given the prompts of the groups in their order."""
+def unpack_rollouts(
+    packed_integers: torch.Tensor, packed_floats: torch.Tensor, prompt_ids: Sequence[str]
+) -> dict[int, Rollout]:
+    """Undo :func:`pack_rollouts`, given the name of the prompt of each key."""
     integers, floats = packed_integers.numpy(), packed_floats.numpy()
-    sizes = integers[: len(prompts)]
-    total = int(sizes.sum())
-    headers = integers[len(prompts) : len(prompts) + _HEADER * total].reshape(total, _HEADER)
-    bounds = np.cumsum([0, *headers[:, 0]])
-    tokens = integers[len(prompts) + _HEADER * total :]
+    total = int(integers[0])
+    headers = integers[1 : 1 + _HEADER * total].reshape(total, _HEADER)
+    bounds = np.cumsum([0, *headers[:, 1]])
+    tokens = integers[1 + _HEADER * total :]
     masks = tokens[bounds[-1] :]
     rewards, log_probs = floats[:total], floats[total:]
-    rollouts = iter(range(total))
-    groups = []
-    for prompt, size in zip(prompts, sizes, strict=True):
-        members = []
-        for _ in range(int(size)):
-            i = next(rollouts)
-            at = slice(bounds[i], bounds[i + 1])
-            members.append(
-                Rollout(
-                    prompt_id=prompt.prompt_id,
-                    token_ids=tokens[at].astype(np.int32),
-                    log_probs=log_probs[at].copy(),
-                    loss_mask=masks[at].astype(bool),
-                    stop_reason=_STOP_REASONS[int(headers[i, 1])],
-                    policy_version=int(headers[i, 2]),
-                    reward=float(rewards[i]) if headers[i, 3] else None,
-                )
-            )
-        groups.append(RolloutGroup(prompt=prompt, rollouts=tuple(members)))
-    return groups
+    rollouts = {}
+    for i, (key, _, reason, version, has_reward) in enumerate(headers.tolist()):
+        at = slice(bounds[i], bounds[i + 1])
+        rollouts[key] = Rollout(
+            prompt_id=prompt_ids[key],
+            token_ids=tokens[at].astype(np.int32),
+            log_probs=log_probs[at].copy(),
+            loss_mask=masks[at].astype(bool),
+            stop_reason=_STOP_REASONS[reason],
+            policy_version=version,
+            reward=float(rewards[i]) if has_reward else None,
+        )
+    return rollouts
 
 
 def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:

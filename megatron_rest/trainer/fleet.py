@@ -1,24 +1,29 @@
 """The engines of all ranks as one: who samples what, weights into all of them, and what happens when one goes.
 
-    begin(prompts, seed)      every engine's owner takes its share (in a thread where training goes on beside it)
-    collect(refresh)          wait; engines lost on the way are replaced, given the present weights, and sample what is
-                              missing, with the same seeds; all groups on all ranks
+    begin(prompts, seed)      engines in processes of their own are dealt requests one by one (deal.py), in a thread of
+                              their owner's; engines inside the ranks have a fixed share, sampled by collect()
+    collect(refresh)          wait; what a lost engine had goes back to the deal, its successor starts meanwhile and
+                              gets the present weights, alone, as soon as it is there; all groups on all ranks
     examine(prompts, exam)    the same with one greedy answer a prompt, while no rollouts are under way
-    deliver(version, canary)  weights into every engine, verified; engines lost on the way are replaced and all is sent
-                              again
+    deliver(version, canary)  weights into every engine that has started, verified; one that is lost on the way is
+                              started again and joins in when it is ready, the others get all again
+    admit(version)            what the canary said is fine: those engines may sample
 
 Every public method that says so is collective: the ranks agree after each attempt, so they all go on, or all raise.
 A rollout is kept under its key as soon as it is complete: what a lost engine had handed over is not sampled again, what
-it had not is sampled by its successor, and nothing is counted twice.
+it had not is sampled by another one, and nothing is counted twice.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,18 +40,43 @@ from megatron_rest.rollout.engine import (
     make_requests,
 )
 from megatron_rest.rollout.remote import RemoteEngine
-from megatron_rest.trainer.exchange import all_gather_groups
+from megatron_rest.trainer.deal import Deal
+from megatron_rest.trainer.exchange import all_gather_rollouts
+from megatron_rest.trainer.station import Station
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup
 from megatron_rest.weight_sync.sync import SyncReport, WeightSync, WeightSyncError
+from megatron_rest.weight_sync.transport import EngineUnreachableError
 
-__all__ = ["EngineFleet", "Placement", "engine_devices"]
+__all__ = ["EngineFleet", "Placement", "Singers", "engine_devices"]
+
+_T = TypeVar("_T")
+
+_deal_numbers = itertools.count(1)  # of all fleets of this process: the store is one; the same on every rank
 
 _log = logging.getLogger(__name__)
+
+_LEAST_PAUSE, _PAUSE = 0.002, 0.1  # seconds between looks of the ranks at each other
+_AHEAD = 1.25  # requests an engine has, to those that it samples at once: there is always one that waits
+_AHEAD_WITH_TOOLS = 4.0  # where most of them may wait for a tool
+_LEVEL = 0.1  # of the shares is equal: noise of the speeds must not add up over the steps
+
+
+@dataclass(frozen=True, slots=True)
+class Singers:
+    """Engines that have just been given weights, as one rank sees them."""
+
+    engine: RolloutEngine | None  # this rank's, if it is one of them
+    has_first: bool  # it is the first of them, or a part of it
+    first_rank: int  # owner of the first
+
+
+class _NobodyReadyError(Exception):
+    """No engine waits for weights any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which ranks have which engine; engine ``i`` of ``n`` rolls out prompts ``i, i + n, i + 2 n, ...``"""
+    """Which ranks have which engine."""
 
     members: tuple[tuple[int, ...], ...]  # ranks of each engine: its owner, or all that hold a part of it; rank 0 first
 
@@ -99,7 +129,8 @@ class EngineFleet:
         placement: the same on every rank.
         rank: this rank.
         config: group size, limits.
-        connect: makes the transfer to ``engine``; called on every rank together, again after engines were replaced.
+        connect: makes the transfer, to this rank's engine or (False) without it; called on every rank together, again
+            whenever other engines take part.
     """
 
     def __init__(
@@ -109,42 +140,55 @@ class EngineFleet:
         placement: Placement,
         rank: int,
         config: RolloutConfig,
-        connect: Callable[[], WeightSync],
+        connect: Callable[[bool], WeightSync],
     ) -> None:
         self.engine = engine
         self.placement = placement
         self.version = NO_WEIGHTS
-        """Policy version that all engines hold."""
+        """Policy version that all engines were given last."""
         self.num_restarts = 0
         """Engines started again so far, of all ranks."""
         self._index = placement.engine_of(rank)
         self._hands_over = rank in placement.owners
+        self._is_first_rank = rank == 0
         self._config = config
         self._connect = connect
+        self._station: Station | None = None
+        if isinstance(engine, RemoteEngine):
+            self._station = Station(engine, max_restarts=config.max_restarts)
+        self._restarts_before = 0
         self._sync: WeightSync | None = None
-        self._share: _Share | None = None
+        self._connected: tuple[tuple[int, ...], tuple[int, ...]] = (), ()  # engines, and which life of each
+        self._delivered: tuple[int, ...] = ()  # engines that took the last transfer
+        self._serving: tuple[int, ...] = ()  # of those to all engines
+        self._share: _FixedShare | _DealtShare | None = None
         self._prompts: Sequence[PromptSample] = ()
+        self._store: dist.Store | None = None
+        self._speeds = [1.0] * len(placement.owners)  # tokens a second of each engine, in the last step
 
     @property
-    def has_first_engine(self) -> bool:
-        """Whether this rank has the first engine, or a part of it."""
-        return self._index == 0
+    def num_engines(self) -> int:
+        """Engines that took the last transfer to all."""
+        return len(self._serving)
 
     @property
     def is_begun(self) -> bool:
         """Whether rollouts are under way or waiting to be collected."""
         return self._share is not None
 
-    def begin(self, prompts: Sequence[PromptSample], *, seed: int, in_background: bool) -> None:
-        """Start this rank's share of the rollouts; with ``in_background`` it runs while the caller goes on."""
-        self._prompts = prompts
-        self._share = _Share(
-            self.engine,
-            self._requests(prompts, self._config.rollouts_per_prompt, seed),
-            group_size=self._config.rollouts_per_prompt,
+    def continue_count(self, num_restarts: int) -> None:
+        """Engines that were started again before this start of the run."""
+        self._restarts_before = self.num_restarts = num_restarts
+
+    def begin(self, prompts: Sequence[PromptSample], *, seed: int) -> None:
+        """Start this rank's part of the rollouts.  On every rank, though nobody waits for another one."""
+        self._begin(
+            prompts,
+            self._config.rollouts_per_prompt,
+            seed,
             max_response_tokens=self._config.max_response_tokens,
+            exam=None,
         )
-        self._share.start(in_background)
 
     def examine(
         self, prompts: Sequence[PromptSample], exam: Exam, *, max_response_tokens: int, refresh: Callable[[], object]
@@ -154,80 +198,148 @@ class EngineFleet:
         The engines hold the present weights, and no rollouts are under way.
         """
         assert not self.is_begun, "the engines are busy with rollouts"
-        self._prompts = prompts
-        self._share = _Share(
-            self.engine,
-            self._requests(prompts, 1, 0),
-            group_size=1,
-            max_response_tokens=max_response_tokens,
-            exam=exam,
-        )
-        self._share.start(in_background=False)
+        self._begin(prompts, 1, 0, max_response_tokens=max_response_tokens, exam=exam)
         return self.collect(refresh)
 
-    def _requests(self, prompts: Sequence[PromptSample], group_size: int, seed: int) -> list[RolloutRequest]:
-        """Those of this rank's engine."""
+    def _begin(
+        self,
+        prompts: Sequence[PromptSample],
+        group_size: int,
+        seed: int,
+        *,
+        max_response_tokens: int,
+        exam: Exam | None,
+    ) -> None:
+        self._prompts = prompts
         requests = make_requests(prompts, rollouts_per_prompt=group_size, seed=seed)
-        num_engines = len(self.placement.owners)
-        return [r for r in requests if (r.key // group_size) % num_engines == self._index]
+        job = _Job(requests, group_size, max_response_tokens, exam)
+        if not self._config.replicas:
+            num_engines = len(self.placement.owners)
+            mine = [r for r in requests if (r.key // group_size) % num_engines == self._index]
+            self._share = _FixedShare(job, self.engine, mine)
+            return
+        if self._store is None:  # a connection of its own: the main thread may block in the other one
+            store: Any = dist.distributed_c10d._get_default_store()
+            self._store = store.clone()
+        deal = Deal(self._store, next(_deal_numbers), requests)
+        self._share = _DealtShare(job, deal, self._station, window=self._window(len(requests), exam))
+        self._share.start()
+
+    def _window(self, total: int, exam: Exam | None) -> int:
+        """Requests that this rank's engine has at the same time: as many as keep it busy, and not more of them than
+        its part of the whole by the speed that it showed."""
+        if self._index is None:
+            return 0
+        environment = self._config.environment if exam is None else exam.environment
+        most = self._config.max_concurrent * (_AHEAD_WITH_TOOLS if environment else _AHEAD)
+        part = total * self._speeds[self._index] / sum(self._speeds[i] for i in self._serving)
+        return math.ceil(min(most, max(part, 1.0)))
 
     def collect(self, refresh: Callable[[], object]) -> list[RolloutGroup]:
         """All groups of the step, in the order of its prompts, on every rank.  Collective.
 
-        ``refresh`` gives every engine the present weights (:meth:`deliver`); it is called when engines were lost.
-        Raises EngineLostError on every rank after ``rollout.max_restarts`` losses in a row.
+        ``refresh`` gives the present weights to engines that have none (:meth:`deliver`).  Raises EngineLostError on
+        every rank after more than ``rollout.max_restarts`` losses in a row of one engine.
         """
         assert self._share is not None, "begin() comes first"
         share = self._share
-        for attempt in range(self._config.max_restarts + 1):
-            lost = share.wait()
-            num_lost = _sum_over_ranks(lost is not None)
-            if not num_lost:
-                break
-            self._check_attempts(attempt, "sampling", lost)
-            self._restart(lost, num_lost)
-            refresh()
-            if share.missing:
-                _log.warning("%d of %d rollouts are sampled again", len(share.missing), len(share.requests))
-            share.start(in_background=False)
+        if isinstance(share, _FixedShare):
+            share.sample()
+        else:
+            self._wait_for(share, refresh)
         self._share = None
-        mine: list[RolloutGroup] = []
-        if self._hands_over:
-            mine = as_groups(share.requests, share.done, share.group_size)
-        return all_gather_groups(mine, self._prompts, owners=self.placement.owners)
+        prompt_ids = [request.prompt.prompt_id for request in share.job.requests]
+        rollouts = all_gather_rollouts(share.done if self._hands_over else {}, prompt_ids)
+        return as_groups(share.job.requests, rollouts, share.job.group_size)
 
-    def deliver(self, version: int, canary: Callable[[], float | None]) -> tuple[SyncReport, float]:
-        """Weights of ``version`` into every engine, then the canary; what the transfer says, and the canary's gap.
+    def _wait_for(self, share: _DealtShare, refresh: Callable[[], object]) -> None:
+        """Until all ranks together have all rollouts."""
+        pause = _LEAST_PAUSE
+        while True:
+            station = self._station
+            state = self._agree(
+                done=len(share.done),
+                failed=share.error is not None,
+                waiting=station is not None and station.is_waiting,
+                serving=station is not None and station.is_serving,
+                left=share.deal.num_left() if self._is_first_rank else 0,
+            )
+            if state["failed"]:
+                share.over.set()
+                raise share.error or EngineLostError("the engine of another rank failed: that rank says how")
+            if state["done"] == len(share.job.requests):
+                break
+            if state["waiting"] and (state["left"] or not state["serving"]):
+                try:
+                    refresh()
+                except _NobodyReadyError:
+                    _log.warning("an engine that had just started is gone before it was given weights")
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSE)
+        share.finish()
+        if self._station is not None and self._station.is_serving:
+            self._station.praise()
+        if share.job.exam is None:
+            self._note_speeds(share.speed())
 
-        Collective; ``canary`` is, too, and returns None on every rank when an engine was lost under it.  Raises
-        WeightSyncError on every rank when a transfer fails otherwise than by a lost engine, and after
-        ``rollout.max_restarts`` losses in a row.
+    def _note_speeds(self, mine: float) -> None:
+        speeds = torch.zeros(len(self._speeds), dtype=torch.float64)
+        if self._index is not None:
+            speeds[self._index] = mine
+        dist.all_reduce(speeds)
+        measured = [speed for speed in speeds.tolist() if speed > 0]
+        usual = sum(measured) / len(measured)
+        # One that has sampled nothing is taken to be as fast as the others.
+        self._speeds = [(1 - _LEVEL) * (speed or usual) + _LEVEL * usual for speed in speeds.tolist()]
+
+    def deliver(self, version: int, canary: Callable[[Singers], _T | None]) -> tuple[SyncReport, _T]:
+        """Weights of ``version`` into the engines, then the canary; what the transfer and the canary say.
+
+        While rollouts are collected only engines without weights get them, and the others go on; else all that have
+        started.  Collective; ``canary`` is, too, and returns None on every rank when an engine was lost under it.
+        Raises WeightSyncError on every rank when a transfer fails otherwise than by a lost engine, and EngineLostError
+        after more than ``rollout.max_restarts`` losses in a row of one engine.
         """
         if self.engine is not None:
             self.engine.wake_up()
-        self.version = NO_WEIGHTS
-        for attempt in range(self._config.max_restarts + 1):
-            report, error = self._push(version)
-            lost = error if self._is_lost(error) else None
-            num_failed, num_lost = _sum_over_ranks(error is not None), _sum_over_ranks(lost is not None)
+        is_refresh = self.is_begun
+        if not is_refresh:
+            self.version = NO_WEIGHTS
+            if self._station is not None:
+                self._station.is_serving = False
+        while True:
+            members = self._members_of_transfer(only_new=is_refresh)
+            report, error = self._push(version, members)
+            lost, num_failed = self._lost_in_transfer(error, members)
             if not num_failed:
-                worst = canary()
-                if worst is not None:
-                    assert report is not None
-                    self.version = version
-                    return report, worst
-                lost = self._silent()
-                num_lost = _sum_over_ranks(lost is not None)
-            elif not num_lost:
+                assert report is not None
+                song = canary(self._singers(members))
+                if song is not None:
+                    break
+                lost, _ = self._lost_in_transfer(None, members)
+            elif not lost:
                 raise error or WeightSyncError("the transfer failed in another data-parallel replica")
-            self._check_attempts(attempt, f"taking weights of version {version}", lost)
-            self._restart(lost, num_lost)
-        raise AssertionError("the last attempt returns or raises")
+            if self._station is not None and self._index in lost:
+                reason = error or EngineLostError("this rank's engine was lost or half loaded in a transfer")
+                self._station.lose(reason, f"taking weights of version {version}")
+        self._delivered = members
+        return report, song
 
-    def engine_arguments(self) -> dict[str, Any]:
+    def admit(self, version: int) -> None:
+        """The engines of the last :meth:`deliver` hold what they should, and may sample.  On every rank."""
+        if self._station is not None and self._index in self._delivered:
+            self._station.is_serving = True
+            if not self.is_begun:
+                self._station.praise()
+        if not self.is_begun:
+            self.version, self._serving = version, self._delivered
+
+    def engine_arguments(self) -> dict[str, object]:
         """What this rank's engine was made with; empty without one, or if it is lost just now."""
+        if self.engine is None or (self._station is not None and not self._station.is_ready):
+            return {}
         try:
-            return {} if self.engine is None else self.engine.arguments()
+            return self.engine.arguments()
         except EngineLostError:
             return {}
 
@@ -241,15 +353,51 @@ class EngineFleet:
         if self.engine is not None:
             self.engine.close()
 
-    def _push(self, version: int) -> tuple[SyncReport | None, Exception | None]:
+    def _members_of_transfer(self, *, only_new: bool) -> tuple[int, ...]:
+        """Engines that take the next transfer.  Collective.
+
+        All of them wait for the first transfer of the run; later whoever is ready gets weights, and a successor that
+        still starts joins in later.  Raises EngineLostError on every rank when an engine cannot be made good, and
+        _NobodyReadyError, with ``only_new``, when there is none.
+        """
+        everybody = tuple(range(len(self.placement.owners)))
+        if self._station is None and not self._config.replicas:
+            return everybody
+        while True:
+            station, ready = self._station, [0] * len(everybody)
+            if station is not None and self._index is not None:
+                if not (only_new and station.is_serving):
+                    station.look()
+                is_member = station.is_waiting if only_new else station.is_ready
+                ready[self._index] = 1 + station.num_restarts if is_member else 0
+            state = self._agree(
+                failed=station is not None and station.error is not None, **{str(i): r for i, r in enumerate(ready)}
+            )
+            if state["failed"]:
+                error = None if station is None else station.error
+                raise error or EngineLostError("the engine of another rank was lost too often: that rank says how")
+            members = tuple(i for i in everybody if state[str(i)])
+            if members if only_new or self._serving else len(members) == len(everybody):
+                lives = tuple(state[str(i)] for i in members)
+                if (members, lives) != self._connected:
+                    self._disconnect()
+                    self._connected = members, lives
+                return members
+            if only_new:
+                raise _NobodyReadyError
+            time.sleep(_PAUSE)
+
+    def _push(self, version: int, members: tuple[int, ...]) -> tuple[SyncReport | None, Exception | None]:
         """Connect if need be and push.  A rank that could not connect lets the others know before they would wait."""
         if self._sync is None:
             sync, error = None, None
             try:
-                sync = self._connect()
+                sync = self._connect(self.engine is not None and self._index in members)
             except Exception as failure:  # noqa: BLE001  raised by deliver() after all ranks have agreed
                 error = failure
-            if _sum_over_ranks(error is not None):
+            if self._agree(failed=error is not None)["failed"]:
+                if sync is not None:
+                    sync.close()
                 return None, error or WeightSyncError("another rank could not connect to its engine")
             self._sync = sync
         assert self._sync is not None
@@ -258,93 +406,148 @@ class EngineFleet:
         except WeightSyncError as error:
             return None, error
 
-    def _is_lost(self, error: Exception | None) -> bool:
-        """Whether this rank's engine must be replaced: its process is gone, or it broke while loading."""
-        if not isinstance(self.engine, RemoteEngine):
-            return False
-        return not self.engine.is_alive or (isinstance(error, WeightSyncError) and error.__cause__ is not None)
-
-    def _silent(self) -> Exception | None:
-        if self._is_lost(None):
-            return EngineLostError("this rank's engine was lost under the canary")
-        return None
-
-    def _check_attempts(self, attempt: int, what: str, lost: Exception | None) -> None:
-        if attempt == self._config.max_restarts:
-            raise EngineLostError(
-                f"engines were lost {attempt + 1} times in a row while {what} (rollout.max_restarts "
-                f"{self._config.max_restarts}); last here: {lost or 'another rank lost its engine'}"
-            ) from lost
-
-    def _restart(self, lost: Exception | None, num_lost: int) -> None:
-        """A new process in the place of this rank's lost one; every rank connects again at the next transfer."""
-        self.num_restarts += num_lost
+    def _disconnect(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
         self._sync = None
-        if lost is not None:
-            assert isinstance(self.engine, RemoteEngine)
-            _log.warning("%s; a new one is started", lost)
-            self.engine.restart()
+
+    def _lost_in_transfer(self, error: Exception | None, members: Sequence[int]) -> tuple[list[int], int]:
+        """Engines that must be replaced, and how many ranks failed.  Collective.
+
+        An engine is lost when its process is gone, when it broke while loading, and when the link of any rank to it
+        broke: then it may be half loaded.
+        """
+        blamed = set()
+        if isinstance(error, WeightSyncError | EngineUnreachableError):
+            blamed = {members[position] for position in error.engines}
+        if self._station is not None and self._index is not None and self._index in members:
+            broke = isinstance(error, WeightSyncError) and error.__cause__ is not None
+            if broke or not self._station.engine.is_alive:
+                blamed.add(self._index)
+        votes = {str(i): i in blamed for i in range(len(self.placement.owners))}
+        state = self._agree(failed=error is not None, **votes)
+        lost = [i for i in range(len(votes)) if state[str(i)]] if self._config.replicas else []
+        if lost or state["failed"]:
+            self._disconnect()
+        return lost, state["failed"]
+
+    def _singers(self, members: Sequence[int]) -> Singers:
+        engine = self.engine if self._index in members else None
+        return Singers(engine, self._index == members[0], self.placement.owners[members[0]])
+
+    def _agree(self, **values: int) -> dict[str, int]:
+        """Sums over all ranks; one all-reduce of a few integers.  Counts restarts by the way."""
+        restarts = 0 if self._station is None else self._station.num_restarts
+        total = torch.tensor([restarts, *map(int, values.values())], dtype=torch.int64)
+        dist.all_reduce(total)
+        self.num_restarts = self._restarts_before + int(total[0])
+        return dict(zip(values, total[1:].tolist(), strict=True))
 
 
-class _Share:
-    """This rank's rollouts of one step: what was asked for and what is there."""
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be sampled in a step, by all engines together."""
 
-    def __init__(
-        self,
-        engine: RolloutEngine | None,
-        requests: list[RolloutRequest],
-        *,
-        group_size: int,
-        max_response_tokens: int,
-        exam: Exam | None = None,
-    ) -> None:
-        self.requests = requests
-        self.group_size = group_size
+    requests: Sequence[RolloutRequest]
+    group_size: int
+    max_response_tokens: int
+    exam: Exam | None
+
+
+class _FixedShare:
+    """The rollouts of an engine inside this rank's process: every so manieth prompt.
+
+    The ranks of an engine that lies over several must ask it the same.
+    """
+
+    def __init__(self, job: _Job, engine: RolloutEngine | None, mine: Sequence[RolloutRequest]) -> None:
+        self.job = job
         self.done: dict[int, Rollout] = {}
-        self._engine = engine
-        self._max_response_tokens = max_response_tokens
-        self._exam = exam
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._engine, self._mine = engine, mine
+
+    def sample(self) -> None:
+        if self._engine is not None and self._mine:
+            self._engine.run(
+                self._mine,
+                max_response_tokens=self.job.max_response_tokens,
+                on_rollout=self.done.__setitem__,
+                exam=self.job.exam,
+            )
+
+
+class _DealtShare:
+    """The rollouts that this rank's engine process is dealt; none on a rank without one."""
+
+    def __init__(self, job: _Job, deal: Deal, station: Station | None, *, window: int) -> None:
+        self.job = job
+        self.deal = deal
+        self.done: dict[int, Rollout] = {}
+        self._station = station
+        self._window = window
+        self._taken: dict[int, RolloutRequest] = {}  # of the engine's present life
+        self.over = threading.Event()
+        """Nothing more is wanted."""
+        self._error: Exception | None = None
+        self._began = time.monotonic()
+        self._last = self._began  # when the last rollout came
+        self._thread = threading.Thread(target=self._serve, name="rollouts", daemon=True)
 
     @property
-    def missing(self) -> list[RolloutRequest]:
-        return [request for request in self.requests if request.key not in self.done]
+    def error(self) -> Exception | None:
+        """What ends the run."""
+        return self._error or (None if self._station is None else self._station.error)
 
-    def start(self, in_background: bool) -> None:
-        """Sample what is missing."""
-        self._thread, self._error = None, None
-        if in_background:
-            self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
+    def start(self) -> None:
+        if self._station is not None:
             self._thread.start()
 
-    def wait(self) -> EngineLostError | None:
-        """Returns when all is there, or with what happened to the engine.  Other errors are raised."""
-        if self._thread is None:
-            self._run()
-        else:
+    def finish(self) -> None:
+        """When all ranks together have all."""
+        self.over.set()
+        if self._station is not None:
             self._thread.join()
-        if self._error is None or isinstance(self._error, EngineLostError):
-            return self._error
-        raise self._error
 
-    def _run(self) -> None:
-        missing = self.missing
-        if self._engine is None or not missing:
-            return
+    def speed(self) -> float:
+        """Tokens a second of this rank's engine in this step; 0 if it sampled none."""
+        tokens = sum(int(rollout.loss_mask.sum()) for rollout in self.done.values())
+        return tokens / max(self._last - self._began, 1e-3)
+
+    def _serve(self) -> None:
+        station = self._station
+        assert station is not None
         try:
-            self._engine.run(
-                missing,
-                max_response_tokens=self._max_response_tokens,
-                on_rollout=self.done.__setitem__,
-                exam=self._exam,
-            )
+            while not self.over.is_set() and station.error is None:
+                requests = self._take() if station.is_serving else []
+                if not requests:
+                    self.over.wait(_PAUSE)
+                    continue
+                try:
+                    station.engine.run(
+                        requests,
+                        max_response_tokens=self.job.max_response_tokens,
+                        on_rollout=self._keep,
+                        exam=self.job.exam,
+                        more=self._more,
+                    )
+                except EngineLostError as error:
+                    self.deal.give_back(self._taken.values())
+                    _log.warning("%d rollouts go to other engines or to its successor", len(self._taken))
+                    self._taken.clear()
+                    station.lose(error, "sampling")
         except Exception as error:  # noqa: BLE001  carried to the thread that waits
             self._error = error
 
+    def _keep(self, key: int, rollout: Rollout) -> None:
+        del self._taken[key]
+        self._last = time.monotonic()
+        self.done[key] = rollout
 
-def _sum_over_ranks(value: bool) -> int:
-    """How many ranks say yes; one all-reduce of an integer over all ranks."""
-    total = torch.tensor([int(value)], dtype=torch.int64)
-    dist.all_reduce(total)
-    return int(total)
+    def _take(self) -> list[RolloutRequest]:
+        requests = self.deal.take(self._window - len(self._taken))
+        self._taken |= {request.key: request for request in requests}
+        return requests
+
+    def _more(self) -> Sequence[RolloutRequest] | None:
+        if len(self._taken) >= self._window:
+            return ()
+        return self._take() or None

@@ -30,7 +30,7 @@ from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
 from megatron_rest.rewards.functions import Reward, RewardInput, RewardTurn
 from megatron_rest.trainer.rewarding import RewardTerms, token_rewards
 from megatron_rest.trainer.time_limit import time_limit
-from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample
+from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample, TurnMark
 
 __all__ = ["Judge", "Verdict"]
 
@@ -70,6 +70,7 @@ class Judge:
         dialect: how the policy writes: for regions and rewards.
         stop_token_ids: a sampled one ended its turn; it is glue, and no part of the answer's text.
         max_response_tokens: where answers are cut; what ``advantage.overlong_buffer`` counts from.
+        marks_turns: whether samples say which of their turns are wrong in form, for token credit that asks.
 
     Whether a prompt has opened the thought (or closed an empty one) is read from its last tokens, turn by turn.
     """
@@ -83,6 +84,7 @@ class Judge:
         dialect: Dialect = TOOLRL,
         stop_token_ids: Sequence[int] = (),
         max_response_tokens: int = 0,
+        marks_turns: bool = False,
     ) -> None:
         self.token_bytes = token_bytes
         self.reward = reward
@@ -90,6 +92,7 @@ class Judge:
         self.advantage = advantage
         self.estimate = find_estimator(advantage)
         self.max_response_tokens = max_response_tokens
+        self.marks_turns = marks_turns
         self._reported: set[str] = set()  # prompts whose references cannot be read
         self.dialect = dialect
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -314,6 +317,22 @@ class Judge:
         regions[ends] = self.dialect.glue
         return regions
 
+    def _marks(self, prompt: np.ndarray, rollout: Rollout) -> np.ndarray:
+        """uint8 [n]: what is wrong in form with each turn, on all its tokens."""
+        marks = np.zeros(len(rollout.token_ids), np.uint8)
+        for start in turn_starts(rollout.loss_mask):
+            outside = np.flatnonzero(~rollout.loss_mask[start:])
+            end = start + int(outside[0]) if len(outside) else len(marks)
+            text = self._bytes(rollout.token_ids[start:end]).decode("utf-8", errors="replace")
+            turn = read_turn(self._prefix(prompt, rollout.token_ids[:start]) + text, dialect=self.dialect)
+            mark = TurnMark(0)
+            if turn.errors or not turn.is_closed:
+                mark |= TurnMark.CALLS
+            if turn.thought is not None and not turn.is_thought_closed:
+                mark |= TurnMark.THOUGHT
+            marks[start:end] = mark
+        return marks
+
     def sample(
         self,
         group: RolloutGroup,
@@ -342,6 +361,9 @@ class Judge:
             advantage=advantage,
             sequence_id=sequence_id,
             group_id=group_id,
+            marks=np.concatenate([nothing, self._marks(prompt, rollout)]).astype(np.uint8)
+            if self.marks_turns
+            else None,
         )
 
 

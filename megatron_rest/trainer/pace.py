@@ -2,7 +2,8 @@
 
 Ranks wait for each other in every phase, so wall times say nothing: all are as slow as the slowest.  What each does
 alone and alike says it: judging the step's rollouts (the host), and a product of fixed size (the device).  Both are
-compared once a step; one that takes twice as long as the median rank, several steps in a row, is named with its node.
+compared once a step; one that takes twice as long as the median rank, and so much longer that it is felt, several steps
+in a row, is named with its node.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ _log = logging.getLogger(__name__)
 
 _SIZE = 512  # of the product: some 10 ms on a CPU core
 _FACTOR = 2.0  # slower than the median by so much
-_LEAST_SECONDS = 0.005  # what is below is noise of the clock
 _STEPS = 3  # in a row; one slow step is nobody's fault
 _REPEATED = 50  # steps until a rank that stays slow is said again
-_KINDS = ("judging", "a product of fixed size")
+_KINDS = {"judging": 0.5, "a product of fixed size": 0.05}  # seconds above the median that are worth a word
 
 
 class Straggler:
-    """Which rank has been slow for how long, from one number a rank and step."""
+    """Which rank has been slow for how long, from one number a rank and step.
 
-    def __init__(self) -> None:
+    Args:
+        least_seconds: that a slow rank takes longer than the median; less is noise, or felt by nobody.
+    """
+
+    def __init__(self, least_seconds: float) -> None:
+        self._least = least_seconds
         self._in_a_row: dict[int, int] = {}
 
     def take(self, seconds: list[float]) -> dict[int, float]:
@@ -38,7 +43,7 @@ class Straggler:
         slow = {
             rank: value / median
             for rank, value in enumerate(seconds)
-            if value > _FACTOR * median and value > _LEAST_SECONDS
+            if value > _FACTOR * median and value > median + self._least
         }
         self._in_a_row = {rank: self._in_a_row.get(rank, 0) + 1 for rank in slow}
         return {rank: slow[rank] for rank, count in self._in_a_row.items() if (count - _STEPS) % _REPEATED == 0}
@@ -54,7 +59,7 @@ class Pace:
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
         self._rank = rank
-        self._stragglers = [Straggler() for _ in _KINDS]
+        self._stragglers = [Straggler(least) for least in _KINDS.values()]
         self._work = torch.ones(_SIZE, _SIZE, device=device)
         self._hosts: list[str] = [""] * world_size
         dist.all_gather_object(self._hosts, socket.gethostname())

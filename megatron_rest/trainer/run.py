@@ -26,6 +26,7 @@ from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.conversations import make_conversation
 from megatron_rest.rollout.engine_args import check_engine_args
 from megatron_rest.rollout.host import EngineHost
+from megatron_rest.rollout.keeper import sweep
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.run_folder import finish, is_finished
@@ -152,7 +153,7 @@ def _leave_step(trainer: RestTrainer, report: StepReport, *, is_saved: bool, is_
     step = report.step
     with trainer.timer(step) as timer:
         if is_saved:
-            trainer.save(step, report.metrics, timer)
+            trainer.save(step, report.metrics, timer, is_last=is_last)
         with timer.phase("checkpoint"):
             trainer.checkpoints.poll()
         if is_last or step == trainer.config.trainer.steps:
@@ -206,8 +207,9 @@ def build_trainer(config: RestConfig) -> RestTrainer:
         placement=placement,
         rank=parts.context.rank,
         config=config.rollout,
-        connect=lambda: WeightSync(engine, source, config.weight_sync),
+        connect=lambda is_member: WeightSync(engine if is_member else None, source, config.weight_sync),
     )
+    credit = find_credit(config.weighting)
     return RestTrainer(
         config,
         parts=parts,
@@ -221,8 +223,9 @@ def build_trainer(config: RestConfig) -> RestTrainer:
             dialect=judged_dialect(config, chat),
             stop_token_ids=ends,
             max_response_tokens=config.rollout.max_response_tokens,
+            marks_turns="marks" in credit.traits.needs,
         ),
-        weighting=find_credit(config.weighting),
+        weighting=credit,
         validator=Validator(config, tokenizer, rank=parts.context.rank, chat=chat) if config.validation.every else None,
         # Before any checkpoint is loaded: the reference is model.path, in a continued run as in the first.
         reference=ReferencePolicy(parts.policy) if config.loss.kl_coef else None,
@@ -256,6 +259,7 @@ def make_engine(
             host, devices = hosted_place(rollout, hosts, index)
             return RemoteEngine(path, rollout, devices=devices, host=host, **settings)
         return RemoteEngine(path, rollout, devices=engine_devices(context, rollout, placement, index), **settings)
+    sweep()
     return VllmEngine(path, rollout, conversation=make_conversation(rollout, path, chat), **settings)
 
 

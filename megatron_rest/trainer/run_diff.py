@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.mcore.checkpoint import late_tensors
 from megatron_rest.trainer.metrics import METRICS_FILE
 
 __all__ = ["Difference", "RunDiff", "checkpoint_values", "compare_checkpoints", "compare_runs"]
@@ -118,6 +119,9 @@ def checkpoint_values(path: Path) -> dict[tuple[str, str], Any]:
         else:
             part = {"scheduler": "schedule", "optimizer": "optimizer"}.get(section, "counters")
             values |= {(part, leaf_name): leaf for leaf_name, leaf in _leaves(section, value)}
+    for name, tensor in late_tensors(path).items():
+        part = _EXTRA_PARTS.get(name.partition(".")[0], "counters")
+        values[part, name] = tensor
     return values
 
 

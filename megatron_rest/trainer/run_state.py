@@ -10,10 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_rest.trainer.exchange import pack_groups, unpack_groups
 from megatron_rest.types import PromptSample, RolloutGroup
 
 __all__ = ["RunState"]
+
+_QUEUE = ("integers", "floats")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +32,7 @@ class RunState:
 
     def as_extra(self) -> dict[str, Any]:
         """For ``CheckpointWriter.save``: numbers, strings and tensors."""
-        queue = None if self.queue is None else dict(zip(("integers", "floats"), pack_groups(self.queue), strict=True))
+        queue = None if self.queue is None else dict(zip(_QUEUE, pack_groups(self.queue), strict=True))
         return {
             "weighting": dict(self.weighting),
             "num_restarts": self.num_restarts,
@@ -36,6 +40,11 @@ class RunState:
             "next_prompts": list(self.next_prompts),
             "queue": queue,
         }
+
+    @staticmethod
+    def queue_tensors(groups: Sequence[RolloutGroup]) -> dict[str, torch.Tensor]:
+        """``queue`` alone, for ``CheckpointWriter.complete``."""
+        return {f"queue.{name}": tensor for name, tensor in zip(_QUEUE, pack_groups(groups), strict=True)}
 
     @classmethod
     def of_extra(cls, extra: Mapping[str, Any], prompts: Sequence[PromptSample]) -> RunState:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.algorithms.ratio_losses import find_ratio_loss
-from megatron_rest.config import Fp8Recipe, RestConfig, RolloutQuantization, TrainerConfig
+from megatron_rest.config import Fp8Recipe, RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
 from megatron_rest.data.sample_file import write_samples
@@ -28,11 +28,11 @@ from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
 from megatron_rest.passes import is_scored, keeps_zero_groups
-from megatron_rest.trainer.canary import Canary
+from megatron_rest.trainer.canary import Canary, Sentry, Song, canary_prompt, canary_tolerance
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
 from megatron_rest.trainer.credit import check_rule, give_credit
 from megatron_rest.trainer.exchange import all_token_scores
-from megatron_rest.trainer.fleet import EngineFleet
+from megatron_rest.trainer.fleet import EngineFleet, Singers
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.pace import Pace
@@ -66,10 +66,7 @@ from megatron_rest.weighting import CreditRule, RestWeighting, region_sums
 
 __all__ = ["RestTrainer"]
 
-_CANARY_FLOAT32 = 1e-3  # 1e-6 is seen: rounding in another order; a stale or misplaced tensor makes 0.1 and more
 _CERTIFICATE_PROMPTS = 16  # with answers of a hundred tokens: a mean of each region that holds
-_CANARY_FP8 = 1.0  # up to 0.5 is seen from FP8 weights and activations in small models; a stale head or experts make 2
-_CANARY_16_BIT = 0.1  # up to 0.06 is seen between two bfloat16 implementations of the same small model
 
 
 class RestTrainer:
@@ -113,10 +110,14 @@ class RestTrainer:
         self.weighting = weighting
         self.validator = validator
         self.reference = reference
-        self.canary = Canary(
-            prompt=prompts[0],
-            num_tokens=config.weight_sync.canary_tokens,
+        prompt, num_tokens = canary_prompt(prompts[0], config)
+        self.canary = Canary(prompt=prompt, num_tokens=num_tokens)
+        self.sentry = Sentry(
             tolerance=canary_tolerance(config),
+            run_dir=config.trainer.run_dir,
+            setting=f"{config.parallel} {config.model.dtype} {config.precision} {config.rollout}",
+            is_moe=bool(parts.policy.modules[0].config.num_moe_experts),
+            rank=parts.context.rank,
         )
         self.checkpoints = checkpoint.CheckpointWriter(Path(config.trainer.run_dir) / "checkpoints", config.checkpoint)
         self.loss = RestPolicyLoss(config.loss)
@@ -212,7 +213,7 @@ class RestTrainer:
         """The engines start on the prompts of ``step``, if the run has such a step."""
         if step <= self.config.trainer.steps:
             seed = step_seed(self.config.trainer.seed, step)
-            self.fleet.begin(self.prompts_of(step), seed=seed, in_background=self.is_one_step_off)
+            self.fleet.begin(self.prompts_of(step), seed=seed)
 
     def roll_out(self, step: int) -> list[RolloutGroup]:
         """All groups of the step in prompt order, none sampled by a policy older than the bound."""
@@ -222,6 +223,8 @@ class RestTrainer:
         if not self.fleet.is_begun:
             self.begin_rollouts(step)
         groups = self.draw_again(step, self.collect(step))
+        if self.checkpoints.is_waiting:
+            self.checkpoints.complete(RunState.queue_tensors(groups))
         self.fleet.sleep()
         oldest = min(rollout.policy_version for group in groups for rollout in group.rollouts)
         if oldest < step - 1 - self.config.rollout.max_staleness:
@@ -246,7 +249,7 @@ class RestTrainer:
         while is_zero.count(False) < wanted and draw < most:
             draw += 1
             prompts = self.prompts_of(step, draw=draw)
-            self.fleet.begin(prompts, seed=step_seed(seed, step, draw=draw), in_background=False)
+            self.fleet.begin(prompts, seed=step_seed(seed, step, draw=draw))
             more = self.collect(step)
             groups = [*groups, *more]
             is_zero += self.judge(more, step=step).is_zero_group
@@ -426,20 +429,22 @@ class RestTrainer:
         return self.batch(canary_samples(self.prompts, self.judge, count=count, max_tokens=longest))
 
     def sync_weights(self, *, version: int) -> dict[str, float]:
-        """Push the policy's weights into every engine and let the canary sing."""
-        sing = partial(
-            self.canary.check,
-            self.fleet.engine,
-            self.policy,
-            is_first=self.fleet.has_first_engine,
-            alignment=self.parts.alignment,
-        )
-        report, worst = self.fleet.deliver(version, sing)
+        """Push the policy's weights into the engines and let the canary sing."""
+        report, song = self.sentry.guard(version, lambda: self.fleet.deliver(version, self.sing))
+        self.fleet.admit(version)
         return {
             "sync/seconds": report.seconds,
             "sync/bytes": float(report.num_bytes),
-            "sync/canary_max_abs": worst,
+            "sync/engines": float(self.fleet.num_engines),
+            "sync/canary_max_abs": song.worst,
+            "sync/canary_middle_abs": song.middle,
+            "sync/canary_far": song.far,
+            "sync/canary_order": song.order,
         }
+
+    def sing(self, singers: Singers) -> Song | None:
+        """The canary's song with engines that have just been given weights."""
+        return self.canary.sing(singers, self.policy, tolerance=self.sentry.tolerance, alignment=self.parts.alignment)
 
     def validate(self, version: int, timer: PhaseTimer) -> dict[str, float]:
         """Benchmarks answered by the engines, which hold ``version``, if they are due; metrics on rank 0."""
@@ -448,13 +453,15 @@ class RestTrainer:
         with timer.phase("validation"):
             return self.validator(self.fleet, version=version, refresh=partial(self.sync_weights, version=version))
 
-    def save(self, step: int, metrics: Mapping[str, float], timer: PhaseTimer) -> Path:
+    def save(self, step: int, metrics: Mapping[str, float], timer: PhaseTimer, *, is_last: bool) -> Path:
         """A checkpoint of this step and all that the run is; complete at once, or when ``checkpoints`` has written it.
 
-        One step off the rollouts of the next step are under way: they are waited for (phase ``wait``) and belong to the
-        checkpoint, since no engine will hold the weights again that sample them.
+        One step off the rollouts of the next step are under way, and belong to the checkpoint, since no engine will
+        hold the weights again that sample them.  They are waited for (phase ``wait``) if this is the run's last step;
+        else training goes on, and the checkpoint is whole when the next step has them.
         """
-        if self.is_one_step_off and step < self.config.trainer.steps:
+        has_queue = self.is_one_step_off and step < self.config.trainer.steps
+        if has_queue and is_last:
             with timer.phase("wait"):
                 self._collected = self.roll_out(step + 1)
         state = RunState(
@@ -465,7 +472,9 @@ class RestTrainer:
             queue=self._collected,
         )
         with timer.phase("checkpoint"):
-            return self.checkpoints.save(self.policy, step=step, extra=state.as_extra(), metrics=metrics)
+            return self.checkpoints.save(
+                self.policy, step=step, extra=state.as_extra(), metrics=metrics, is_complete=is_last or not has_queue
+            )
 
     def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:
         """Load a checkpoint, put its weights into the engines.
@@ -485,7 +494,7 @@ class RestTrainer:
             self.weighting.load_state_dict(state.weighting)
         else:
             notes.append("saved under another rule of token credit (weighting.source): this one begins anew")
-        self.fleet.num_restarts = state.num_restarts
+        self.fleet.continue_count(state.num_restarts)
         self.skips.in_a_row = state.skipped_in_a_row
         self._collected = state.queue if self.is_one_step_off else None
         self.sync_weights(version=loaded.step)
@@ -495,16 +504,6 @@ class RestTrainer:
             notes.append("saved at another layout: random streams begin anew from trainer.seed")
         dist.barrier()
         return loaded.step, notes
-
-
-def canary_tolerance(config: RestConfig) -> float:
-    """Allowed |engine - trainer| log-prob, nats: as configured, or by the precisions of both sides."""
-    if config.weight_sync.canary_tolerance is not None:
-        return config.weight_sync.canary_tolerance
-    if config.rollout.quantization is not RolloutQuantization.NONE:
-        return _CANARY_FP8
-    is_exact = config.model.dtype == config.rollout.dtype == "float32"
-    return _CANARY_FLOAT32 if is_exact else _CANARY_16_BIT
 
 
 def is_saved(step: int, config: TrainerConfig) -> bool:

@@ -106,6 +106,9 @@ class BroadcastSender:
         finally:
             executor.shutdown(wait=False)
 
+    def close(self) -> None:
+        self._group = None
+
     def _broadcast(
         self, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta], loaded: Future[None]
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import threading
@@ -16,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "CudaQueue",
+    "Event",
     "GivenUp",
     "GlooLink",
     "Link",
@@ -31,6 +34,9 @@ _TAG = 7
 _POLL_SECONDS = 0.1  # between looks at the other ranks
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.01, 0.5  # between looks at who has come: thousands of ranks ask one store
 _LEAVE_SECONDS = 10.0  # for calls that were given up to return
+_GIVEN_UP = "given up"  # in the store of a group: an end is lost, and how
+_WATCH_SECONDS = 0.5  # between looks at transfers over NCCL and at the store
+_LEAST_POLL_SECONDS, _MOST_POLL_SECONDS = 2e-5, 2e-3  # between looks at a GPU's event
 _DONE, _UNDER_WAY, _FAILED = 0, 1, 2  # of the calls of one rank
 
 
@@ -45,7 +51,7 @@ class Work(Protocol):
 
 
 class Link(Protocol):
-    """Point-to-point between the ranks of one transfer group; both calls return at once."""
+    """Point-to-point between the ranks of one transfer group; sending and receiving return at once."""
 
     def send(self, data: Tensor, rank: int) -> Work: ...
 
@@ -53,9 +59,20 @@ class Link(Protocol):
         """Fill ``buffer``, uint8 [num_bytes] in one piece on the engine's device; valid when the work is done."""
         ...
 
+    def give_up(self, reason: str) -> None:
+        """An end of the link is known to be lost: whoever waits on it, here or elsewhere, waits no longer."""
+        ...
+
+    def close(self) -> None:
+        """Not to be used again."""
+        ...
+
 
 class GlooLink:
-    """Sockets: for CPU, and for engines that share no GPU network with the trainer."""
+    """Sockets: for CPU, and for engines that share no GPU network with the trainer.
+
+    A process that ends closes its sockets, which ends every wait for it.
+    """
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -69,6 +86,12 @@ class GlooLink:
         staged = torch.empty_like(buffer, device="cpu")
         return _Staged(self._group.recv([staged], rank, _TAG), staged, buffer)
 
+    def give_up(self, reason: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._group = None
+
 
 class _Staged:
     """A message on its way to a GPU through this machine's memory."""
@@ -81,26 +104,126 @@ class _Staged:
         self._buffer.copy_(self._staged)
 
 
-class NcclLink:
-    """NCCL between GPUs, on a stream of its own, through the communicator that vLLM brings.  Not measured."""
+class Event(Protocol):
+    """As ``torch.cuda.Event``."""
 
-    def __init__(self, communicator: Any, device: torch.device, store: dist.Store) -> None:
-        self._communicator, self._device = communicator, device
-        self._store = store  # others may still be reading from it
-        self._stream = torch.cuda.Stream(device)
+    def query(self) -> bool: ...
 
-    def send(self, data: Tensor, rank: int) -> Work:
-        data = data.to(self._device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # it may still be packed
-        self._communicator.send(data, rank, self._stream)
+
+class CudaQueue:
+    """The stream that a link's transfers run on, beside the one that packs and loads."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def put(self, transfer: Callable[[Any], None], data: Tensor) -> Event:
+        """Run ``transfer(stream)`` behind what has been asked for so far; ``data`` may be packed or read just now."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        transfer(self._stream)
         data.record_stream(self._stream)
         return self._stream.record_event()
 
+
+class NcclLink:
+    """NCCL between GPUs, through the communicator that vLLM brings.  Not run on GPUs.
+
+    NCCL waits for a lost peer for ever, in a kernel or in the call that starts it.  So a thread watches what is under
+    way: when it takes longer than ``timeout_seconds``, or when any end has given up (it says so in ``store``), the
+    communicator is aborted, which ends both waits, and the work raises ConnectionError.
+
+    Args:
+        communicator: ``send``, ``recv`` (tensor, rank, stream) and ``destroy``, which aborts.
+        device: of what is sent.
+        store: of the group; others may still be reading from it.
+        timeout_seconds: for one message.
+        queue: default: a stream of its own on ``device``.
+    """
+
+    def __init__(
+        self,
+        communicator: Any,
+        device: torch.device,
+        store: dist.Store,
+        *,
+        timeout_seconds: float,
+        queue: CudaQueue | None = None,
+    ) -> None:
+        self._communicator, self._device, self._store = communicator, device, store
+        self._timeout = timeout_seconds
+        self._queue = CudaQueue(device) if queue is None else queue
+        self._begun: dict[int, float] = {}  # when the transfers under way began
+        self._count = 0
+        self._reason = ""
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch, name="nccl watch", daemon=True).start()
+
+    def send(self, data: Tensor, rank: int) -> Work:
+        data = data.to(self._device)
+        return self._put(lambda stream: self._communicator.send(data, rank, stream), data)
+
     def receive(self, buffer: Tensor, rank: int) -> Work:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the memory may still be read by others
-        self._communicator.recv(buffer, rank, self._stream)
-        buffer.record_stream(self._stream)
-        return self._stream.record_event()
+        return self._put(lambda stream: self._communicator.recv(buffer, rank, stream), buffer)
+
+    def give_up(self, reason: str) -> None:
+        self._reason = self._reason or reason
+        with contextlib.suppress(RuntimeError):  # the store may be what is lost
+            self._store.set(_GIVEN_UP, reason)
+
+    def close(self) -> None:
+        if not self._is_over.is_set():
+            self._is_over.set()
+            self._communicator.destroy()
+
+    def _put(self, transfer: Callable[[Any], None], data: Tensor) -> Work:
+        self._check()
+        self._count += 1
+        number = self._count
+        self._begun[number] = time.monotonic()
+        try:
+            return _Enqueued(self, number, self._queue.put(transfer, data))
+        except Exception as error:
+            self._begun.pop(number, None)
+            self._check()  # an aborted communicator fails as well, with less to say
+            raise ConnectionError(f"NCCL refused a transfer: {error}") from error
+
+    def finish(self, number: int, event: Event) -> None:
+        """Return when a transfer is done; on this thread, so that the host knows it, too."""
+        pause = _LEAST_POLL_SECONDS
+        try:
+            while not event.query():
+                self._check()
+                time.sleep(pause)
+                pause = min(2 * pause, _MOST_POLL_SECONDS)
+            self._check()  # kernels of an aborted communicator end as if they had done something
+        finally:
+            self._begun.pop(number, None)
+
+    def _check(self) -> None:
+        if self._is_over.is_set():
+            raise ConnectionError(self._reason or "the link is closed")
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(_WATCH_SECONDS):
+            oldest = min(list(self._begun.values()), default=time.monotonic())
+            try:
+                if not self._reason and self._store.check([_GIVEN_UP]):
+                    self._reason = bytes(self._store.get(_GIVEN_UP)).decode(errors="replace")
+            except RuntimeError as error:  # the rank that keeps it is gone
+                self._reason = self._reason or f"the store of the link is gone: {error}"
+            if not self._reason and time.monotonic() - oldest > self._timeout:
+                self.give_up(f"a transfer over NCCL was not done after {self._timeout:g} s")
+            if self._reason:
+                self.close()
+
+
+class _Enqueued:
+    """A transfer that a stream has been asked for."""
+
+    def __init__(self, link: NcclLink, number: int, event: Event) -> None:
+        self._link, self._number, self._event = link, number, event
+
+    def wait(self) -> None:
+        self._link.finish(self._number, self._event)
 
 
 def open_link(
@@ -125,7 +248,8 @@ def open_link(
         case "gloo":
             return GlooLink(_gloo_group(store, rank, world_size, timeout_seconds))
         case "nccl":
-            return NcclLink(_nccl_communicator(store, rank, world_size, device), device, store)
+            communicator = _nccl_communicator(store, rank, world_size, device)
+            return NcclLink(communicator, device, store, timeout_seconds=timeout_seconds)
     raise ValueError(f"no link {backend!r}: expected gloo or nccl")
 
 
@@ -190,8 +314,8 @@ def _gather(
     present, pause = store.add("present", 1), _FIRST_LOOK_SECONDS
     while present < world_size:
         if given_up is not None and given_up.is_set():
-            store.set("given up", "")
-        if store.check(["given up"]):
+            store.set(_GIVEN_UP, "")
+        if store.check([_GIVEN_UP]):
             raise ConnectionError(f"an end of the link was lost when {present} of {world_size} had come")
         if time.monotonic() > end:
             raise TimeoutError(f"{present} of {world_size} came to {address}:{port} within {timeout_seconds} s")

@@ -15,7 +15,7 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_rest.weight_sync.links import GivenUp, Link, meet, new_token, open
 from megatron_rest.weight_sync.plan import SyncPlan, make_plan
 from megatron_rest.weight_sync.slices import SliceSender, hand_out, message_names
 from megatron_rest.weight_sync.source import MegatronWeightSource
-from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
+from megatron_rest.weight_sync.transport import EngineUnreachableError, Outcome, SyncTarget, Tamper
 
 __all__ = ["SliceTransport"]
 
@@ -72,6 +72,7 @@ class SliceTransport:
         self.plans: list[SyncPlan] = []
         """One for each engine, in the order of the ranks that own them."""
         self._mine: int | None = None  # index of this rank's engine
+        self._links: list[Link] = []
         self._sender: SliceSender | None = None
 
     def connect(self, engine: SyncTarget | None) -> None:
@@ -88,8 +89,8 @@ class SliceTransport:
             self.plans.append(plan)
             load = [a + b for a, b in zip(load, plan.sent_by, strict=True)]
         self._mine = owners.index(self._source.rank) if self._source.rank in owners else None
-        links = self._meet(engine, owners, hellos, len(held))
-        self._sender = SliceSender(self._source.rank, self.plans, links, len(held), self._source.device)
+        self._links = self._meet(engine, owners, hellos, len(held))
+        self._sender = SliceSender(self._source.rank, self.plans, self._links, len(held), self._source.device)
 
     def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
         """See :class:`~megatron_rest.weight_sync.transport.Transport`."""
@@ -114,6 +115,8 @@ class SliceTransport:
         executor = ThreadPoolExecutor(1)  # workers load while this rank sends
         try:
             loading = None if engine is None else executor.submit(engine.update_weights, {"detailed": detailed})
+            if loading is not None:
+                loading.add_done_callback(self._tell_all_of_a_loss)
             sent = self._sender.send(of_engines, detailed=detailed, tamper=tamper)
             if self._mine in self._sender.broken:
                 raise self._sender.broken[self._mine]
@@ -127,12 +130,21 @@ class SliceTransport:
         finally:
             executor.shutdown(wait=False)
         results = self._source.all_gather(_Result(sent, received, self._sender.num_bytes, replicas))
-        for index, error in self._sender.broken.items():
-            outcome.lost_peer = f"the link to engine {index} broke: {error}"
+        outcome.lost_peers = {i: f"the link to engine {i} broke: {e}" for i, e in self._sender.broken.items()}
         if not self._source.worst_of_ranks(int(outcome.is_broken)):
             self._compare(outcome, results)
         self._source.note_drift([result.replicas for result in results])
         return outcome
+
+    def _tell_all_of_a_loss(self, loading: Future[None]) -> None:
+        """Ranks that send to an engine that broke would not notice by every kind of link."""
+        if self._mine is not None and self._mine < len(self._links) and (error := loading.exception()) is not None:
+            self._links[self._mine].give_up(f"the engine is lost: {error}")
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+        self._links = []
 
     def _compare(self, outcome: Outcome, results: Sequence[_Result]) -> None:
         """Every digest of a sender with the worker's, every count of bytes with the plan's; on every rank alike."""
@@ -196,7 +208,10 @@ class SliceTransport:
             try:
                 links.append(meet(calls, self._source.worst_of_ranks)[0])
             except Exception as error:
-                raise ConnectionError(f"training ranks and engine {index} did not meet: {error}") from error
+                for link in links:
+                    link.close()
+                message = f"training ranks and engine {index} did not meet: {error}"
+                raise EngineUnreachableError(message, [index]) from error
         return links
 
     def _open(self, plan: SyncPlan, info: dict[str, Any], listener: socket.socket | None, given_up: GivenUp) -> Link:

@@ -24,6 +24,8 @@ class Sender(Protocol):
 
     def connect(self, engine: SyncTarget) -> None: ...
 
+    def close(self) -> None: ...
+
     def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
         """Let the engine receive and load the whole stream, which is what ``metadata`` says."""
         ...
@@ -37,6 +39,9 @@ class LocalSender:
 
     def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
         engine.update_weights({"weights": stream})
+
+    def close(self) -> None:
+        """Nothing is connected."""
 
 
 class StreamTransport:
@@ -93,6 +98,9 @@ class StreamTransport:
         outcome.checksum = hashlib.blake2b(repr(list(sent.digests.items())).encode(), digest_size=8).hexdigest()
         outcome.gather_seconds = sent.gather_seconds
         return outcome
+
+    def close(self) -> None:
+        self._sender.close()
 
 
 class _Pass:

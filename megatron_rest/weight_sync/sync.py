@@ -30,7 +30,15 @@ _MAX_ATTEMPTS = 2  # one full resend
 
 
 class WeightSyncError(RuntimeError):
-    """The engine could not be given the policy's weights; it must not be sampled from."""
+    """The engine could not be given the policy's weights; it must not be sampled from.
+
+    Attributes:
+        engines: whose link to this rank broke, by their position among those that take part.
+    """
+
+    def __init__(self, message: str, engines: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.engines = tuple(engines)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +110,7 @@ class WeightSync:
             if worst == _OK:
                 break
             if worst == _BROKEN or attempt == _MAX_ATTEMPTS:
-                raise WeightSyncError(_explain(version, attempt, outcome)) from outcome.error
+                raise WeightSyncError(_explain(version, attempt, outcome), tuple(outcome.lost_peers)) from outcome.error
             if outcome.wrong:
                 _log.warning("weights of version %d are sent again: %s", version, _explain(version, attempt, outcome))
         self._reset_prefix_cache(version)
@@ -119,6 +127,10 @@ class WeightSync:
             checksum=outcome.checksum,
             drifted=tuple(self._source.drifted),
         )
+
+    def close(self) -> None:
+        """Give up the connections; a new one is made for other engines.  Not collective."""
+        self._transport.close()
 
     def _reset_prefix_cache(self, version: int) -> None:
         done = self._engine is None or self._engine.reset_prefix_cache()
@@ -138,7 +150,7 @@ def _explain(version: int, attempt: int, outcome: Outcome) -> str:
         return f"{head}: the engine raised {type(error).__name__}: {error}; its model is half loaded, make a new engine"
     if outcome.wrong:
         return f"{head}: bytes received differ from bytes sent in {_listed(outcome.wrong)}"
-    return f"{head}: {outcome.lost_peer or 'another rank reported a fault'}"
+    return f"{head}: {'; '.join(outcome.lost_peers.values()) or 'another rank reported a fault'}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
-__all__ = ["Outcome", "SyncTarget", "Tamper", "Transport", "machine_of"]
+__all__ = ["EngineUnreachableError", "Outcome", "SyncTarget", "Tamper", "Transport", "machine_of"]
 
 Tamper = Callable[[str, Tensor], Tensor]
 """Fault injection of the tests: changes a tensor between its digest and its hand-over."""
@@ -38,6 +38,18 @@ class SyncTarget(Protocol):
     def reset_prefix_cache(self) -> bool: ...
 
 
+class EngineUnreachableError(ConnectionError):
+    """Training ranks and one engine could not be connected; the same on every rank.
+
+    Attributes:
+        engines: which one it was, by its position among those that take part.
+    """
+
+    def __init__(self, message: str, engines: Sequence[int]) -> None:
+        super().__init__(message)
+        self.engines = tuple(engines)
+
+
 def machine_of(engine: SyncTarget | None) -> str:
     """Name of the machine where an engine runs (``RemoteEngine.machine``); this one's for none."""
     return str(getattr(engine, "machine", socket.gethostname()))
@@ -50,7 +62,8 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)  # tensors that did not arrive as sent
     error: Exception | None = None  # what broke on this rank: its engine is half loaded, or gone
     non_finite: list[str] = field(default_factory=list)  # matrices with NaN or infinity, which FP8 cannot hold
-    lost_peer: str = ""  # an engine that another rank owns could not be reached; this rank's own is not to blame
+    lost_peers: dict[int, str] = field(default_factory=dict)
+    """Engines whose link to this rank broke, by their position among those that take part, and how."""
     num_bytes: int = 0
     num_tensors: int = 0
     checksum: str = ""
@@ -60,7 +73,7 @@ class Outcome:
     @property
     def is_broken(self) -> bool:
         """Whether sending again cannot help."""
-        return self.error is not None or bool(self.lost_peer or self.non_finite)
+        return self.error is not None or bool(self.lost_peers or self.non_finite)
 
 
 class Transport(Protocol):
@@ -73,4 +86,8 @@ class Transport(Protocol):
     def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
         """Send everything once.  Does not raise: ranks must agree first.  ``detailed`` asks for a digest of everything
         that has a name, where a coarser one is enough to find out that something is wrong."""
+        ...
+
+    def close(self) -> None:
+        """Give up what connects this rank to the engines; nobody waits for anybody."""
         ...

@@ -33,9 +33,9 @@ class Aem(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         assert rows.entropy is not None
-        turns, rollouts = rows.turns()
+        turns, rollouts = rows.turns
         entropy = np.bincount(turns, rows.entropy) / np.maximum(np.bincount(turns), 1)
-        group = rows.siblings()[rollouts]
+        group = rows.siblings[rollouts]
         count = max(int(group.max(initial=-1)) + 1, 0)
         least, most = np.full(count, np.inf), np.full(count, -np.inf)
         np.minimum.at(least, group, entropy)
@@ -45,4 +45,4 @@ class Aem(CreditRule):
         factor = np.exp(-self.strength * np.where(is_told, (entropy - least[group]) / np.where(is_told, spread, 1), 0))
         mean = np.bincount(group, factor, minlength=count) / np.maximum(np.bincount(group, minlength=count), 1)
         alpha = np.where(is_told, factor / mean[group], 1.0)
-        return Credit(advantages=alpha[turns] * rows.advantages[rows.sequence])
+        return Credit(advantages=(alpha * rows.advantages[rollouts])[turns])

@@ -16,13 +16,14 @@ A rule of one's own is a class with ``traits`` and ``credit``, named in the conf
         traits = CreditTraits(normalisation=Normalisation.ROLLOUT)
 
         def credit(self, rows: CreditRows) -> Credit:
-            return Credit(weights=rows.mean_one(1.0 + self.slope * rows.index / rows.lengths[rows.sequence]))
+            return Credit(weights=rows.mean_one(1.0 + self.slope * rows.index / rows.each(rows.lengths)))
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,38 +36,33 @@ __all__ = ["Credit", "CreditRows", "CreditRule"]
 _MEAN_TOLERANCE = 1e-5  # of weights that say they have mean 1; float32 ones of thousands of tokens miss by 1e-7
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class CreditRows:
     """N loss tokens of S rollouts, numpy.  Per-token arrays speak of the token itself (not of the one before it)."""
 
     sequence: np.ndarray  # int64 [N], the rollout, 0..S-1, never falling
-    place: np.ndarray  # int64 [N], tokens between the rollout's first loss token and this one; tool outputs count
-    turn: np.ndarray  # int64 [N], the answer within its rollout, from 0
-    regions: np.ndarray  # int64 [N], TokenRegion
+    token: np.ndarray  # int64 [N], place in prompt and response of the rollout, rising within it
+    regions: np.ndarray  # int8 [N], TokenRegion
     groups: np.ndarray  # int64 [S], siblings share one; -1: of none
     advantages: np.ndarray  # float64 [S], of the rollout
     rewards: np.ndarray  # float64 [S], what the advantages come from
     progress: float  # of the run, in [0, 1]
-    log_probs: np.ndarray | None = None  # float64 [N], nats; of the policy as the step begins
-    entropy: np.ndarray | None = None  # float64 [N], nats
-    sum_p2: np.ndarray | None = None  # float64 [N], sum of the squared probabilities
-    beta: np.ndarray | None = None  # float64 [N], squared score norm of the output layer
-    ref_log_probs: np.ndarray | None = None  # float64 [N], nats; of the reference policy
-    lengths: np.ndarray = field(init=False)  # int64 [S], loss tokens of each rollout
-    index: np.ndarray = field(init=False)  # int64 [N], place among the rollout's loss tokens
+    log_probs: np.ndarray | None = None  # float [N], nats; of the policy as the step begins
+    entropy: np.ndarray | None = None  # float [N], nats
+    sum_p2: np.ndarray | None = None  # float [N], sum of the squared probabilities
+    beta: np.ndarray | None = None  # float [N], squared score norm of the output layer
+    ref_log_probs: np.ndarray | None = None  # float [N], nats; of the reference policy
+    marks: np.ndarray | None = None  # uint8 [N], TurnMark of the row's turn
 
     def __post_init__(self) -> None:
         size, count = len(self.sequence), len(self.groups)
-        for name in ("place", "turn", "regions", *STATISTICS):
+        for name in ("token", "regions", *STATISTICS):
             value = getattr(self, name)
             if value is not None and value.shape != (size,):
                 raise ValueError(f"{name} has shape {value.shape}, expected ({size},) like sequence")
         for name in ("advantages", "rewards"):
             if getattr(self, name).shape != (count,):
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected ({count},) like groups")
-        lengths = np.bincount(self.sequence, minlength=count)
-        object.__setattr__(self, "lengths", lengths)
-        object.__setattr__(self, "index", np.arange(size) - np.repeat(np.cumsum(lengths) - lengths, lengths))
 
     @classmethod
     def of_samples(
@@ -83,29 +79,68 @@ class CreditRows:
             samples: in the order of the step, or those of a microbatch; a rule gets what its scope asks for.
             rewards: one a sample.
             progress: curriculum progress.
-            scores: statistics of :data:`STATISTICS`, ``[N]`` each, in the order of the rows.
+            scores: statistics of :data:`STATISTICS`, ``[N]`` each, in the order of the rows; float32 becomes float64.
         """
-        counts = np.array([int(s.loss_mask.sum()) for s in samples], np.int64)
         tokens = [np.flatnonzero(s.loss_mask) for s in samples]
-        at = np.concatenate([np.zeros(0, np.int64), *tokens])
-        sequence = np.repeat(np.arange(len(samples)), counts)
-        starts = np.cumsum(counts) - counts
-        first = np.repeat(starts, counts)
-        opens = np.diff(at, prepend=-2) != 1  # not the neighbour of the row before
-        opens[starts[counts > 0]] = True
-        turns = np.cumsum(opens)
+        counts = [len(t) for t in tokens]
         regions = [s.region_ids[t] for s, t in zip(samples, tokens, strict=True)]
+        marks = [s.marks[t] for s, t in zip(samples, tokens, strict=True) if s.marks is not None]
         return cls(
-            sequence=sequence,
-            place=at - at[first],
-            turn=turns - turns[first],
-            regions=np.concatenate([np.zeros(0, np.int8), *regions]).astype(np.int64),
+            sequence=np.repeat(np.arange(len(samples)), counts),
+            token=np.concatenate([np.zeros(0, np.int64), *tokens]),
+            regions=np.concatenate([np.zeros(0, np.int8), *regions]),
             groups=np.array([s.group_id for s in samples], np.int64),
             advantages=np.array([s.advantage for s in samples], np.float64),
             rewards=np.asarray(rewards, np.float64),
             progress=progress,
+            marks=np.concatenate([np.zeros(0, np.uint8), *marks]) if len(marks) == len(samples) else None,
             **{name: np.asarray(value, np.float64) for name, value in (scores or {}).items()},
         )
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 ``[S]``: loss tokens of each rollout."""
+        return np.bincount(self.sequence, minlength=len(self.groups))
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """int64 ``[N]``: place among the rollout's loss tokens, from 0."""
+        return np.arange(len(self.sequence)) - np.repeat(self._starts, self.lengths)
+
+    @cached_property
+    def place(self) -> np.ndarray:
+        """int64 ``[N]``: tokens between the rollout's first loss token and this one; tool outputs count."""
+        has_rows = self.lengths > 0
+        return self.token - np.repeat(self.token[self._starts[has_rows]], self.lengths[has_rows])
+
+    @cached_property
+    def turn(self) -> np.ndarray:
+        """int64 ``[N]``: the answer within its rollout, from 0: a run of loss tokens."""
+        turns, _ = self.turns
+        has_rows = self.lengths > 0
+        return turns - np.repeat(turns[self._starts[has_rows]], self.lengths[has_rows])
+
+    @cached_property
+    def turns(self) -> tuple[np.ndarray, np.ndarray]:
+        """All turns of all rollouts numbered from 0, int64 ``[N]``, and the rollout of each, int64 ``[turns]``."""
+        opens = np.ones(len(self.token), bool)
+        np.not_equal(self.token[1:], self.token[:-1] + 1, out=opens[1:])
+        opens[self._starts[self.lengths > 0]] = True
+        return np.cumsum(opens) - 1, self.sequence[opens]
+
+    @cached_property
+    def siblings(self) -> np.ndarray:
+        """int64 ``[S]``: number of each rollout's group; one that is of none is a group of its own."""
+        numbers = np.unique(self.groups, return_inverse=True)[1]
+        return np.where(self.groups < 0, len(self.groups) + np.arange(len(self.groups)), numbers)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def each(self, values: np.ndarray) -> np.ndarray:
+        """``[S]`` -> ``[N]``: the number of its rollout for every row."""
+        return np.repeat(values, self.lengths)
 
     def require(self, needs: frozenset[str]) -> None:
         """ValueError if a statistic is not there."""
@@ -119,33 +154,25 @@ class CreditRows:
 
     def means(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """float64 ``[S]``: mean over the rows of each rollout (those of ``where``); 0 where there is none."""
-        where = np.ones(len(self.sequence), bool) if where is None else where
+        if where is None:
+            return self.sums(values) / np.maximum(self.lengths, 1)
         count = self.sums(where.astype(np.float64))
         return self.sums(np.where(where, values, 0.0)) / np.maximum(count, 1.0)
 
     def mean_one(self, weights: np.ndarray) -> np.ndarray:
         """Weights over their mean in each rollout (0 where it has none)."""
-        mean = self.means(weights)[self.sequence]
-        return np.divide(weights, mean, out=np.zeros_like(weights, np.float64), where=mean > 0)
+        mean = self.means(weights)
+        return weights * self.each(np.divide(1.0, mean, out=np.zeros_like(mean), where=mean > 0))
 
-    def turns(self) -> tuple[np.ndarray, np.ndarray]:
-        """All turns of all rollouts numbered from 0, int64 ``[N]``, and the rollout of each, int64 ``[turns]``."""
-        opens = (np.diff(self.turn, prepend=-1) != 0) | (self.index == 0)
-        return np.cumsum(opens) - 1, self.sequence[opens]
+    def across(self, position: np.ndarray, *values: np.ndarray, kind: np.ndarray | None = None) -> list[np.ndarray]:
+        """float64 ``[N]`` each: ``values`` added over the siblings' rows of the same ``position``.
 
-    def siblings(self) -> np.ndarray:
-        """int64 ``[S]``: number of each rollout's group; one that is of none is a group of its own."""
-        lone = self.groups < 0
-        numbers = np.unique(self.groups, return_inverse=True)[1]
-        return np.where(lone, len(self.groups) + np.arange(len(self.groups)), numbers)
-
-    def across(self, position: np.ndarray, values: np.ndarray, kind: np.ndarray | None = None) -> np.ndarray:
-        """float64 ``[N]``: ``values`` added over the siblings' rows of the same ``position`` (and ``kind``)."""
-        side = self.siblings()[self.sequence]
-        if kind is not None:
-            side = side * 2 + kind
-        cell = side * (int(position.max(initial=0)) + 1) + position
-        return np.bincount(cell, values)[cell]
+        ``kind``, 0 or 1 a rollout, ``[S]``: siblings of the same kind only.
+        """
+        side = self.siblings if kind is None else self.siblings * 2 + kind
+        cell = self.each(side * (int(position.max(initial=0)) + 1))
+        cell += position
+        return [np.bincount(cell, value)[cell] for value in values]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +196,7 @@ class Credit:
                 raise ValueError(f"{name} gave {kind} that are not finite: {value[at]} at row {at}")
         if self.weights is None:
             return self
-        if (self.weights < 0).any():
+        if self.weights.min(initial=0.0) < 0:
             raise ValueError(f"{name} gave a negative weight, {float(self.weights.min())}: turn the advantage instead")
         if traits.normalisation is Normalisation.ROLLOUT:
             means = rows.means(self.weights)

@@ -38,4 +38,4 @@ class Egpo(CreditRule):
         entropy = rows.means(rows.entropy, rows.regions == TokenRegion.THINK)
         bound = np.abs(rows.advantages) / self.clip
         advantages = rows.advantages + self.strength * np.clip(entropy, -bound, bound)
-        return Credit(advantages=advantages[rows.sequence])
+        return Credit(advantages=rows.each(advantages))

@@ -34,7 +34,7 @@ class Empg(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         assert rows.entropy is not None
-        turns, rollouts = rows.turns()
+        turns, rollouts = rows.turns
         if not len(rollouts):
             return Credit(advantages=np.zeros(0))
         entropy = np.bincount(turns, rows.entropy) / np.bincount(turns)

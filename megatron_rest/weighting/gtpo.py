@@ -38,19 +38,17 @@ class Gtpo(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         assert rows.entropy is not None
-        advantage = rows.advantages[rows.sequence]
-        succeeds = advantage > 0
-        entropy = np.maximum(rows.entropy, self.floor)
-        part = np.where(succeeds, entropy, 1.0 / entropy)
-        part = np.where(advantage != 0, part, 0.0)
-        counted = (advantage != 0).astype(np.float64)
-        total = rows.across(rows.index, part, succeeds)
-        there = rows.across(rows.index, counted, succeeds)
-        shared = np.divide(part, total, out=np.zeros_like(part), where=total > 0) * there
-        reward = np.sign(advantage) * (1.0 - self.share + self.share * shared)
-        side = rows.siblings()[rows.sequence] * 2 + succeeds
-        count = np.maximum(np.bincount(side, counted), 1.0)
-        mean = (np.bincount(side, reward) / count)[side]
-        gap = np.where(advantage != 0, reward - mean, 0.0)
-        deviation = np.sqrt(np.bincount(side, gap * gap) / count)[side]
-        return Credit(advantages=gap / (deviation + _EPSILON))
+        sign = np.sign(rows.advantages)
+        side = rows.siblings * 2 + (sign > 0)
+        count = np.maximum(np.bincount(side, rows.lengths * (sign != 0)), 1.0)
+        signs, counted, sides = rows.each(sign), rows.each(np.abs(sign)), rows.each(side)
+        part = np.maximum(rows.entropy, self.floor)
+        np.reciprocal(part, out=part, where=signs < 0)
+        part *= counted
+        total, there = rows.across(rows.index, part, counted, kind=sign > 0)
+        part *= there
+        part /= np.maximum(total, np.finfo(float).tiny)
+        reward = signs * (1.0 - self.share + self.share * part)
+        reward -= (np.bincount(sides, reward) / count)[sides] * counted
+        deviation = np.sqrt(np.bincount(sides, reward * reward) / count)
+        return Credit(advantages=reward / (deviation + _EPSILON)[sides])

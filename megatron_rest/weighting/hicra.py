@@ -40,5 +40,5 @@ class Hicra(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         is_planning = np.isin(rows.regions, [TokenRegion[name.upper()] for name in self.regions])
-        advantages = rows.advantages[rows.sequence]
-        return Credit(advantages=advantages + np.where(is_planning, self.alpha * np.abs(advantages), 0.0))
+        more = rows.each(rows.advantages + self.alpha * np.abs(rows.advantages))
+        return Credit(advantages=np.where(is_planning, more, rows.each(rows.advantages)))

@@ -40,18 +40,22 @@ class OptimalTokenBaseline(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         assert rows.log_probs is not None and rows.sum_p2 is not None
-        step = np.maximum(1.0 - 2.0 * np.exp(rows.log_probs) + rows.sum_p2, 0.0)
+        step = np.exp(rows.log_probs)
+        step *= -2.0
+        step += rows.sum_p2
+        step += 1.0
+        np.maximum(step, 0.0, out=step)
         table = np.zeros((len(rows.lengths), int(rows.lengths.max(initial=0))))  # a rollout a line: no sum crosses them
-        table[rows.sequence, rows.index] = step
-        energy = np.cumsum(table, axis=1)[rows.sequence, rows.index]
-        reward = rows.rewards[rows.sequence]
+        is_row = np.arange(table.shape[1]) < rows.lengths[:, None]
+        table[is_row] = step
+        np.cumsum(table, axis=1, out=table)
+        energy = table[is_row]
+        reward = rows.each(rows.rewards)
         position = rows.index if self.own_tokens else rows.place
-        there = rows.across(position, np.ones(len(reward)))
-        baseline = rows.across(position, reward * energy) / (rows.across(position, energy) + _EPSILON)
-        alone = there == 1
-        lonely = np.where(alone, reward if self.tail == "zero" else 0.0, baseline)
-        siblings = np.bincount(rows.siblings(), rows.lengths > 0)[rows.siblings()]
-        return Credit(advantages=reward - np.where(siblings[rows.sequence] == 1, 0.0, lonely))
+        total, weighted, there = rows.across(position, energy, reward * energy, np.ones(len(energy)))
+        siblings = np.bincount(rows.siblings, rows.lengths > 0)[rows.siblings]
+        alone = 0.0 if self.tail == "reward" else rows.each(np.where(siblings == 1, 0.0, rows.rewards))
+        return Credit(advantages=reward - np.where(there == 1, alone, weighted / (total + _EPSILON)))
 
 
 def over_turns(**options: Any) -> OptimalTokenBaseline:

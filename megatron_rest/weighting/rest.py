@@ -90,7 +90,7 @@ class RestWeighting(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         """These weights as a rule of token credit: by the running means, whatever ``rows`` hold of statistics."""
-        return Credit(weights=self.packed(rows.regions, rows.sequence, progress=rows.progress).astype(np.float64))
+        return Credit(weights=self.packed(rows.regions, rows.sequence, progress=rows.progress))
 
     def update(self, sums: Tensor | Sequence[float], counts: Tensor | Sequence[float]) -> None:
         """Fold in this step's :func:`region_sums`, already added over all ranks and microbatches."""

@@ -57,3 +57,14 @@ def test_pretrain_forward_step_moves_answers_by_their_advantage(arguments, ranks
     best, worst = max(moves), min(moves)
     assert best[1] > 1.0, text
     assert worst[1] < -1.0, text
+
+
+def test_own_credit_blames_the_calls_of_a_failure():
+    rows = [line.split() for line in run("own_credit").splitlines()[1:]]
+    pulls = [(row[-4], float(row[-3]), float(row[-1])) for row in rows]
+    success, failure = [p for p in pulls if p[1] > 0], [p for p in pulls if p[1] < 0]
+    assert {own for _, _, own in success} == {1.0}
+    calls = [own for region, _, own in failure if region in ("tool_name", "tool_args")]
+    others = [own for region, _, own in failure if region not in ("tool_name", "tool_args")]
+    assert max(calls) < 2 * min(others) < 0, "three times the weight"
+    assert abs(sum(calls) + sum(others) + len(failure)) < 0.02, "mean 1"

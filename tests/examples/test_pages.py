@@ -197,6 +197,13 @@ def test_reading_a_run(tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------- reference and messages
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.stem)
+def test_links_of_the_top_pages(page):
+    """Those of docs/ are checked by make site."""
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
 def test_the_reference_is_current():
     done = run_module("docs.make_reference", "--check")
     assert done.returncode == 0, done.stderr

@@ -266,6 +266,43 @@ def unwritable(rank: int, world_size: int, models: dict[str, str], folder: str) 
     return [*messages, str(error.value)]
 
 
+def late(rank: int, world_size: int, models: dict[str, str], folder: str) -> list[Any]:
+    """Checkpoints that are whole when what they wait for has come, in the background and at once."""
+    parts = make_policy(layout_config(models["plain"], tp=2))
+    queue = {"queue.integers": torch.arange(5), "queue.floats": torch.rand(3)}
+    found = []
+    for is_asynchronous in (True, False):
+        own = Path(folder) / f"late-{is_asynchronous}"
+        writer = CheckpointWriter(own, CheckpointConfig(asynchronous=is_asynchronous))
+        writer.save(parts.policy, step=1, extra={"queue": None, "other": 7}, is_complete=False)
+        writer.wait()
+        dist.barrier()
+        before = [path.name for path in own.iterdir()], writer.is_waiting
+        dist.barrier()
+        writer.complete(queue)
+        writer.wait()
+        dist.barrier()
+        loaded = checkpoint.load(own / "step_000001", parts.policy)
+        is_same = all(torch.equal(loaded.extra["queue"][name.partition(".")[2]], t) for name, t in queue.items())
+        found.append([*before, writer.is_waiting, is_same or rank > 0, loaded.extra["other"]])
+        writer.save(parts.policy, step=2, extra={}, is_complete=False)  # a run that ends before it is whole
+        writer.wait()
+        dist.barrier()
+        assert checkpoint.newest_intact(own)[0].name == "step_000001"
+        with (own / "step_000001" / "late.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        dist.barrier()
+        with pytest.raises(ConfigError, match=r"late\.safetensors is not what was written"):
+            checkpoint.load(own / "step_000001", parts.policy)
+    return found
+
+
+def test_a_checkpoint_may_wait_for_what_is_not_there_yet(models, tmp_path):
+    for of_rank in run_distributed(late, 2, models, str(tmp_path)):
+        assert of_rank == [[["step_000001.partial"], True, False, True, 7]] * 2
+
+
 @contextmanager
 def _disk_full(folder: Path | None) -> Iterator[None]:
     """Rank 0's files cannot be synced; processes that write are forked and inherit it."""

@@ -51,7 +51,8 @@ def host(process: tuple[subprocess.Popen[bytes], Path]) -> EngineHost:
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+    living = [p for p in psutil.Process(process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in living if "megatron_rest.rollout.worker" in p.cmdline()]
 
 
 @pytest.mark.slow

@@ -59,14 +59,12 @@ def test_a_gpu_that_the_starter_does_not_see_is_refused() -> None:
         visible_devices("1,2", {"CUDA_VISIBLE_DEVICES": "4,5"})
 
 
-def test_engines_get_the_trainers_settings_without_expandable_segments(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engines_get_the_trainers_settings_without_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,expandable_segments:True")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert expands_segments()
-    environment = worker_environment("2,3", tmp_path)
+    environment = worker_environment("2,3")
     assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
     assert "PYTORCH_ALLOC_CONF" not in environment
     assert environment["CUDA_VISIBLE_DEVICES"] == "6,7"

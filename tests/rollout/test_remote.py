@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from megatron_rest.config import RolloutConfig, WeightSyncConfig
 from megatron_rest.model_map import ModelShape, parameter_map
+from megatron_rest.processes import mapped_segments, start_of
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, make_requests
 from megatron_rest.rollout.remote import EngineCallError, RemoteEngine
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
@@ -61,7 +62,7 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
         with pytest.raises(EngineStateError, match="no valid weights"):
             engine.greedy([1, 2], 2)
         engine.policy_version = 3  # random weights will do here
-        with pytest.raises(EngineCallError, match=r"ValueError: .* holds token id 9999"):
+        with pytest.raises(EngineCallError, match=r"RefusedRequestError: .* holds token id 9999"):
             engine.greedy([1, 9999], 2)
         whole: dict[int, Rollout] = {}
         engine.run(requests, max_response_tokens=200, on_rollout=whole.__setitem__)
@@ -71,7 +72,18 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
         for request in requests[::2]:
             answer = exam[request.key].token_ids.tolist()
             assert answer == engine.greedy(request.prompt.token_ids, 20)[0][: len(answer)].tolist()
+        fed: dict[int, Rollout] = {}
+        later = [requests[4:9], requests[9:]]
+
+        def more() -> list[Any] | None:
+            """Asked for as the first ones come."""
+            return later.pop(0) if fed and later else None if not later else []
+
+        engine.run(requests[:4], max_response_tokens=200, on_rollout=fed.__setitem__, more=more)
+        assert {k: r.token_ids.tolist() for k, r in fed.items()} == {k: r.token_ids.tolist() for k, r in whole.items()}
+        ids, likely = engine.next_tokens([1, 2, 3], 4)
         tokens, log_probs = engine.greedy([1, 2, 3], 5)
+        assert ids[0] == tokens[0] and likely[0] == log_probs[0] and (np.diff(likely) <= 0).all() and len(ids) == 4
         scored = engine.prompt_log_probs([1, 2, 3, *tokens])
         np.testing.assert_allclose(scored[-5:], log_probs, atol=1e-5)
 
@@ -152,17 +164,18 @@ def test_a_killed_engine_of_two_workers_leaves_nothing(tmp_path: Path) -> None:
     build_tiny_model(tmp_path, with_tokenizer=False)
     config = RolloutConfig(kv_cache_bytes=16 << 20, tensor_parallel=2)
     engine = RemoteEngine(tmp_path, config, seed=0, max_model_len=64)
-    folder = engine._open()._child._folder
+    folder = engine._open()._child._processes._folder
     try:
         engine.policy_version = 1
         engine.greedy([1, 2], 2)
-        [store] = folder.glob("vllm_dist_*")
-        assert any(name.startswith(store.name) for name in os.listdir("/dev/shm"))
+        processes = [psutil.Process(engine.pid), *psutil.Process(engine.pid).children(recursive=True)]
+        shared = {path for process in processes for path in mapped_segments(process.pid)}
+        assert shared and len(processes) >= 4, "the engine's core, two workers, and what they share"
         os.kill(engine.pid, signal.SIGKILL)
         with pytest.raises(EngineLostError, match="signal SIGKILL"):
             engine.greedy([1, 2], 2)
-        assert not any(name.startswith(store.name) for name in os.listdir("/dev/shm"))
-        assert not folder.exists()
+        assert not any(Path(path).exists() for path in shared) and not folder.exists()
+        assert not any(start_of(process.pid) for process in processes)
     finally:
         engine.close()
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 import time
@@ -103,6 +104,25 @@ class ScriptedEnvironment:
         self.closed.set()
 
 
+class AsynchronousEnvironment(ScriptedEnvironment):
+    """The same with coroutines, and a lock that belongs to the event loop of the call that made it."""
+
+    async def reset(self) -> None:  # type: ignore[override]
+        super().reset()
+        self.lock = asyncio.Lock()
+
+    async def step(self, answer: Answer) -> Observation:  # type: ignore[override]
+        async with self.lock:
+            await asyncio.sleep(0)
+            return super().step(answer)
+
+    async def reward(self) -> float | None:  # type: ignore[override]
+        return super().reward()
+
+    async def close(self) -> None:  # type: ignore[override]
+        super().close()
+
+
 def prompt(index: int, length: int = 5) -> PromptSample:
     return PromptSample(
         prompt_id=f"p{index}", token_ids=np.arange(length, dtype=np.int32), ground_truth="", index=index
@@ -115,7 +135,7 @@ def play(answers: list[list[int]], scripts: list[Sequence[str]] | None, **settin
     conversation = None
     if scripts is not None:
         conversation = Conversation(
-            factory=lambda p: ScriptedEnvironment(scripts[p.index]),
+            factory=lambda p: settings.get("environment", ScriptedEnvironment)(scripts[p.index]),
             translator=Translator(),
             max_turns=settings.pop("max_turns", 4),
             timeout_seconds=settings.pop("timeout_seconds", 30.0),
@@ -214,3 +234,29 @@ def test_a_reward_is_a_finite_number_or_ends_its_rollout(given: str, reason: Sto
     assert (rollout.stop_reason, rollout.reward) == (reason, reward)
     assert rollout.reward is None or type(rollout.reward) is float
     assert (neighbour.stop_reason, neighbour.reward) == (StopReason.EOS, 2.0)
+
+
+def test_asynchronous_environments_are_awaited_on_one_event_loop() -> None:
+    answers, scripts = [[3, 2, 1], [1, 1], [1]], [["go", "go", "done"], ["go", "raise"], ["nan"]]
+    calm, _ = play(answers, scripts)
+    awaited, _ = play(answers, scripts, environment=AsynchronousEnvironment)
+    for a, b in zip(calm, awaited, strict=True):
+        assert (a.token_ids.tolist(), a.stop_reason, a.reward) == (b.token_ids.tolist(), b.stop_reason, b.reward)
+    assert [r.stop_reason for r in awaited] == [StopReason.EOS, StopReason.TOOL_FAILED, StopReason.TOOL_FAILED]
+    assert all(e.closed.wait(60) and type(e) is AsynchronousEnvironment for e in ScriptedEnvironment.made)
+
+
+def test_requests_may_come_while_others_run() -> None:
+    sampler = ScriptedSampler({key: [2] for key in range(6)})
+    requests = make_requests([prompt(i) for i in range(6)], rollouts_per_prompt=1, seed=3)
+    done: dict[int, Rollout] = {}
+    batches: list[Any] = [[], requests[1:3], [], [], requests[3:], None]
+    run_rollouts(
+        sampler,
+        requests[:1],
+        max_response_tokens=LIMIT,
+        on_rollout=done.__setitem__,
+        more=lambda: batches.pop(0),
+    )
+    assert sorted(done) == list(range(6)) and batches == []
+    run_rollouts(sampler, [], max_response_tokens=LIMIT, on_rollout=done.__setitem__, more=lambda: None)

@@ -46,6 +46,7 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("megatron_rest/mcore/policy.py", "pickle between ranks"): (2, RANKS),
     ("megatron_rest/trainer/pace.py", "pickle between ranks"): (1, RANKS),
     ("megatron_rest/trainer/run.py", "pickle between ranks"): (1, RANKS),
+    ("megatron_rest/trainer/canary.py", "pickle between ranks"): (1, RANKS),
     ("megatron_rest/trainer/engine_nodes.py", "pickle between ranks"): (1, RANKS),
     ("megatron_rest/weight_sync/source.py", "pickle between ranks"): (1, RANKS),
     ("megatron_rest/rollout/vllm_engine.py", "RPC of vLLM"): (3, RPC),

@@ -186,9 +186,13 @@ def test_what_a_rule_needs_is_measured(source):
     config = load(overrides=[f"weighting.source={source}", "loss.old_log_probs=engine"])
     rule = find_credit(config.weighting)
     for number in (0, 1):
-        assert is_scored(config, number) is is_scored(config, number, traits=rule.traits) is bool(rule.traits.needs)
+        assert (
+            is_scored(config, number)
+            is is_scored(config, number, traits=rule.traits)
+            is bool(rule.traits.needs - {"marks"})
+        )
     assert keeps_zero_groups(config) is keeps_zero_groups(config, rule.traits) is rule.traits.moves_zero
-    assert rule.traits.is_of_all is (bool(rule.traits.needs) and source not in ("egpo",))
+    assert rule.traits.is_of_all is (bool(rule.traits.needs - {"marks"}) and source != "egpo")
     assert rule.traits.with_score_norms is (source in ("otb", "otb_turns", "variance_optimal"))
 
 

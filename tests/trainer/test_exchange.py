@@ -1,10 +1,10 @@
-"""Rollouts of every rank come back on every rank, bit for bit, in prompt order; uneven shares included."""
+"""Rollouts of every rank come back on every rank, bit for bit, under their keys; uneven shares included."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_rest.trainer.exchange import all_gather_groups
+from megatron_rest.trainer.exchange import all_gather_rollouts, pack_groups, unpack_groups
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
 from tests.helpers.distributed import run_distributed
 
@@ -13,10 +13,13 @@ def make_prompts(count: int) -> list[PromptSample]:
     return [PromptSample(prompt_id=f"p{i}", token_ids=np.arange(3), ground_truth="", index=i) for i in range(count)]
 
 
+SIZE = 3
+
+
 def make_group(prompt: PromptSample) -> RolloutGroup:
     rng = np.random.default_rng(prompt.index)
     rollouts = []
-    for _ in range(int(rng.integers(1, 4))):
+    for _ in range(SIZE):
         n = int(rng.integers(1, 9))
         rollouts.append(
             Rollout(
@@ -32,30 +35,46 @@ def make_group(prompt: PromptSample) -> RolloutGroup:
     return RolloutGroup(prompt=prompt, rollouts=tuple(rollouts))
 
 
-def gather(rank: int, world_size: int, cases: list[tuple[int, tuple[int, ...]]]) -> list[list[RolloutGroup]]:
+def all_rollouts(count: int) -> dict[int, Rollout]:
+    rollouts = [rollout for prompt in make_prompts(count) for rollout in make_group(prompt).rollouts]
+    return dict(enumerate(rollouts))
+
+
+def gather(rank: int, world_size: int, cases: list[tuple[int, list[int]]]) -> list[dict[int, Rollout]]:
     results = []
-    for count, owners in cases:
-        prompts = make_prompts(count)
-        share = prompts[owners.index(rank) :: len(owners)] if rank in owners else []
-        results.append(all_gather_groups([make_group(p) for p in share], prompts, owners=owners))
+    for count, owner_of in cases:
+        everything = all_rollouts(count)
+        mine = {key: everything[key] for key in reversed(everything) if owner_of[key % len(owner_of)] == rank}
+        names = [prompt.prompt_id for prompt in make_prompts(count) for _ in range(SIZE)]
+        results.append(all_gather_rollouts(mine, names))
     return results
 
 
-CASES = [(1, (0, 1, 2)), (7, (0, 1, 2)), (5, (0, 2)), (4, (1,))]  # engines in all ranks, in some, in one
+CASES = [(1, [0, 1, 2]), (7, [0, 1, 2]), (5, [0, 2, 2, 2]), (4, [1])]  # who has which key
 
 
-def test_all_ranks_hold_all_groups():
+def test_all_ranks_hold_all_rollouts():
     for of_rank in run_distributed(gather, 3, CASES):
-        for (count, _), groups in zip(CASES, of_rank, strict=True):
-            check(groups, [make_group(p) for p in make_prompts(count)])
+        for (count, _), rollouts in zip(CASES, of_rank, strict=True):
+            expected = all_rollouts(count)
+            assert rollouts.keys() == expected.keys()
+            for key, want in expected.items():
+                check(rollouts[key], want)
 
 
-def check(groups: list[RolloutGroup], expected: list[RolloutGroup]) -> None:
-    assert [g.prompt.prompt_id for g in groups] == [g.prompt.prompt_id for g in expected]
-    for got, want in zip(groups, expected, strict=True):
+def test_groups_are_packed_and_unpacked():
+    prompts = make_prompts(4)
+    groups = [make_group(prompt) for prompt in prompts]
+    again = unpack_groups(*pack_groups(groups), prompts)
+    assert [group.prompt.prompt_id for group in again] == [prompt.prompt_id for prompt in prompts]
+    for got, want in zip(again, groups, strict=True):
         for a, b in zip(got.rollouts, want.rollouts, strict=True):
-            assert np.array_equal(a.token_ids, b.token_ids)
-            assert np.array_equal(a.log_probs, b.log_probs)
-            assert np.array_equal(a.loss_mask, b.loss_mask)
-            assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)
-            assert a.reward == b.reward
+            check(a, b)
+
+
+def check(a: Rollout, b: Rollout) -> None:
+    assert np.array_equal(a.token_ids, b.token_ids)
+    assert np.array_equal(a.log_probs, b.log_probs)
+    assert np.array_equal(a.loss_mask, b.loss_mask)
+    assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)
+    assert a.reward == b.reward

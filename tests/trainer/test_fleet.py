@@ -5,7 +5,9 @@ The engine and the transfer are scripted here: what is tested is who is asked fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +27,20 @@ from megatron_rest.config import (
     WeightSyncConfig,
     validate,
 )
-from megatron_rest.rollout.engine import EngineLostError, Exam, OnRollout, RolloutRequest
+from megatron_rest.rollout.engine import (
+    NO_WEIGHTS,
+    EngineLostError,
+    Exam,
+    MoreRequests,
+    OnRollout,
+    RolloutRequest,
+)
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from megatron_rest.weight_sync.sync import WeightSyncError
+from megatron_rest.weight_sync.transport import EngineUnreachableError
+from tests.helpers.distributed import run_distributed
 
 
 def test_engines_are_spread_over_ranks() -> None:
@@ -101,22 +112,44 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], words: str) -> 
 
 
 class ScriptedEngine(RemoteEngine):
-    """Dies during run after so many rollouts, as the script says; None = does not."""
+    """Dies during run after so many rollouts, as the script says; None = does not.
 
-    def __init__(self, deaths: Sequence[int | None]) -> None:
+    ``gate`` is called before each rollout, ``start`` by each process that starts.
+    """
+
+    def __init__(
+        self,
+        deaths: Sequence[int | None] = (),
+        gate: Callable[[int], object] = lambda life: None,
+        start: Callable[[int], object] = lambda life: None,
+    ) -> None:
         self.deaths = list(deaths)
+        self.gate, self.start = gate, start
         self.alive = True
-        self.asked: list[list[int]] = []
+        self.asked: list[list[int]] = []  # keys, by run
         self.exams: list[Exam | None] = []
         self.num_restarts = 0
-        self.policy_version = 0
+        self.policy_version = NO_WEIGHTS
 
     @property
     def is_alive(self) -> bool:
         return self.alive
 
+    @property
+    def is_ready(self) -> bool:
+        return self.alive
+
+    @property
+    def machine(self) -> str:
+        return "here"
+
+    def wait_ready(self) -> None:
+        self.start(self.num_restarts)
+
+    def wake_up(self) -> None: ...
+
     def restart(self) -> None:
-        self.alive, self.num_restarts = True, self.num_restarts + 1
+        self.alive, self.num_restarts, self.policy_version = True, self.num_restarts + 1, NO_WEIGHTS
 
     def run(
         self,
@@ -125,45 +158,60 @@ class ScriptedEngine(RemoteEngine):
         max_response_tokens: int,
         on_rollout: OnRollout,
         exam: Exam | None = None,
+        more: MoreRequests | None = None,
     ) -> None:
-        assert self.alive
+        assert self.alive and self.policy_version != NO_WEIGHTS
         self.exams.append(exam)
-        self.asked.append([r.key for r in requests])
+        mine, keys = list(requests), [r.key for r in requests]
+        self.asked.append(keys)
         death = self.deaths.pop(0) if self.deaths else None
-        for count, request in enumerate(reversed(requests)):  # they end in any order
+        count = 0
+        while mine:
             if count == death:
                 self.alive = False
                 raise EngineLostError("scripted")
-            ids = np.array([request.seed % 1000], np.int32)
-            on_rollout(
-                request.key,
-                Rollout(
-                    prompt_id=request.prompt.prompt_id,
-                    token_ids=ids,
-                    log_probs=np.zeros(1, np.float32),
-                    loss_mask=np.ones(1, bool),
-                    stop_reason=StopReason.EOS,
-                    policy_version=self.policy_version,
-                ),
-            )
+            self.gate(self.num_restarts)
+            request = mine.pop()  # they end in any order
+            count += 1
+            on_rollout(request.key, scripted_rollout(request, self.policy_version))
+            new = (more() if more is not None else None) or ()
+            mine += new
+            keys += [r.key for r in new]
+
+
+def scripted_rollout(request: RolloutRequest, version: int) -> Rollout:
+    return Rollout(
+        prompt_id=request.prompt.prompt_id,
+        token_ids=np.array([request.seed % 1000], np.int32),
+        log_probs=np.zeros(1, np.float32),
+        loss_mask=np.ones(1, bool),
+        stop_reason=StopReason.EOS,
+        policy_version=version,
+    )
 
 
 class ScriptedSync:
-    """Each push does the next thing of the script."""
+    """Each push does the next thing of the script, then succeeds."""
 
-    def __init__(self, engine: ScriptedEngine, script: list[str]) -> None:
+    def __init__(self, engine: ScriptedEngine | None, script: list[str]) -> None:
         self.engine, self.script = engine, script
 
     def push(self, version: int) -> Any:
-        match self.script.pop(0):
+        match self.script.pop(0) if self.script else "fine":
             case "killed":
                 self.engine.alive = False
                 raise WeightSyncError("scripted") from EngineLostError("scripted")
             case "broken":
                 raise WeightSyncError("the engine raised") from RuntimeError("half loaded")
+            case "link":
+                raise WeightSyncError("the link broke", engines=[0])
             case "bytes differ":
                 raise WeightSyncError("bytes differ")
+        if self.engine is not None:
+            self.engine.policy_version = version
         return SimpleNamespace(version=version)
+
+    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -173,82 +221,245 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_fleet(deaths: Sequence[int | None] = (), script: Sequence[str] = (), restarts: int = 2) -> Any:
-    engine, connections = ScriptedEngine(deaths), []
+def make_fleet(
+    engine: ScriptedEngine,
+    script: Sequence[str] = (),
+    *,
+    restarts: int = 2,
+    rank: int = 0,
+    ranks: int = 1,
+    **settings: Any,
+) -> Any:
+    """With an engine in every rank; ``connections`` says which lives of this rank's engine transfers were made to."""
+    connections: list[int | None] = []
     steps = list(script)
 
-    def connect() -> Any:
-        connections.append(engine.num_restarts)
-        return ScriptedSync(engine, steps)
+    def connect(is_member: bool) -> Any:
+        connections.append(engine.num_restarts if is_member else None)
+        if steps[:1] == ["unreachable"]:
+            steps.pop(0)
+            raise EngineUnreachableError("did not meet", [0])
+        return ScriptedSync(engine if is_member else None, steps)
 
-    config = RolloutConfig(replicas=1, rollouts_per_prompt=2, max_restarts=restarts)
-    fleet = EngineFleet(engine, placement=Placement(((0,),)), rank=0, config=config, connect=connect)
-    return SimpleNamespace(fleet=fleet, engine=engine, connections=connections)
+    config = RolloutConfig(replicas=ranks, rollouts_per_prompt=2, max_restarts=restarts, **settings)
+    placement = Placement(tuple((i,) for i in range(ranks)))
+    fleet = EngineFleet(engine, placement=placement, rank=rank, config=config, connect=connect)
+    return SimpleNamespace(fleet=fleet, engine=engine, connections=connections, script=steps)
+
+
+def give_weights(setting: Any, version: int = 0) -> None:
+    setting.fleet.deliver(version, lambda singers: 0.0)
+    setting.fleet.admit(version)
 
 
 PROMPTS = [PromptSample(prompt_id=f"p{i % 3}", token_ids=np.zeros(1, np.int32), ground_truth="") for i in range(4)]
 
 
 @pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("in_background", [False, True])
-def test_only_what_is_missing_is_sampled_again_with_its_own_seed(in_background: bool) -> None:
-    calm = make_fleet()
-    calm.fleet.begin(PROMPTS, seed=5, in_background=False)
+def test_only_what_is_missing_is_sampled_again_with_its_own_seed() -> None:
+    calm = make_fleet(ScriptedEngine())
+    give_weights(calm)
+    calm.fleet.begin(PROMPTS, seed=5)
     expected = calm.fleet.collect(refresh=lambda: pytest.fail("nothing was lost"))
     refreshed: list[int] = []
-    setting = make_fleet(deaths=[3, 0])
-    setting.fleet.begin(PROMPTS, seed=5, in_background=in_background)
-    groups = setting.fleet.collect(refresh=lambda: refreshed.append(setting.engine.num_restarts))
-    assert setting.engine.asked == [list(range(8)), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    setting = make_fleet(ScriptedEngine(deaths=[3, 0]))
+    give_weights(setting)
+
+    def refresh() -> None:
+        refreshed.append(setting.engine.num_restarts)
+        give_weights(setting, version=1)
+
+    setting.fleet.begin(PROMPTS, seed=5)
+    groups = setting.fleet.collect(refresh)
+    assert [sorted(keys) for keys in setting.engine.asked] == [list(range(8)), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
     assert refreshed == [1, 2] and setting.fleet.num_restarts == 2
+    assert sorted(r.policy_version for g in groups for r in g.rollouts) == [0] * 3 + [1] * 5
     tokens = [[r.token_ids.tolist() for r in g.rollouts] for g in groups]
     assert tokens == [[r.token_ids.tolist() for r in g.rollouts] for g in expected]
     assert [g.prompt.prompt_id for g in groups] == ["p0", "p1", "p2", "p0"]
     assert tokens[0] != tokens[3], "the same prompt twice is answered twice"
-    hopeless = make_fleet(deaths=[0] * 9)
-    hopeless.fleet.begin(PROMPTS, seed=5, in_background=in_background)
+    hopeless = make_fleet(ScriptedEngine(deaths=[0] * 9))
+    give_weights(hopeless)
+    hopeless.fleet.begin(PROMPTS, seed=5)
     with pytest.raises(EngineLostError, match=r"lost 3 times in a row while sampling .rollout.max_restarts 2."):
-        hopeless.fleet.collect(refresh=lambda: None)
+        hopeless.fleet.collect(refresh=lambda: give_weights(hopeless))
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_an_exam_is_one_answer_a_prompt_and_survives_a_lost_engine() -> None:
     exam = Exam(environment="bfcl", max_turns=5)
-    setting = make_fleet(deaths=[2])
+    setting = make_fleet(ScriptedEngine(deaths=[2]))
+    give_weights(setting)
     refreshed: list[int] = []
-    answers = setting.fleet.examine(PROMPTS, exam, max_response_tokens=9, refresh=lambda: refreshed.append(1))
+
+    def refresh() -> None:
+        refreshed.append(1)
+        give_weights(setting)
+
+    answers = setting.fleet.examine(PROMPTS, exam, max_response_tokens=9, refresh=refresh)
     assert [len(group.rollouts) for group in answers] == [1, 1, 1, 1]
     assert [group.prompt.prompt_id for group in answers] == ["p0", "p1", "p2", "p0"]
-    assert setting.engine.asked == [[0, 1, 2, 3], [0, 1]] and setting.engine.exams == [exam, exam] and refreshed == [1]
-    setting.fleet.begin(PROMPTS, seed=1, in_background=False)
+    assert [sorted(keys) for keys in setting.engine.asked] == [[0, 1, 2, 3], [0, 1]] and refreshed == [1]
+    assert setting.engine.exams == [exam, exam]
+    setting.fleet.begin(PROMPTS, seed=1)
     with pytest.raises(AssertionError, match="busy"):
         setting.fleet.examine(PROMPTS, exam, max_response_tokens=9, refresh=lambda: None)
+    setting.fleet.collect(refresh=lambda: None)
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_a_lost_engine_is_replaced_and_all_is_sent_again() -> None:
-    setting = make_fleet(script=["killed", "broken", "fine", "fine"])
-    report, gap = setting.fleet.deliver(4, lambda: 0.25)
+def test_whatever_breaks_in_a_transfer_is_replaced_and_all_is_sent_again() -> None:
+    setting = make_fleet(ScriptedEngine(), ["killed", "broken", "link", "unreachable", "fine"], restarts=4)
+    report, gap = setting.fleet.deliver(4, lambda singers: 0.25)
+    setting.fleet.admit(4)
     assert (report.version, gap, setting.fleet.version) == (4, 0.25, 4)
-    assert setting.connections == [0, 1, 2] and setting.fleet.num_restarts == 2
+    assert setting.connections == [0, 1, 2, 3, 4] and setting.fleet.num_restarts == 4
 
-    def lost_under_the_canary() -> float | None:
-        if setting.engine.num_restarts == 2:
+    def lost_under_the_canary(singers: Any) -> float | None:
+        assert singers.engine is setting.engine and singers.has_first and singers.first_rank == 0
+        if setting.engine.num_restarts == 4:
             setting.engine.alive = False
             return None
         return 0.5
 
-    setting.fleet._sync.script += ["fine"]
     assert setting.fleet.deliver(5, lost_under_the_canary)[1] == 0.5
-    assert setting.fleet.num_restarts == 3
+    assert setting.fleet.num_restarts == 5
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_engine_that_ended_while_it_had_nothing_to_do_is_replaced() -> None:
+    setting = make_fleet(ScriptedEngine())
+    give_weights(setting)
+    setting.engine.alive = False
+    give_weights(setting, version=1)
+    assert setting.fleet.num_restarts == 1 and setting.connections == [0, 1]
 
 
 @pytest.mark.usefixtures("one_rank")
 def test_what_is_no_loss_ends_the_run() -> None:
-    setting = make_fleet(script=["bytes differ"])
+    setting = make_fleet(ScriptedEngine(), ["bytes differ"])
     with pytest.raises(WeightSyncError, match="bytes differ"):
-        setting.fleet.deliver(4, lambda: 0.0)
+        setting.fleet.deliver(4, lambda singers: 0.0)
     assert setting.engine.num_restarts == 0
-    hopeless = make_fleet(script=["killed"] * 9)
+    hopeless = make_fleet(ScriptedEngine(), ["killed"] * 9)
     with pytest.raises(EngineLostError, match="3 times in a row while taking weights of version 4"):
-        hopeless.fleet.deliver(4, lambda: 0.0)
+        hopeless.fleet.deliver(4, lambda singers: 0.0)
+    refuses = make_fleet(ScriptedEngine())
+    give_weights(refuses)
+    refuses.engine.run = lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("prompt p0 has 9 tokens"))
+    refuses.fleet.begin(PROMPTS, seed=1)
+    with pytest.raises(ValueError, match="prompt p0 has 9 tokens"):
+        refuses.fleet.collect(refresh=lambda: None)
+
+
+def tokens_of(groups: Sequence[Any]) -> list[list[int]]:
+    return [[int(r.token_ids[0]) for r in group.rollouts] for group in groups]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+
+
+def one_of_two_is_lost(rank: int, world: int, folder: str) -> tuple[Any, ...]:
+    """Rank 1's engine dies after one rollout; its successor does not start before the step is over."""
+    may_start, lost = threading.Event(), Path(folder) / "lost"
+
+    def start(life: int) -> None:
+        if life:
+            lost.touch()
+            may_start.wait(60)
+
+    engine = ScriptedEngine([1] if rank else [], start=start, gate=lambda life: rank or wait_for(lost))
+    setting = make_fleet(engine, rank=rank, ranks=world)
+    give_weights(setting)
+    setting.fleet.begin(PROMPTS, seed=5)
+    groups = setting.fleet.collect(refresh=lambda: pytest.fail("nobody waits for weights"))
+    asked = [sorted(keys) for keys in engine.asked]
+    give_weights(setting, version=1)  # without the one that still starts
+    alone = setting.fleet.num_engines
+    may_start.set()
+    for version in range(2, 600):
+        give_weights(setting, version)
+        if setting.fleet.num_engines == world:
+            break
+        time.sleep(0.02)
+    return tokens_of(groups), asked, alone, setting.connections, setting.fleet.num_restarts, engine.policy_version
+
+
+def test_living_engines_do_the_work_of_a_lost_one_and_take_weights_without_it(tmp_path: Path) -> None:
+    [first, second] = run_distributed(one_of_two_is_lost, 2, str(tmp_path))
+    [whole] = run_distributed(undisturbed, 1)
+    assert first[0] == second[0] == whole, "who samples a rollout changes nothing in it"
+    assert [len(keys) for keys in second[1]] == [4], "nothing more was asked of the lost one"
+    assert sum(len(keys) for keys in first[1]) == 8 - 1, "all but the one that the lost one had done"
+    assert first[2] == second[2] == 1 and first[4] == 1
+    assert first[3] == [0, 0, 0] and second[3] == [0, None, 1], "the living one alone, then both"
+    assert first[5] == second[5] >= 2
+
+
+def undisturbed(rank: int, world: int) -> list[list[int]]:
+    setting = make_fleet(ScriptedEngine(), rank=rank, ranks=world)
+    give_weights(setting)
+    setting.fleet.begin(PROMPTS, seed=5)
+    return tokens_of(setting.fleet.collect(refresh=lambda: None))
+
+
+def the_new_one_joins_in(rank: int, world: int, folder: str) -> tuple[Any, ...]:
+    """Rank 0's engine does not get on before rank 1's successor has sampled."""
+    sampled = Path(folder) / "sampled"
+
+    def gate(life: int) -> None:
+        if rank == 1 and life == 1:
+            sampled.touch()
+        if rank == 0:
+            wait_for(sampled)
+
+    engine = ScriptedEngine([1] if rank else [], gate=gate)
+    setting = make_fleet(engine, rank=rank, ranks=world, max_concurrent=1)
+    give_weights(setting)
+    setting.fleet.begin(PROMPTS, seed=5)
+    groups = setting.fleet.collect(refresh=lambda: give_weights(setting, version=7))
+    versions = sorted(r.policy_version for g in groups for r in g.rollouts)
+    return tokens_of(groups), setting.connections, versions, engine.policy_version, [len(k) for k in engine.asked]
+
+
+def test_only_a_new_engine_gets_weights_while_others_sample(tmp_path: Path) -> None:
+    [first, second] = run_distributed(the_new_one_joins_in, 2, str(tmp_path))
+    [whole] = run_distributed(undisturbed, 1)
+    assert first[0] == second[0] == whole
+    assert first[1] == [0, None] and second[1] == [0, 1]
+    assert first[3] == 0 and second[3] == 7, "the one that samples was left alone"
+    assert set(first[2]) == {0, 7}
+
+
+def one_is_slow(rank: int, world: int, folder: str) -> list[int]:
+    """Rank 0's engine does not finish its first rollout before rank 1's has done all that is left."""
+
+    begun, done = Path(folder) / "begun", Path(folder) / "done"
+
+    def gate(life: int) -> None:
+        if rank == 0:
+            begun.touch()
+        wait_for(begun if rank else done)
+
+    engine = ScriptedEngine(gate=gate)
+    setting = make_fleet(engine, rank=rank, ranks=world, max_concurrent=1)
+    give_weights(setting)
+    setting.fleet.begin(PROMPTS, seed=5)
+    if rank == 1:
+        deadline = time.monotonic() + 60
+        while len(setting.fleet._share.done) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        done.touch()
+    setting.fleet.collect(refresh=lambda: None)
+    slowest = min(setting.fleet._speeds)
+    return [sum(len(keys) for keys in engine.asked), *(round(speed / slowest) for speed in setting.fleet._speeds)]
+
+
+def test_a_slow_engine_takes_less(tmp_path: Path) -> None:
+    [slow, fast] = run_distributed(one_is_slow, 2, str(tmp_path))
+    assert slow[0] == 2 and fast[0] == 6, "the slow one what it had at first, the other one the rest"
+    assert slow[-2:] == fast[-2:] and slow[-2] == 1 < slow[-1], "and by that the next step is dealt"

@@ -9,7 +9,7 @@ from megatron_rest.config import AdvantageConfig, RewardConfig
 from megatron_rest.regions import HERMES, QWEN3_CODER, TOOLRL, Dialect, TokenRegion
 from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.step_metrics import reward_metrics
-from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason, TrainSample, TurnMark
 
 BYTES = [bytes([i]) for i in range(256)]
 END, EOS = 256, 257  # two tokens that end a turn
@@ -114,3 +114,55 @@ def test_what_infrastructure_ended_carries_no_loss_and_is_compared_with_nobody()
     values = reward_metrics(verdict, num_groups=2)
     assert values["reward/total"] == pytest.approx(np.mean([verdict.rewards[i].total for i in (0, 1, 5)]))
     assert values["reward/not_judged"] == pytest.approx(4 / 7)
+
+
+def test_turns_that_are_wrong_in_form_are_marked() -> None:
+    good = ids(TOOLRL.write([("w", {"city": "Bern"})], thought="t"), END)
+    broken, endless = ids("<think>t</think><tool_call>{nonsense}</tool_call>", END), ids("<think>and on and on")
+    tool = ids("obs")
+    parts = [(good, True), (tool, False), (broken, True), (tool, False), (endless, True)]
+    tokens = np.concatenate([part for part, _ in parts])
+    rollout = Rollout(
+        prompt_id="p",
+        token_ids=tokens,
+        log_probs=np.zeros(len(tokens), np.float32),
+        loss_mask=np.concatenate([np.full(len(part), sampled) for part, sampled in parts]),
+        stop_reason=StopReason.LENGTH,
+        policy_version=0,
+    )
+    group = RolloutGroup(
+        prompt=PromptSample(prompt_id="p", token_ids=ids("q"), ground_truth=REFERENCE), rollouts=(rollout,)
+    )
+
+    def sample(**options: object) -> TrainSample:
+        judge = Judge(TABLE, reward=RewardConfig(), stop_token_ids=(END,), **{"advantage": AdvantageConfig()} | options)  # type: ignore[arg-type]
+        return judge.sample(group, rollout, advantage=1.0, sequence_id=0)
+
+    assert sample().marks is None, "nobody asked"
+    marks = sample(marks_turns=True).marks
+    assert marks is not None
+    want = [(good, 0), (tool, 0), (broken, TurnMark.CALLS), (tool, 0), (endless, TurnMark.THOUGHT)]
+    assert marks.tolist() == [0] + [int(mark) for part, mark in want for _ in part]
+    assert sample().loss_mask.any()
+    assert not sample(advantage=AdvantageConfig(mask_truncated=True)).loss_mask.any(), "it was cut"
+
+
+def test_overlong_answers_lose_reward_before_advantages() -> None:
+    def rollout(length: int) -> Rollout:
+        return Rollout(
+            prompt_id="p",
+            token_ids=np.full(length, ord("a"), np.int32),
+            log_probs=np.zeros(length, np.float32),
+            loss_mask=np.ones(length, bool),
+            stop_reason=StopReason.EOS,
+            policy_version=0,
+            reward=1.0,
+        )
+
+    prompt = PromptSample(prompt_id="p", token_ids=ids("q"), ground_truth=REFERENCE)
+    config = AdvantageConfig(estimator="dr_grpo", overlong_buffer=4, overlong_penalty=2.0)
+    judge = Judge(TABLE, reward=RewardConfig(), advantage=config, max_response_tokens=10)
+    verdict = judge([RolloutGroup(prompt=prompt, rollouts=tuple(map(rollout, (5, 6, 8, 10))))], step=1)
+    assert verdict.scored_rewards == (1.0, 1.0, 0.0, -1.0)
+    assert [reward.total for reward in verdict.rewards] == [1.0] * 4, "what is reported is the reward"
+    assert [s.advantage for s in verdict.samples] == [0.75, 0.75, -0.25, -1.25]

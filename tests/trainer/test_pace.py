@@ -13,11 +13,12 @@ from tests.helpers.distributed import run_distributed
 
 
 def test_a_rank_is_named_after_several_slow_steps_and_not_at_each() -> None:
-    straggler = Straggler()
+    straggler = Straggler(0.5)
     named = [straggler.take([1.0, 1.1, slow, 0.9]) for slow in (9.0, 9.0, 1.0, 9.0, 9.0, 3.0, 9.0)]
     assert named == [{}, {}, {}, {}, {}, {2: 3.0}, {}]
-    assert [straggler.take([0.001, 0.004]) for _ in range(4)] == [{}] * 4, "milliseconds are noise"
-    long = Straggler()
+    assert [straggler.take([0.02, 0.15]) for _ in range(4)] == [{}] * 4, "nobody feels a tenth of a second"
+    assert [straggler.take([0.02, 0.55]) for _ in range(3)][-1].keys() == {1}
+    long = Straggler(0.5)
     assert [i for i in range(60) if long.take([1.0, 1.0, 5.0])] == [2, 52]
 
 

@@ -4,7 +4,8 @@ starts.
 1. warm start lowers the loss and leaves a folder that transformers loads
 2. RL steps: every promised number is there, the canary holds, the weights move, the export is what was trained
 3. saved rollouts are what was trained on; variance_optimal weights come from the score norms of the scoring pass;
-   the published code's leave glue out; an exported policy answers sets of prompts
+   the published code's leave glue out; an exported policy answers sets of prompts; token credit, advantages and loss
+   by name, a rule of one's own among them
 4. updates that were recorded agree with float64
 5. SIGTERM to one rank stops all of them after their step, saved; the next start continues, and writes the same numbers
    as a run that was never stopped (and recorded nothing); a third start finds nothing to do
@@ -334,6 +335,49 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
     weights = weighting.packed(saved.region_ids, owner, progress=0.0, loss_mask=saved.loss_mask)
     np.testing.assert_allclose(saved.token_weights, weights, rtol=1e-5)
     assert len(np.unique(weights)) > 10, "not uniform"
+
+
+def test_credit_of_ones_own_by_name(base, warm):
+    """One rank: a class of one's own gives the weights, with RLOO and GSPO around it; the record says so."""
+    run_dir = base / "own-credit"
+    source = "tests.weighting.own:LateTokens"
+    overrides = ["parallel.tensor_parallel=1", "parallel.pipeline_parallel=1", f"weighting.source={source}"]
+    overrides += ["weighting.options.slope=2.0", "advantage.estimator=rloo", "loss.function=gspo"]
+    call(*rl_arguments(base, run_dir, warm[0]), *overrides, "trainer.steps=1", "validation.every=0", ranks=1)
+    [(_, path)] = rollout_files(run_dir)
+    saved = read_rollouts(path)
+    for at, advantage in zip(saved.slices, saved.advantages, strict=True):
+        mask = saved.loss_mask[at]
+        raw = 1.0 + 2.0 * np.arange(mask.sum()) / mask.sum()
+        np.testing.assert_allclose(saved.token_weights[at][mask], raw / raw.mean(), rtol=1e-5)
+        np.testing.assert_array_equal(saved.token_advantages[at][mask], np.float32(advantage))
+    assert np.ptp(saved.token_weights[saved.loss_mask]) > 1.0, "not uniform"
+    for group in np.unique(saved.group_ids):
+        mine = saved.group_ids == group
+        rewards, count = saved.rewards[mine].astype(np.float64), int(mine.sum())
+        want = (rewards - rewards.mean()) * count / (count - 1)
+        np.testing.assert_allclose(saved.advantages[mine], want, atol=1e-5)
+    text = (run_dir / "config.yaml").read_text()
+    assert source in text and "function: gspo" in text and "estimator: rloo" in text
+
+
+@pytest.mark.extended
+def test_advantages_by_token_come_from_the_scoring_pass(base, warm):
+    """TP 2 x PP 2: the optimal token baseline of siblings that lie in different microbatches."""
+    run_dir = base / "otb"
+    rl(base, run_dir, warm[0], "weighting.source=otb", "checkpoint.export_hf=false", "trainer.steps=2")
+    assert [row["metrics"]["optimizer/skipped"] for row in metrics(run_dir)] == [0.0, 0.0]
+    for _, path in rollout_files(run_dir):
+        saved = read_rollouts(path)
+        mask = saved.loss_mask
+        assert saved.beta is not None and (saved.token_weights[mask] == 1).all()
+        spread = [np.ptp(saved.token_advantages[at][mask[at]]) for at in saved.slices]
+        assert max(spread) > 0.1, "a baseline for each token"
+        for group in np.unique(saved.group_ids):
+            mine = np.flatnonzero(saved.group_ids == group)
+            first = [saved.token_advantages[saved.slices[i]][mask[saved.slices[i]]][0] for i in mine]
+            baselines = saved.rewards[mine] - np.array(first)
+            np.testing.assert_allclose(baselines, baselines[0], atol=1e-5, err_msg="one baseline a place")
 
 
 def test_published_weights_leave_glue_out_and_the_policy_is_judged_on_prompts(base, warm):

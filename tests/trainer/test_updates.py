@@ -131,8 +131,7 @@ class Recorder:
 
     begun: list[tuple[list[int], int]] = field(default_factory=list)
 
-    def begin(self, prompts: list[int], *, seed: int, in_background: bool) -> None:
-        assert not in_background
+    def begin(self, prompts: list[int], *, seed: int) -> None:
         self.begun.append((prompts, seed))
 
     def collect(self, refresh: Any) -> list[Any]:

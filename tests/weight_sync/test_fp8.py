@@ -305,7 +305,8 @@ def test_matrices_are_quantised_once_for_all_replicas(monkeypatch: pytest.Monkey
             return {}
 
     transport._sender = Sender()  # type: ignore[assignment]
-    assert "engine 0 broke: gone" in transport.attempt(None, detailed=False, tamper=None).lost_peer
+    outcome = transport.attempt(None, detailed=False, tamper=None)
+    assert outcome.is_broken and "engine 0 broke: gone" in outcome.lost_peers[0]
     assert len(made) == 1 and len(sent) == 3 and all(view is made[0] for view in sent)
 
 

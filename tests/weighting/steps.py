@@ -27,7 +27,7 @@ class Step:
             [self.samples[i] for i in which],
             rewards=[self.rewards[i] for i in which],
             progress=0.3,
-            scores={name: self.scores[name][at] for name in needs},
+            scores={name: self.scores[name][at] for name in needs - {"marks"}},
         )
 
     def by_rollout(self, name: str) -> list[np.ndarray]:
@@ -65,6 +65,7 @@ def random_step(seed: int = 0, *, groups: int = 3, size: int = 4, vocabulary: in
                     advantage=float(centred[i]),
                     sequence_id=len(samples),
                     group_id=group,
+                    marks=np.concatenate([none, rng.choice([0, 0, 0, 1, 2, 3], length)]).astype(np.uint8),
                 )
             )
             rewards.append(float(reward[i]))

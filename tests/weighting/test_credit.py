@@ -71,6 +71,14 @@ def egpo(step: Step) -> list[np.ndarray]:
     return out
 
 
+def message_penalty(step: Step) -> list[np.ndarray]:
+    out = []
+    for s in step.samples:
+        assert s.marks is not None
+        out.append(np.array([-5.0 if m else s.advantage for m in s.marks[s.loss_mask]]))
+    return out
+
+
 def mean_entropies(step: Step, i: int) -> list[float]:
     entropies = step.by_rollout("entropy")[i]
     return [sum(float(entropies[t]) for t in turn) / len(turn) for turn in turns_of(step, i)]
@@ -161,6 +169,7 @@ REFERENCES: References = {
     "entropy_mask": entropy_mask,
     "hicra": hicra,
     "egpo": egpo,
+    "message_penalty": message_penalty,
     "aem": aem,
     "empg": empg,
     "gtpo": gtpo,
@@ -207,7 +216,7 @@ def test_a_rule_uses_what_it_declares(source):
         assert (few is None) == (many is None)
         if few is not None:
             np.testing.assert_array_equal(few, many)
-    if rule.traits.scope is Scope.ROLLOUT or not rule.traits.moves_zero:
+    if not rule.traits.moves_zero:
         zero = [i for i, s in enumerate(step.samples) if s.advantage == 0]
         advantages = rule.credit(step.rows(needs=rule.traits.needs)).advantages
         if advantages is not None:
@@ -266,7 +275,7 @@ def test_rows_know_turns_and_places():
         assert rows.index[mine].tolist() == list(range(len(tokens)))
         assert [len(t) for t in turns_of(step, i)] == np.bincount(rows.turn[mine]).tolist()
         assert (rows.regions[mine] == s.region_ids[s.loss_mask]).all()
-    numbers, owners = rows.turns()
+    numbers, owners = rows.turns
     assert len(owners) == sum(len(turns_of(step, i)) for i in range(len(step.samples)))
     assert (owners[numbers] == rows.sequence).all()
 
@@ -322,6 +331,8 @@ HERE = "tests.weighting.test_credit"
         ("egpo", {"strength": 3.0}, "signs change"),
         ("entropy_mask", {"share": 0}, r"in \(0, 1\]"),
         ("gtpo", {"share": 0}, "share 0"),
+        ("message_penalty", {"calls": None, "thought": None}, "one at least"),
+        ("message_penalty", {"calls": 1.0}, "expected numbers <= 0"),
         ("otb", {"tail": "none"}, "reward or zero"),
         ("aem", {"least_range": 0}, "least_range 0"),
         (f"{HERE}:nothing", {}, "defines no nothing"),

@@ -12,7 +12,7 @@ ends the rollout.  An error that a tool should tell the policy about is a messag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,15 +52,15 @@ class Observation:
 
 
 class Environment(Protocol):
-    """One conversation; single use."""
+    """One conversation; single use.  Any method may be ``async``."""
 
-    def reset(self) -> None: ...
+    def reset(self) -> Awaitable[None] | None: ...
 
-    def step(self, answer: Answer) -> Observation: ...
+    def step(self, answer: Answer) -> Observation | Awaitable[Observation]: ...
 
-    def reward(self) -> float | None: ...
+    def reward(self) -> float | Awaitable[float | None] | None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> Awaitable[None] | None: ...
 
 
 EnvironmentFactory = Callable[[PromptSample], Environment]

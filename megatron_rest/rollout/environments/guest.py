@@ -6,19 +6,46 @@ be shown to a policy is bounded and well formed; everything else raises, which e
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
+import threading
+from collections.abc import Awaitable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from megatron_rest.rollout.environments.base import Message, Observation
 
-__all__ = ["MAX_CHARACTERS", "checked_observation", "checked_reward"]
+__all__ = ["MAX_CHARACTERS", "awaited", "checked_observation", "checked_reward"]
 
 MAX_CHARACTERS = 65_536
 """Of one message; what is longer is cut, and says so."""
 
 _ROLES = ("tool", "user")
+
+
+def awaited(value: Any) -> Any:
+    """``value``, or what it comes to if it is awaitable: any method of an environment may be ``async``.
+
+    All of them share one event loop, in a thread of its own, so that sessions and locks made in one call serve the
+    next.  Blocks the calling thread.
+    """
+    if not inspect.isawaitable(value):
+        return value
+    return asyncio.run_coroutine_threadsafe(_waiting_for(value), _event_loop()).result()
+
+
+async def _waiting_for(value: Awaitable[Any]) -> Any:
+    return await value
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="asynchronous environments", daemon=True).start()
+    return loop
 
 
 def checked_observation(value: Any) -> Observation:
