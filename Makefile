@@ -23,7 +23,7 @@ TEST_ARGS ?=
 # A module stays in one process, since its tests share what they made.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos reference pictures site
+.PHONY: help setup demo experiment test test-all faults test-host test-gpu oracle bench bench-gpu preprocess lint types arch audit resolve clean chaos scale reference pictures site
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ help: ## this list
 	@echo "                PREPROCESS_ARGS='--split train'  make preprocess: more options of megatron-rest-data convert"
 
 # What .venv runs is for the CPU, also where set-up had to take torch's build for CUDA and there is a GPU.
-demo experiment test test-all faults test-host bench chaos: export CUDA_VISIBLE_DEVICES :=
+demo experiment test test-all faults test-host bench chaos scale: export CUDA_VISIBLE_DEVICES :=
 
 setup: $(STAMP) ## virtual environment in .venv from the frozen lists
 
@@ -118,6 +118,10 @@ bench-gpu: ## the policy head on one GPU, checked before it is timed; in the env
 
 chaos: $(STAMP) ## 30 random faults (kills, hangs, damaged checkpoints, no room); the run must end as an undisturbed one
 	@$(BIN)/python -m benchmarks.chaos
+
+scale: export OMP_NUM_THREADS := 1
+scale: $(STAMP) ## recipes at 16 to 1,024 ranks, simulated: bounds reached or missed; fails on what got worse; 3 minutes
+	@$(BIN)/python -m benchmarks.scale
 
 preprocess: $(STAMP) ## rows of any Arrow, Parquet or JSON form to prompts: INPUT=... OUTPUT=... [TOKENIZER=...]
 	@set -- $(INPUT); test ! -e "$(INPUT)" || set -- "$(INPUT)"; \

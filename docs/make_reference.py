@@ -287,6 +287,7 @@ YOURS = {
     "MASTER_ADDR": "Address of rank 0. Given in REST_ENV it replaces the one that the launcher finds.",
     "GLOO_SOCKET_IFNAME": "Interface of gloo; kept if you set it, else REST_INTERFACE.",
     "NCCL_SOCKET_IFNAME": "Interface of NCCL's sockets; kept if you set it, else REST_INTERFACE.",
+    "TORCH_GLOO_LAZY_INIT": "1, unless you set it: gloo connects two ranks when they first talk.",
 }
 LAUNCHERS = {
     "RANK": "Rank of a process. Not set: the process is the only rank.",

@@ -25,12 +25,20 @@ _COMMANDS = {
     "import-gguf": ("megatron_rest.trainer.import_gguf", "a GGUF file (Llama, Qwen2, Qwen3) as an HF folder"),
     "eval": ("megatron_rest.eval.__main__", "ask and score a model on API-Bank and BFCL"),
     "export": ("megatron_rest.trainer.export_checkpoint", "a run's Megatron checkpoint as an HF folder"),
+    "reshard": (
+        "megatron_rest.trainer.reshard",
+        "a checkpoint again, for any layout; on torchrun's ranks",
+    ),
     "report": ("megatron_rest.analysis.report", "summary table and plots of a run"),
     "compare": ("megatron_rest.analysis.compare", "runs side by side in one plot and table"),
     "replay": ("megatron_rest.replay.__main__", "a recorded microbatch again in float64: which term differs"),
     "resume-check": ("megatron_rest.trainer.resume_check", "prove that a killed run continues byte by byte as it was"),
     "plan-sync": ("megatron_rest.weight_sync.limits", "how fast weights can reach the engines, from the links' rates"),
     "plan": ("megatron_rest.planner.__main__", "memory and time of a configuration before it runs"),
+    "simulate": (
+        "megatron_rest.simulate.__main__",
+        "what a recipe does at its real size, on a CPU",
+    ),
 }
 
 

@@ -782,10 +782,13 @@ class CheckpointConfig:
     """Metric of the step that keep_best goes by: larger is better; with a leading "-" smaller is."""
     asynchronous: bool = False
     """Write checkpoints in processes of their own while training goes on, from a snapshot of the moment."""
+    any_layout: str = "last"
+    """Which checkpoints load at any layout: the last one, or every one (gathers optimiser state in host memory)."""
     export_hf: bool = True
     """Write an HF folder at the end."""
 
     def __post_init__(self) -> None:
+        _one_of("checkpoint.any_layout", self.any_layout, ("last", "every"))
         _at_least("checkpoint.save_every", self.save_every, 0)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
         _at_least("checkpoint.keep_best", self.keep_best, 0)

@@ -1,8 +1,9 @@
 """Which samples go into which microbatch: even work, nothing left out.  Integers and floats only: no torch.
 
 The *row* is the unit: one position that goes through the layers.  A bin is a microbatch.  Bins are filled longest
-first, each item into the bin with the least work that has room, so that replicas end together and a pipeline is not
-paced by one large microbatch; no bin is empty while there are samples enough.
+first, each item into the bin with the least work that has room, and then the fullest ones exchange items with others:
+replicas end together, and a pipeline, all of whose microbatches have the length of the longest, is not paced by one; no
+bin is empty while there are samples enough.
 
 Samples of a group begin with the same prompt.  Where prompts are shared, a *part* of a group (all of it, if it fits)
 lies in one bin and its common rows are there once; a group is cut into several parts, each with a copy of those rows,
@@ -25,6 +26,8 @@ __all__ = ["ROWS_ONLY", "Packable", "Part", "RowCost", "deal", "even_bins", "sha
 
 _CUTS = (float("inf"), 2.0, 1.0, 0.75, 0.5, 0.35, 0.25)  # largest part, in mean bins
 _WORTH_CUTTING = 0.98  # a cut computes rows again: it must win at least this
+_EXCHANGES, _EXCHANGES_WORK = 8, 2_000_000  # most of them a bin; and times the number of items
+_SMALLEST_GAIN = 1e-4
 
 
 class Packable(Protocol):
@@ -135,7 +138,8 @@ def deal(
     best: tuple[float, list[list[list[Part]]]] | None = None
     for limit in _CUTS if any(len(g) > 1 for g in groups) else _CUTS[:1]:
         parts = _parts(groups, make, limit=limit, num_bins=dp_size * min_bins, max_rows=max_rows)
-        replicas = _fill(parts, max_rows, dp_size, multiple, min(min_bins, -(-len(samples) // dp_size)))
+        least = min(min_bins, -(-len(samples) // dp_size))
+        replicas = _fill(parts, max_rows, dp_size, multiple, least, is_pipeline=min_bins > 1)
         time = _time(replicas, is_pipeline=min_bins > 1)
         if best is None or time < best[0] * _WORTH_CUTTING:
             best = time, replicas
@@ -155,6 +159,47 @@ def even_bins(rows: Sequence[int], costs: Sequence[float], *, num_bins: int, max
         load[b] += costs[i]
         bins[b].append(i)
     return bins
+
+
+def _even_out(bins: list[list[int]], rows: Sequence[int], costs: Sequence[float], *, max_rows: int) -> None:
+    """Let the costliest bin give an item away, or swap one, as long as it and the other one become cheaper than it was.
+
+    With three or four items a bin, filling alone leaves the costliest a sixth above the mean.
+    """
+    size, cost = np.array(rows, np.int64), np.array(costs, float)
+    where = np.empty(len(rows), np.int64)
+    for b, items in enumerate(bins):
+        where[items] = b
+    load = np.bincount(where, cost, minlength=len(bins))
+    room = max_rows - np.bincount(where, size, minlength=len(bins)).astype(np.int64)
+    for _ in range(min(_EXCHANGES * len(bins), _EXCHANGES_WORK // max(len(rows), 1))):
+        top = int(load.argmax())
+        if not bins[top]:
+            return
+        mine = np.array(bins[top], np.int64)
+        # Every item here against every item elsewhere, and against nothing in every bin.
+        others = np.flatnonzero(where != top)
+        to = np.concatenate([where[others], np.arange(len(bins))])
+        back_cost = np.concatenate([cost[others], np.zeros(len(bins))])
+        back_rows = np.concatenate([size[others], np.zeros(len(bins), np.int64)])
+        moved, grown = cost[mine, None] - back_cost, size[mine, None] - back_rows
+        peak = np.maximum(load[top] - moved, load[to] + moved)
+        peak[(grown > room[to]) | (-grown > room[top]) | (to == top)] = np.inf
+        i, j = np.unravel_index(int(peak.argmin()), peak.shape)
+        if peak[i, j] >= load[top] * (1 - _SMALLEST_GAIN):
+            return
+        item, other = int(mine[i]), int(to[j])
+        bins[top].remove(item)
+        bins[other].append(item)
+        where[item] = other
+        if j < len(others):
+            bins[other].remove(int(others[j]))
+            bins[top].append(int(others[j]))
+            where[others[j]] = top
+        load[top] -= moved[i, j]
+        load[other] += moved[i, j]
+        room[top] += grown[i, j]
+        room[other] -= grown[i, j]
 
 
 class _PartMaker:
@@ -218,7 +263,9 @@ def _cut(group: Sequence[int], count: int, make: Callable[[tuple[int, ...]], Par
     return [make(tuple(sorted(part))) for part in dealt if part]
 
 
-def _fill(parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min_bins: int) -> list[list[list[Part]]]:
+def _fill(
+    parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min_bins: int, *, is_pipeline: bool
+) -> list[list[list[Part]]]:
     """``[replica][bin]``."""
     rows, costs = [p.rows for p in parts], [p.cost for p in parts]
     per_replica = max(-(-sum(rows) // (max_rows * dp_size)), min_bins, 1)
@@ -228,6 +275,7 @@ def _fill(parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min
         if bins is not None:
             break
         per_replica += 1
+    _even_out(bins, rows, rows if is_pipeline else costs, max_rows=max_rows)
     work = [sum(costs[i] for i in b) for b in bins]
     replicas: list[list[list[Part]]] = [[] for _ in range(dp_size)]
     for place, b in enumerate(sorted(range(len(bins)), key=lambda b: (-work[b], b))):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
-from megatron_rest.mcore import accelerations, cpu, precision, rng, settings
+from megatron_rest.mcore import accelerations, cpu, groups, precision, rng, settings
 from megatron_rest.model_map import ModelShape, padded_vocab_size
 from megatron_rest.network import use_one_network
 
@@ -96,6 +96,7 @@ def initialize(config: RestConfig) -> ParallelContext:
     if not dist.is_initialized():
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         use_one_network(several_machines=ranks > int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+        groups.connect_on_demand()
         # Numbers that live on the host (metrics, flags) are reduced as CPU tensors, over the same groups.
         backend = "gloo" if is_cpu else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=config.trainer.timeout_minutes))
@@ -105,33 +106,35 @@ def initialize(config: RestConfig) -> ParallelContext:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     p = config.parallel
-    parallel_state.initialize_model_parallel(
-        p.tensor_parallel,
-        p.pipeline_parallel,
-        p.virtual_pipeline if p.virtual_pipeline > 1 else None,
-        context_parallel_size=p.context_parallel,
-        expert_model_parallel_size=p.expert_parallel,
-        expert_tensor_parallel_size=1,  # model_map: an expert is never cut
-        distributed_timeout_minutes=config.trainer.timeout_minutes,  # groups do not inherit it
-    )
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    cpu.seed_model_parallel(config.trainer.seed, tp_rank=groups.tp.rank(), ep_rank=groups.ep.rank())
+    with groups.own_groups_only():
+        parallel_state.initialize_model_parallel(
+            p.tensor_parallel,
+            p.pipeline_parallel,
+            p.virtual_pipeline if p.virtual_pipeline > 1 else None,
+            context_parallel_size=p.context_parallel,
+            expert_model_parallel_size=p.expert_parallel,
+            expert_tensor_parallel_size=1,  # model_map: an expert is never cut
+            distributed_timeout_minutes=config.trainer.timeout_minutes,  # groups do not inherit it
+            create_gloo_process_groups=False,  # every group carries CPU tensors already, where it is not gloo itself
+        )
+    made = ProcessGroupCollection.use_mpu_process_groups()
+    cpu.seed_model_parallel(config.trainer.seed, tp_rank=made.tp.rank(), ep_rank=made.ep.rank())
     rng.seed_host(config.trainer.seed, rank=dist.get_rank())
     return ParallelContext(
-        pg_collection=groups,
+        pg_collection=made,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
-        tp_rank=groups.tp.rank(),
-        tp_size=groups.tp.size(),
-        pp_rank=groups.pp.rank(),
-        pp_size=groups.pp.size(),
-        dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(),
-        cp_rank=groups.cp.rank(),
-        cp_size=groups.cp.size(),
-        ep_rank=groups.ep.rank(),
-        ep_size=groups.ep.size(),
+        tp_rank=made.tp.rank(),
+        tp_size=made.tp.size(),
+        pp_rank=made.pp.rank(),
+        pp_size=made.pp.size(),
+        dp_rank=made.dp.rank(),
+        dp_size=made.dp.size(),
+        cp_rank=made.cp.rank(),
+        cp_size=made.cp.size(),
+        ep_rank=made.ep.rank(),
+        ep_size=made.ep.size(),
         device=torch.device("cpu") if is_cpu else torch.device("cuda", torch.cuda.current_device()),
     )
 
@@ -381,7 +384,9 @@ def build_optimizer(
         **precision.optimizer_settings(config.precision),
     )
     adam = get_megatron_optimizer(
-        settings.make(MegatronOptimizerConfig, "optimizer", ours, config.megatron.optimizer), chunks
+        settings.make(MegatronOptimizerConfig, "optimizer", ours, config.megatron.optimizer),
+        chunks,
+        use_gloo_process_groups=False,
     )
     scheduler = OptimizerParamScheduler(
         adam,

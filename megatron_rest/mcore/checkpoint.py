@@ -2,8 +2,13 @@
 
 A checkpoint is written under ``<folder>/step_000010.partial`` and renamed once every rank has finished and the sums of
 all files are on disk; a folder without that suffix is whole.  Before one is loaded every file is compared with its sum.
-Model and optimiser are Megatron's sharded state, so a checkpoint saved at TP2 x PP2 loads at any layout; replicas share
-the writing.
+Model and optimiser are Megatron's sharded state, and replicas share the writing.  A checkpoint saved at TP2 x PP2 loads
+at any layout, except for the distributed optimiser's state, which is written in one of two forms:
+
+    any layout     every rank gathers its replicas' state in host memory, 12 bytes a parameter of its shard and as much
+                   again on the way
+    as it lies     every rank writes what it holds, from where it lies: nothing is gathered.  It loads at another number
+                   of replicas, and not at another TP, PP, VPP or EP (`megatron-rest reshard` writes the other form)
 
 An asynchronous save takes a snapshot and returns; one forked process a rank writes it while training goes on:
 
@@ -44,11 +49,19 @@ from megatron_rest.errors import RunError
 from megatron_rest.mcore import checkpoint_files as files
 from megatron_rest.mcore import rng
 from megatron_rest.mcore.checkpoint_files import latest
-from megatron_rest.mcore.optimizer_state import aligned, is_distributed, load_optimizer_state, prepare_for_loading
+from megatron_rest.mcore.optimizer_state import (
+    aligned,
+    clear_padding,
+    is_distributed,
+    load_optimizer_state,
+    prepare_for_loading,
+)
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.mcore.safe_loading import check_description, data_only
 
 __all__ = [
+    "ANY_LAYOUT",
+    "AS_IT_LIES",
     "CheckpointError",
     "CheckpointWriter",
     "Loaded",
@@ -64,6 +77,7 @@ _log = logging.getLogger(__name__)
 _SUMS_OF_RANK = ".sums_of_{}"
 _LATE_FILE = "late.safetensors"
 _RESULT_OF_RANK = ".written_by_{}"
+ANY_LAYOUT, AS_IT_LIES = "fully_reshardable", "dp_reshardable"  # Megatron's names
 _SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group; the scheduler sets lr and weight_decay
 
 
@@ -119,12 +133,14 @@ class CheckpointWriter:
         extra: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
         is_complete: bool = True,
+        form: str = ANY_LAYOUT,
     ) -> Path:
         """Write ``<folder>/step_<step>`` and return its path, which exists once the checkpoint is whole.
 
         ``extra`` is plain data (numbers, strings, lists, dicts, tensors) and comes back from :func:`load` as it was;
         only rank 0's is written.  ``metrics`` of the step go into ``step.json``; ``checkpoint.best_metric`` is one of
-        them.  Without ``is_complete`` the checkpoint is not whole before :meth:`complete` has brought the rest.
+        them.  ``form`` of the distributed optimiser's state: ``ANY_LAYOUT`` or ``AS_IT_LIES`` (above).  Without
+        ``is_complete`` the checkpoint is not whole before :meth:`complete` has brought the rest.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
@@ -136,8 +152,10 @@ class CheckpointWriter:
         partial_ = target.with_suffix(".partial")
         _on_rank_0(partial(_make_room, target, partial_), partial_)
         _leave_results_in(partial_ / _RESULT_OF_RANK.format(policy.context.rank))
-        state = _sharded_state(policy, is_loading=False)
+        form = form if is_distributed(policy.optimizer) else ANY_LAYOUT
+        state = _sharded_state(policy, is_loading=False, form=form)
         state |= {"step": step, "extra": extra, "optimizer_kind": _optimizer_kind(policy), "layout": _layout(policy)}
+        state["optimizer_form"] = form
         state["rng"] = _rng_object(policy, rng.capture())
         strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), policy.context.dp_cp_group)
         with _failures_named(partial_):
@@ -268,11 +286,11 @@ def newest_intact(folder: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def load(path: str | Path, policy: MegatronPolicy, *, is_verified: bool = False) -> Loaded:
-    """Fill model, optimiser and schedule from a checkpoint of any layout.  Collective.
+    """Fill model, optimiser and schedule from a checkpoint, of any layout if its form is ``ANY_LAYOUT``.  Collective.
 
     Every file is compared with its sum first, unless :func:`newest_intact` has just done that (``is_verified``).
     Nothing in the folder is executed (``mcore/safe_loading.py``).  Raises ConfigError on every rank if the checkpoint
-    is incomplete, damaged, or of another kind of optimiser.
+    is incomplete, damaged, of another kind of optimiser, or of a layout that ours cannot read.
     """
     from megatron.core import dist_checkpointing
 
@@ -281,7 +299,7 @@ def load(path: str | Path, policy: MegatronPolicy, *, is_verified: bool = False)
     with data_only():
         common = _check_optimizer(path, policy)
         prepare_for_loading(policy.optimizer)
-        wanted = _sharded_state(policy, is_loading=True)
+        wanted = _sharded_state(policy, is_loading=True, form=_form(common))
         is_same_layout = common["layout"] == _layout(policy)
         if is_same_layout:
             wanted["rng"] = _rng_object(policy, None)
@@ -447,9 +465,13 @@ def _chunk_key(policy: MegatronPolicy, i: int) -> str:
     return "model" if len(policy.chunks) == 1 else f"model{i}"
 
 
-def _metadata(policy: MegatronPolicy) -> dict[str, Any]:
+def _form(common: Mapping[str, Any]) -> str:
+    return str(common.get("optimizer_form", ANY_LAYOUT))
+
+
+def _metadata(policy: MegatronPolicy, form: str = ANY_LAYOUT) -> dict[str, Any]:
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": form,
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "dp_cp_group": policy.context.dp_cp_group,
@@ -464,11 +486,13 @@ def _sharded_model(policy: MegatronPolicy) -> dict[str, Any]:
     }
 
 
-def _sharded_state(policy: MegatronPolicy, *, is_loading: bool) -> dict[str, Any]:
-    metadata, models = _metadata(policy), _sharded_model(policy)
+def _sharded_state(policy: MegatronPolicy, *, is_loading: bool, form: str) -> dict[str, Any]:
+    metadata, models = _metadata(policy, form), _sharded_model(policy)
     sharded = models if len(models) > 1 else models["model"]
     with torch.no_grad(), aligned(policy.optimizer):
         optimizer = policy.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
+        if form == AS_IT_LIES:
+            clear_padding(optimizer)
     return {**models, "optimizer": optimizer, "scheduler": policy.scheduler.state_dict()}
 
 
@@ -503,7 +527,25 @@ def _check_optimizer(path: Path, policy: MegatronPolicy) -> dict[str, Any]:
             "the experts is arranged differently on the other side of that line: choose such a layout, or start from "
             "the run's HF export"
         )
+    _check_layout(path, common, _layout(policy))
     return common
+
+
+def _check_layout(path: Path, common: Mapping[str, Any], ours: Mapping[str, int]) -> None:
+    """Replicas may be more or fewer where the optimiser's state was written as it lay; the rest is its layout."""
+    names = {
+        "tp": "parallel.tensor_parallel",
+        "pp": "parallel.pipeline_parallel",
+        "vpp": "parallel.virtual_pipeline",
+        "ep": "parallel.expert_parallel",
+    }
+    saved = common["layout"]
+    if _form(common) == AS_IT_LIES and (other := [key for key in names if saved[key] != ours[key]]):
+        raise ConfigError(
+            f"checkpoint.load: {path} was saved at {' '.join(f'{names[key]}={saved[key]}' for key in other)}, with the "
+            "optimiser's state as it lay there, which another layout cannot read: set it so, or on that layout's ranks "
+            f"run megatron-rest reshard (--config RUN/run.yaml checkpoint.load={path}), which writes one for any layout"
+        )
 
 
 @contextmanager

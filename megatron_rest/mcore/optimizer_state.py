@@ -9,6 +9,7 @@ The distributed optimiser keeps a flat shard of every parameter in a buffer that
   Apex) it trips over the one entry that is no shard, ``step``: a fresh optimiser has none (an assertion), a loaded one
   has no counterpart in the checkpoint (``KeyError: 'step'``), and what it puts there is one tensor for all parameters,
   which Adam would count up once for each.
+* :func:`clear_padding`: between parameters that are written as they lie it writes whatever is in fresh memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["aligned", "is_distributed", "load_optimizer_state", "prepare_for_loading"]
+__all__ = ["aligned", "clear_padding", "is_distributed", "load_optimizer_state", "prepare_for_loading"]
 
 
 def is_distributed(optimizer: Any) -> bool:
@@ -57,6 +58,18 @@ def _with_padding(optimizer: Any, get_state: Any, **options: Any) -> Any:
     return state
 
 
+def clear_padding(state: dict[Any, Any]) -> None:
+    """Zeros in what lies between the parameters of a sharded state in the form ``dp_reshardable``."""
+    parts = [state] if "param_state" in state else list(state.values())
+    for part in parts:
+        buffers = [value for key, value in part["param_state"].items() if isinstance(key, int)]
+        for entry in (e for by_dtype in buffers for buckets in by_dtype.values() for b in buckets for e in b):
+            if entry["padding"].obj:
+                for name, value in entry.items():
+                    if name not in ("padding", "step"):
+                        value.data.zero_()
+
+
 def prepare_for_loading(optimizer: Any) -> None:
     """Zeros where the state will go, so that its sharded description can be asked for."""
     for part in _parts_to_mend(optimizer):
@@ -81,11 +94,14 @@ def load_optimizer_state(optimizer: Any, state: dict[Any, Any]) -> None:
     states = [state] if len(parts) == 1 else [part for _, part in sorted(state.items())]
     for part, its in zip(parts, states, strict=True):
         shards, kind = its.pop("param_state"), its.pop("param_state_sharding_type")
-        if kind != "fully_reshardable":
-            raise ValueError(f"optimiser state is {kind!r}, expected 'fully_reshardable'")
         part.load_state_dict(its)
         steps = {p: values.pop("step") for p, values in part.optimizer.state.items()}
-        part.load_parameter_state_from_fully_reshardable(shards)
+        if kind == "dp_reshardable":
+            part.load_parameter_state_from_dp_reshardable(shards)
+        elif kind == "fully_reshardable":
+            part.load_parameter_state_from_fully_reshardable(shards)
+        else:
+            raise ValueError(f"optimiser state is {kind!r}, expected 'fully_reshardable' or 'dp_reshardable'")
         for p, step in steps.items():
             part.optimizer.state[p]["step"] = step.clone()
 

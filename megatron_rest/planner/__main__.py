@@ -19,7 +19,7 @@ from megatron_rest.planner.plan import make_plan
 from megatron_rest.planner.report import as_dict, as_text
 from megatron_rest.scripts import recipe_file
 
-__all__ = ["main"]
+__all__ = ["main", "recipe_or_file"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= args.zero_groups < 1:
         parser.error(f"--zero-groups {args.zero_groups:g}: a share from 0 to below 1")
     try:
-        base, file, gpus, gpu = _source(args.config)
+        base, file, gpus, gpu = recipe_or_file(args.config)
         config = load(file, args.overrides, base=base)
         p = config.parallel
         plan = make_plan(
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if plan.fits else 1
 
 
-def _source(path: str) -> tuple[RestConfig | None, str | None, int, str]:
+def recipe_or_file(path: str) -> tuple[RestConfig | None, str | None, int, str]:
     """Base configuration, file over it, ranks and accelerator."""
     recipe = recipe_file(path)
     if not path.endswith(".py") and (recipe is None or recipe.suffix != ".py"):

@@ -34,13 +34,23 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
-    """Shares of the data sheet's rates.  Assumed, not measured here; docs/planner.md says where they come from."""
+    """Shares of the data sheet's rates, and what is there besides.  Not measured here: fitted to the published points
+    of ``published.py`` where that is said.
+    """
 
-    training: float = 0.40  # of peak operations, forward and backward, pipeline bubble not counted
+    training: float = 0.40  # of peak operations, forward and backward, pipeline bubble not counted (fitted)
     scoring: float = 0.45  # forward only: no gradient all-reduce, no optimiser
+    experts: float = 0.43  # with experts, of the BF16 peak whatever the recipe: small products (fitted)
+    expert_moves: float = 7.5  # of a row to each of its experts in a forward pass, at NVLink's rate (fitted)
     prefill: float = 0.50
     decode_bandwidth: float = 0.60  # of memory bandwidth while decoding
+    decode_experts: float = 0.35  # the same where experts are read (fitted)
+    all_reduce: float = 15e-6  # seconds of a small all-reduce inside a node while decoding
+    all_reduce_far: float = 80e-6  # between nodes (fitted)
+    decode_step: float = 3e-3  # seconds of the engine's host between two steps (fitted)
+    between: float = 0.10  # of a step that is neither: data, refit, engines that wake up (fitted)
     links: float = 0.80  # of NVLink and network
+    tp_exposed: float = 1.0  # of TP's traffic, what no computation hides: ours is not overlapped
 
 
 EFFICIENCY = Efficiency()

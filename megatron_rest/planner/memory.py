@@ -12,6 +12,7 @@ from megatron_rest.passes import least_microbatches, microbatches_multiple, shar
 from megatron_rest.planner.activations import layer_bytes
 from megatron_rest.planner.hardware import Hardware
 from megatron_rest.planner.parameters import StageParameters, count_stages, layers_of_chunk, total_parameters
+from megatron_rest.weight_sync.limits import MESSAGES_UNDER_WAY, PACKED_BYTES
 
 __all__ = [
     "Item",
@@ -281,10 +282,11 @@ def _engine_work(config: RestConfig, shape: ModelShape) -> int:
 
 
 def _syncing(config: RestConfig, shape: ModelShape, held: StageParameters) -> tuple[Item, ...]:
-    """A bucket as gathered, what was made of it, and this rank's part of it; or two messages of slices."""
+    """A bucket as gathered, what was made of it, and this rank's part of it; or the messages of slices under way."""
     if config.weight_sync.transport in ("gloo", "nccl_p2p"):
-        num_bytes = 2 * config.weight_sync.bucket_bytes
-        why = "2 x weight_sync.bucket_bytes: slices, pipelined"
+        message = min(config.weight_sync.bucket_bytes, PACKED_BYTES)
+        num_bytes = MESSAGES_UNDER_WAY * message
+        why = f"{MESSAGES_UNDER_WAY} packed messages of slices under way, {message >> 20} MiB each"
         if config.rollout.quantization is not RolloutQuantization.NONE:
             num_bytes, why = num_bytes + held.layer_matrices, f"{why}; this rank's matrices in FP8"
         return (Item(name="sync buffers", num_bytes=num_bytes, why=why),)

@@ -76,7 +76,7 @@ class Plan:
 
     def training_cost(self, work: StepWork) -> float:
         """Scoring and updates: seconds, or on CPU operations of the rank that has most to do."""
-        seconds = training_seconds(self.config, self.hardware, work)
+        seconds = training_seconds(self.config, self.shape, self.hardware, work, world_size=self.world_size)
         return sum(seconds) if seconds else work.score + work.update
 
 

@@ -39,7 +39,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "limit_bytes": plan.limit,
         "seconds": None
         if plan.time is None
-        else {"rollout": plan.time.rollout, "score": plan.time.score, "update": plan.time.update},
+        else {
+            "rollout": plan.time.rollout,
+            "score": plan.time.score,
+            "update": plan.time.update,
+            "between": plan.time.between,
+        },
         "lengths": {
             "prompt": plan.lengths.prompt,
             "response": plan.lengths.response,
@@ -119,17 +124,23 @@ def _time(plan: Plan) -> list[str]:
     t, w = plan.time, plan.work
     if t is None:
         return ["time: not estimated on CPU", *_lengths(plan), *_training(plan)]
-    e = EFFICIENCY
     beside = ", rollouts beside the step before" if t.is_overlapped else ""
     return [
         f"time of a step, about {t.total:.0f} s: rollout {t.rollout:.0f}, score {t.score:.0f}, "
-        f"update {t.update:.0f}{beside}",
-        f"  {w.score_flops + w.update_flops:.3g} operations in training; assumed shares of the data sheet: training "
-        f"{e.training:.0%}, scoring {e.scoring:.0%}, decoding {e.decode_bandwidth:.0%} of memory bandwidth",
+        f"update {t.update:.0f}{beside}; between them {t.between:.0f}",
+        f"  {w.score_flops + w.update_flops:.3g} operations in training; shares of the data sheet, fitted to published "
+        f"runs: {_shares(plan)}",
         f"  {plan.config.trainer.steps} steps: about {t.total * plan.config.trainer.steps / 3600:.1f} h",
         *_lengths(plan),
         *_training(plan),
     ]
+
+
+def _shares(plan: Plan) -> str:
+    e = EFFICIENCY
+    if plan.shape.num_experts:
+        return f"{e.experts:.0%} of the BF16 peak and the rows' ways to experts, decoding {e.decode_experts:.0%}"
+    return f"training {e.training:.0%}, scoring {e.scoring:.0%}, decoding {e.decode_bandwidth:.0%} of memory bandwidth"
 
 
 def _lengths(plan: Plan) -> list[str]:

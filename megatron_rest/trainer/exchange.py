@@ -1,6 +1,7 @@
 """Rollouts of every rank, on every rank, under their keys.
 
-Token ids and log-probs travel as flat tensors: nothing that a policy sampled is ever pickled.
+What an owner has goes to all once, as one flat tensor of bytes, nine a token: however many ranks there are, each
+receives the rollouts and nothing else.  Nothing that a policy sampled is ever pickled.
 """
 
 from __future__ import annotations
@@ -38,14 +39,23 @@ def all_gather_rollouts(
         prompt_ids: of the rollout with key 0, 1, ...
         group: None = all ranks.
 
-    Where two ranks have the same key, the lower rank's counts.  Collectives: two all-gathers (integers; log-probs and
-    rewards) over ``group``, each with one of its sizes.
+    Where two ranks have the same key, the lower rank's counts.  Collectives over ``group``: one all-gather of a size,
+    and a broadcast from every rank that has any, all under way together.
     """
-    integers, floats = pack_rollouts(mine)
-    gathered = zip(_all_gather(integers, group), _all_gather(floats, group), strict=True)
+    packed = pack_rollouts(mine)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([packed.numel() if mine else 0]), group=group)
+    rank, owners = dist.get_rank(group), [owner for owner, size in enumerate(sizes) if int(size)]
+    parts = [packed if owner == rank else torch.empty(int(sizes[owner]), dtype=torch.uint8) for owner in owners]
+    works = [
+        dist.broadcast(part, group=group, group_src=owner, async_op=True)
+        for owner, part in zip(owners, parts, strict=True)
+    ]
     rollouts: dict[int, Rollout] = {}
-    for packed in gathered:
-        rollouts = unpack_rollouts(*packed, prompt_ids) | rollouts
+    for part, work in zip(parts, works, strict=True):
+        assert work is not None  # every rank is in the group
+        work.wait()
+        rollouts = unpack_rollouts(part, prompt_ids) | rollouts
     return rollouts
 
 
@@ -129,39 +139,38 @@ def all_token_values(
     return table
 
 
-def pack_groups(groups: Sequence[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor]:
-    """All there is to say about ``groups``, of one size, but their prompts: int64 and float32, flat."""
+def pack_groups(groups: Sequence[RolloutGroup]) -> torch.Tensor:
+    """All there is to say about ``groups``, of one size, but their prompts: uint8, flat."""
     return pack_rollouts(dict(enumerate(rollout for group in groups for rollout in group.rollouts)))
 
 
-def unpack_groups(integers: torch.Tensor, floats: torch.Tensor, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
+def unpack_groups(packed: torch.Tensor, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
     """Undo :func:`pack_groups`, given the prompts of the groups in their order."""
-    size = int(integers[0]) // max(len(prompts), 1)
-    rollouts = unpack_rollouts(integers, floats, [prompt.prompt_id for prompt in prompts for _ in range(size)])
+    size = int(packed[:8].numpy().view(np.int64)[0]) // max(len(prompts), 1)
+    rollouts = unpack_rollouts(packed, [prompt.prompt_id for prompt in prompts for _ in range(size)])
     return [
         RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[i * size + sibling] for sibling in range(size)))
         for i, prompt in enumerate(prompts)
     ]
 
 
-def pack_rollouts(rollouts: Mapping[int, Rollout]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rollouts by key, without the names of their prompts: int64 and float32, flat.
+def pack_rollouts(rollouts: Mapping[int, Rollout]) -> torch.Tensor:
+    """Rollouts by key, without the names of their prompts; uint8, flat.
 
-    integers: how many; key, length, stop reason, version, has a reward, of each; token ids; loss masks
-    floats:   rewards; log-probs
+    How many there are, then five numbers of each (int64); rewards, log-probs (float32), token ids (int32), masks (one
+    byte).
     """
     parts = list(rollouts.values())
-    integers = np.concatenate(
-        [
-            np.array([len(rollouts)], np.int64),
-            np.array([x for key, rollout in rollouts.items() for x in _header(key, rollout)], np.int64),
-            *(rollout.token_ids.astype(np.int64) for rollout in parts),
-            *(rollout.loss_mask.astype(np.int64) for rollout in parts),
-        ]
-    )
-    rewards = np.array([0.0 if rollout.reward is None else rollout.reward for rollout in parts], np.float32)
-    floats = np.concatenate([rewards, *(rollout.log_probs for rollout in parts)]).astype(np.float32)
-    return torch.from_numpy(integers), torch.from_numpy(floats)
+    header = [len(parts), *(number for key, rollout in rollouts.items() for number in _header(key, rollout))]
+    rewards = [0.0 if rollout.reward is None else rollout.reward for rollout in parts]
+    columns = [
+        np.array(header, np.int64),
+        np.array(rewards, np.float32),
+        *(r.log_probs.astype(np.float32, copy=False) for r in parts),
+        *(r.token_ids.astype(np.int32, copy=False) for r in parts),
+        *(r.loss_mask.astype(np.uint8, copy=False) for r in parts),
+    ]
+    return torch.from_numpy(np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns]))
 
 
 _HEADER = 5  # integers a rollout
@@ -173,40 +182,30 @@ def _header(key: int, rollout: Rollout) -> tuple[int, ...]:
     return key, len(rollout.token_ids), reason, rollout.policy_version, int(has_reward)
 
 
-def unpack_rollouts(
-    packed_integers: torch.Tensor, packed_floats: torch.Tensor, prompt_ids: Sequence[str]
-) -> dict[int, Rollout]:
-    """Undo :func:`pack_rollouts`, given the name of the prompt of each key."""
-    integers, floats = packed_integers.numpy(), packed_floats.numpy()
-    total = int(integers[0])
-    headers = integers[1 : 1 + _HEADER * total].reshape(total, _HEADER)
+def unpack_rollouts(packed: torch.Tensor, prompt_ids: Sequence[str]) -> dict[int, Rollout]:
+    """Undo :func:`pack_rollouts`, given the name of the prompt of each key; arrays are views of ``packed``."""
+    data, at = packed.numpy(), 0
+
+    def take(count: int, dtype: type[np.generic]) -> np.ndarray:
+        nonlocal at
+        begin, at = at, at + count * np.dtype(dtype).itemsize
+        return data[begin:at].view(dtype)
+
+    total = int(take(1, np.int64)[0])
+    headers = take(_HEADER * total, np.int64).reshape(total, _HEADER)
     bounds = np.cumsum([0, *headers[:, 1]])
-    tokens = integers[1 + _HEADER * total :]
-    masks = tokens[bounds[-1] :]
-    rewards, log_probs = floats[:total], floats[total:]
+    rewards, log_probs = take(total, np.float32), take(int(bounds[-1]), np.float32)
+    token_ids, masks = take(int(bounds[-1]), np.int32), take(int(bounds[-1]), np.uint8)
     rollouts = {}
     for i, (key, _, reason, version, has_reward) in enumerate(headers.tolist()):
-        at = slice(bounds[i], bounds[i + 1])
+        of_rollout = slice(bounds[i], bounds[i + 1])
         rollouts[key] = Rollout(
             prompt_id=prompt_ids[key],
-            token_ids=tokens[at].astype(np.int32),
-            log_probs=log_probs[at].copy(),
-            loss_mask=masks[at].astype(bool),
+            token_ids=token_ids[of_rollout],
+            log_probs=log_probs[of_rollout],
+            loss_mask=masks[of_rollout].astype(bool),
             stop_reason=_STOP_REASONS[reason],
             policy_version=version,
             reward=float(rewards[i]) if has_reward else None,
         )
     return rollouts
-
-
-def _all_gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """All-gather of 1-D tensors of different lengths."""
-    world_size = dist.get_world_size(group)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
-    longest = max(int(s) for s in sizes)
-    padded = torch.zeros(longest, dtype=mine.dtype)
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in range(world_size)]
-    dist.all_gather(parts, padded, group=group)
-    return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]

@@ -159,6 +159,7 @@ def _leave_step(trainer: RestTrainer, report: StepReport, *, is_saved: bool, is_
         if is_last or step == trainer.config.trainer.steps:
             with timer.phase("wait"):
                 trainer.checkpoints.wait()
+                trainer.rollout_files.wait()
     return timer.seconds
 
 

@@ -17,7 +17,7 @@ from megatron_rest.types import PromptSample, RolloutGroup
 
 __all__ = ["RunState"]
 
-_QUEUE = ("integers", "floats")
+_ROLLOUTS = "rollouts"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,19 +32,18 @@ class RunState:
 
     def as_extra(self) -> dict[str, Any]:
         """For ``CheckpointWriter.save``: numbers, strings and tensors."""
-        queue = None if self.queue is None else dict(zip(_QUEUE, pack_groups(self.queue), strict=True))
         return {
             "weighting": dict(self.weighting),
             "num_restarts": self.num_restarts,
             "skipped_in_a_row": self.skipped_in_a_row,
             "next_prompts": list(self.next_prompts),
-            "queue": queue,
+            "queue": None if self.queue is None else {_ROLLOUTS: pack_groups(self.queue)},
         }
 
     @staticmethod
     def queue_tensors(groups: Sequence[RolloutGroup]) -> dict[str, torch.Tensor]:
         """``queue`` alone, for ``CheckpointWriter.complete``."""
-        return {f"queue.{name}": tensor for name, tensor in zip(_QUEUE, pack_groups(groups), strict=True)}
+        return {f"queue.{_ROLLOUTS}": pack_groups(groups)}
 
     @classmethod
     def of_extra(cls, extra: Mapping[str, Any], prompts: Sequence[PromptSample]) -> RunState:
@@ -52,7 +51,7 @@ class RunState:
         next_prompts = tuple(extra["next_prompts"])
         queue = None
         if extra["queue"] is not None and next_prompts == tuple(prompt.prompt_id for prompt in prompts):
-            queue = unpack_groups(extra["queue"]["integers"], extra["queue"]["floats"], prompts)
+            queue = unpack_groups(extra["queue"][_ROLLOUTS], prompts)
         return cls(
             weighting=extra["weighting"],
             num_restarts=int(extra["num_restarts"]),

@@ -22,7 +22,7 @@ from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.algorithms.ratio_losses import find_ratio_loss
 from megatron_rest.config import Fp8Recipe, RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
-from megatron_rest.data.rollout_file import SavedRollouts, write_rollouts
+from megatron_rest.data.rollout_file import RolloutWriter, SavedRollouts
 from megatron_rest.data.sample_file import write_samples
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
@@ -120,6 +120,7 @@ class RestTrainer:
             rank=parts.context.rank,
         )
         self.checkpoints = checkpoint.CheckpointWriter(Path(config.trainer.run_dir) / "checkpoints", config.checkpoint)
+        self.rollout_files = RolloutWriter(config.trainer.run_dir)
         self.loss = RestPolicyLoss(config.loss)
         self.skips = SkipCount(config.optimizer.max_skipped, is_reporting=self.context.rank == 0)
         context = parts.context
@@ -368,11 +369,13 @@ class RestTrainer:
         batches: Sequence[TrainBatch],
         scores: Sequence[Sequence[Scores]],
     ) -> None:
-        """This step's rollouts with regions, scores and weights into one file, written by rank 0.
+        """This step's rollouts with regions, scores and weights into one file; rank 0 writes it while training goes on.
 
-        Collectives: one all-reduce of ``[3, T]`` float32 over the data-parallel group (a row more with score norms, and
+        Collectives: one all-reduce of ``[3, T]`` float32 over rank 0's replicas (a row more with score norms, and
         one with advantages by token).
         """
+        if dist.get_global_rank(self.context.dp_group, 0) != 0:
+            return
         values = all_token_scores(
             [len(s.token_ids) for s in verdict.samples],
             [m for batch in batches for m in batch.microbatches],
@@ -390,7 +393,7 @@ class RestTrainer:
             group_ids=[i for i, group in enumerate(groups) for _ in group.rollouts],
             scores=values,
         )
-        write_rollouts(self.config.trainer.run_dir, rollouts)
+        self.rollout_files.write(rollouts)
 
     def record(
         self, step: int, update: int, batch: TrainBatch, groups: Sequence[RolloutGroup], verdict: Verdict
@@ -458,8 +461,11 @@ class RestTrainer:
 
         One step off the rollouts of the next step are under way, and belong to the checkpoint, since no engine will
         hold the weights again that sample them.  They are waited for (phase ``wait``) if this is the run's last step;
-        else training goes on, and the checkpoint is whole when the next step has them.
+        else training goes on, and the checkpoint is whole when the next step has them.  A run that continues from here
+        does not write the files of rollouts before it again: they are complete first.
         """
+        with timer.phase("wait"):
+            self.rollout_files.wait()
         has_queue = self.is_one_step_off and step < self.config.trainer.steps
         if has_queue and is_last:
             with timer.phase("wait"):
@@ -471,9 +477,15 @@ class RestTrainer:
             next_prompts=tuple(prompt.prompt_id for prompt in self.prompts_of(step + 1)),
             queue=self._collected,
         )
+        is_for_any = step == self.config.trainer.steps or self.config.checkpoint.any_layout == "every"
         with timer.phase("checkpoint"):
             return self.checkpoints.save(
-                self.policy, step=step, extra=state.as_extra(), metrics=metrics, is_complete=is_last or not has_queue
+                self.policy,
+                step=step,
+                extra=state.as_extra(),
+                metrics=metrics,
+                form=checkpoint.ANY_LAYOUT if is_for_any else checkpoint.AS_IT_LIES,
+                is_complete=is_last or not has_queue,
             )
 
     def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:

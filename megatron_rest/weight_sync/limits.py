@@ -22,7 +22,20 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["BYTES_PER_WEIGHT", "MODELS", "Links", "SyncLimits", "SyncSetting", "main", "sync_limits"]
+__all__ = [
+    "BYTES_PER_WEIGHT",
+    "MESSAGES_UNDER_WAY",
+    "MODELS",
+    "PACKED_BYTES",
+    "Links",
+    "SyncLimits",
+    "SyncSetting",
+    "main",
+    "sync_limits",
+]
+
+MESSAGES_UNDER_WAY = 8  # of slices, at a sender and at a worker: enough that no card waits for one slow peer
+PACKED_BYTES = 64 << 20  # most of a message that is packed from small pieces
 
 BYTES_PER_WEIGHT = {
     "float32": 4.0,

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "NCCL_LANES",
     "CudaQueue",
     "Event",
     "GivenUp",
     "GlooLink",
+    "Lanes",
     "Link",
     "NcclLink",
     "Work",
@@ -30,6 +32,7 @@ __all__ = [
     "open_link",
 ]
 
+NCCL_LANES = 4  # messages of one engine that a GPU can have on the wire at the same time
 _TAG = 7
 _POLL_SECONDS = 0.1  # between looks at the other ranks
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.01, 0.5  # between looks at who has come: thousands of ranks ask one store
@@ -125,32 +128,39 @@ class CudaQueue:
 
 
 class NcclLink:
-    """NCCL between GPUs, through the communicator that vLLM brings.  Not run on GPUs.
+    """NCCL between GPUs, through communicators that vLLM brings, each on a stream of its own.  Not run on GPUs.
+
+    A communicator carries one message after the other, so a worker with one would wait for each of its peers in turn.
+    Both ends count their messages, and put each into the same lane (:class:`Lanes`).
 
     NCCL waits for a lost peer for ever, in a kernel or in the call that starts it.  So a thread watches what is under
     way: when it takes longer than ``timeout_seconds``, or when any end has given up (it says so in ``store``), the
-    communicator is aborted, which ends both waits, and the work raises ConnectionError.
+    communicators are aborted, which ends both waits, and the work raises ConnectionError.
 
     Args:
-        communicator: ``send``, ``recv`` (tensor, rank, stream) and ``destroy``, which aborts.
+        communicators: a lane each: ``send``, ``recv`` (tensor, rank, stream) and ``destroy``, which aborts.
+        rank: of this end.
         device: of what is sent.
         store: of the group; others may still be reading from it.
         timeout_seconds: for one message.
-        queue: default: a stream of its own on ``device``.
+        queues: of the lanes; default: a stream of its own on ``device`` for each.
     """
 
     def __init__(
         self,
-        communicator: Any,
+        communicators: Sequence[Any],
+        rank: int,
         device: torch.device,
         store: dist.Store,
         *,
         timeout_seconds: float,
-        queue: CudaQueue | None = None,
+        queues: Sequence[CudaQueue] | None = None,
     ) -> None:
-        self._communicator, self._device, self._store = communicator, device, store
+        self._device, self._store = device, store
         self._timeout = timeout_seconds
-        self._queue = CudaQueue(device) if queue is None else queue
+        self._lanes = Lanes(rank, len(communicators))
+        queues = [CudaQueue(device) for _ in communicators] if queues is None else queues
+        self._ways = list(zip(communicators, queues, strict=True))
         self._begun: dict[int, float] = {}  # when the transfers under way began
         self._count = 0
         self._reason = ""
@@ -159,10 +169,12 @@ class NcclLink:
 
     def send(self, data: Tensor, rank: int) -> Work:
         data = data.to(self._device)
-        return self._put(lambda stream: self._communicator.send(data, rank, stream), data)
+        communicator, queue = self._ways[self._lanes.next(rank)]
+        return self._put(queue, lambda stream: communicator.send(data, rank, stream), data)
 
     def receive(self, buffer: Tensor, rank: int) -> Work:
-        return self._put(lambda stream: self._communicator.recv(buffer, rank, stream), buffer)
+        communicator, queue = self._ways[self._lanes.next(rank)]
+        return self._put(queue, lambda stream: communicator.recv(buffer, rank, stream), buffer)
 
     def give_up(self, reason: str) -> None:
         self._reason = self._reason or reason
@@ -172,15 +184,16 @@ class NcclLink:
     def close(self) -> None:
         if not self._is_over.is_set():
             self._is_over.set()
-            self._communicator.destroy()
+            for communicator, _ in self._ways:
+                communicator.destroy()
 
-    def _put(self, transfer: Callable[[Any], None], data: Tensor) -> Work:
+    def _put(self, queue: CudaQueue, transfer: Callable[[Any], None], data: Tensor) -> Work:
         self._check()
         self._count += 1
         number = self._count
         self._begun[number] = time.monotonic()
         try:
-            return _Enqueued(self, number, self._queue.put(transfer, data))
+            return _Enqueued(self, number, queue.put(transfer, data))
         except Exception as error:
             self._begun.pop(number, None)
             self._check()  # an aborted communicator fails as well, with less to say
@@ -226,6 +239,24 @@ class _Enqueued:
         self._link.finish(self._number, self._event)
 
 
+class Lanes:
+    """Which of ``count`` lanes a message takes: the same at both ends, another for the next peer and the next message.
+
+    Messages between two ranks are in one order at both.  What is first in the order of all messages is first in its
+    lane at both ends, too, so nobody waits in a circle.
+    """
+
+    def __init__(self, rank: int, count: int) -> None:
+        self._rank, self._count = rank, count
+        self._seen: dict[int, int] = {}  # messages with each peer so far
+
+    def next(self, peer: int) -> int:
+        """Lane of the next message to or from ``peer``."""
+        seen = self._seen.get(peer, 0)
+        self._seen[peer] = seen + 1
+        return (self._rank + peer + seen) % self._count
+
+
 def open_link(
     backend: str,
     address: str,
@@ -248,8 +279,8 @@ def open_link(
         case "gloo":
             return GlooLink(_gloo_group(store, rank, world_size, timeout_seconds))
         case "nccl":
-            communicator = _nccl_communicator(store, rank, world_size, device)
-            return NcclLink(communicator, device, store, timeout_seconds=timeout_seconds)
+            ways = [_nccl_communicator(store, f"nccl{i}", rank, world_size, device) for i in range(NCCL_LANES)]
+            return NcclLink(ways, rank, device, store, timeout_seconds=timeout_seconds)
     raise ValueError(f"no link {backend!r}: expected gloo or nccl")
 
 
@@ -278,13 +309,13 @@ def _gloo_group(store: dist.Store, rank: int, world_size: int, timeout_seconds: 
     return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=timeout_seconds))
 
 
-def _nccl_communicator(store: dist.Store, rank: int, world_size: int, device: torch.device) -> Any:
+def _nccl_communicator(store: dist.Store, name: str, rank: int, world_size: int, device: torch.device) -> Any:
     """vLLM's; its unique id travels through ``store``, so that no second port is needed."""
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.utils import StatelessProcessGroup
     from vllm.utils.nccl import unpinned_nccl_env
 
-    group = StatelessProcessGroup(rank=rank, world_size=world_size, store=dist.PrefixStore("nccl", store))
+    group = StatelessProcessGroup(rank=rank, world_size=world_size, store=dist.PrefixStore(name, store))
     with unpinned_nccl_env():
         return PyNcclCommunicator(group, device=device)
 

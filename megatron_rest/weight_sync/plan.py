@@ -10,37 +10,47 @@ no case of their own:
                                                     |
                                      copies: (source rank, box of its shard) -> (worker, box of its parameter)
 
-A piece that several ranks hold (norms, data-parallel replicas) is sent by the one that has sent the least so far; every
-element of a worker's parameter comes from exactly one rank, exactly once.  So bytes moved = bytes needed, except for
-tensors that an engine only takes whole: those are delivered as full HF tensors to every worker, and
+A piece that several ranks hold (a norm, a TP shard beside other experts) is sent by the one that has sent the least so
+far; every element of a worker's parameter comes from exactly one rank, exactly once.  So bytes moved = bytes needed,
+except for tensors that an engine only takes whole: those are delivered as full HF tensors to every worker, and
 :meth:`SyncPlan.whole_bytes` says what that costs.
+
+Data-parallel replicas make several copies of the model.  An engine is fed by as few of them as keep up with its network
+cards, and engines take turns: few ranks then talk to an engine, and engines that are laid out alike share one plan in
+which only the senders' numbers differ (:func:`make_plans`).
 
 A matrix that an engine holds in FP8 travels in FP8, and its scales are one more tensor.  These no rank holds: senders
 compute them before a transfer (fp8.py), and then every rank that holds a part of the matrix has all of its scales.
 
 Copies are packed into messages of one (source, worker) pair; a large one travels alone, since it needs no packing where
-both ends hold it in one piece.  The order of messages is the same for everybody, and sources take turns in it, so that
-all links are busy and layers are complete early.
+both ends hold it in one piece.  The order of messages is the same for everybody: rounds in which every pair has one
+message, and in a round the sources begin with different workers, so that all links are busy and layers are complete
+early.  What is small travels in the round in which its message was begun, so no layer waits for its norm.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
-from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, resolve_name
+from megatron_rest.model_map import ModelShape, ParameterSpec, hf_shapes, parameter_map
 from megatron_rest.weight_sync.layouts import EngineTensor, Fp8Form, Placement, Shard, training_placements
+from megatron_rest.weight_sync.limits import PACKED_BYTES
 
-__all__ = ["Copy", "Message", "SyncPlan", "make_plan", "region"]
+__all__ = ["Copy", "Message", "SyncPlan", "make_plan", "make_plans", "region", "without_collector"]
 
-_ALONE_BYTES = 1 << 20  # a copy of this size gains nothing from company
+_ALONE_BYTES = 16 << 20  # a copy of this size gains nothing from company
+_SPAN = 4  # a packed message collects over so many times its limit of what its pair sends: the worker's open tensors
+_AS_FAST = 1.02  # fewer copies of the model may feed an engine where that takes at most so much longer
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):  # there are hundreds of thousands
     """One box of a source's shard into one box of a worker's tensor; both hold the same ``size``."""
 
     parameter: str  # Megatron name at the source
@@ -68,6 +78,18 @@ class SyncPlan:
     messages: tuple[Message, ...]
     form: Fp8Form | None = None  # what senders quantise
     sent_by: tuple[int, ...] = field(default=())  # bytes leaving each source rank
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Ranks that send, in order: the engine's transfer group is these and its workers."""
+        return tuple(rank for rank, num_bytes in enumerate(self.sent_by) if num_bytes)
+
+    def pairs(self) -> dict[tuple[int, int], list[int]]:
+        """Positions of the messages of every (source, worker)."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for position, message in enumerate(self.messages):
+            found.setdefault((message.source, message.worker), []).append(position)
+        return found
 
     @property
     def moved_bytes(self) -> int:
@@ -103,6 +125,92 @@ class _Holders:
     ranks: list[tuple[int, str, tuple[int, ...]]] = field(default_factory=list)  # (source rank, parameter, start)
 
 
+def make_plans(
+    shape: ModelShape,
+    sources: Sequence[Mapping[str, Shard]],
+    engines: Sequence[tuple[Sequence[Sequence[EngineTensor]], Fp8Form | None]],
+    *,
+    message_bytes: int = 64 << 20,
+) -> list[SyncPlan]:
+    """A plan for every engine; arguments as for :func:`make_plan`, ``engines`` with the tensors of each one's workers.
+
+    Pure and deterministic.  Engines with the same tensors (the same object, or equal ones) are planned once.
+    """
+    with without_collector():
+        return _make_plans(shape, sources, engines, message_bytes)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Hundreds of thousands of tuples are made, none of them garbage: looking for some takes as long as making them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _make_plans(
+    shape: ModelShape,
+    sources: Sequence[Mapping[str, Shard]],
+    engines: Sequence[tuple[Sequence[Sequence[EngineTensor]], Fp8Form | None]],
+    message_bytes: int,
+) -> list[SyncPlan]:
+    peers = _peers(sources)
+    num_copies = min((len(ranks) for ranks in peers), default=1)
+    num_workers = max((len(workers) for workers, _ in engines), default=1)
+    used = _copies_used(num_copies, len(peers), len(engines), num_workers)
+    seats = [ranks[copy] for ranks in peers for copy in range(used)]
+    held = [sources[rank] for rank in seats]
+    made: list[tuple[tuple[Sequence[Sequence[EngineTensor]], Fp8Form | None], SyncPlan]] = []
+    plans = []
+    for index, engine in enumerate(engines):
+        plan = next((plan for known, plan in made if _is_same(known, engine)), None)
+        if plan is None:
+            plan = make_plan(shape, held, engine[0], form=engine[1], message_bytes=message_bytes)
+            made.append((engine, plan))
+        ranks = [of_class[(index * used + copy) % num_copies] for of_class in peers for copy in range(used)]
+        plans.append(_seated(plan, ranks, len(sources)))
+    return plans
+
+
+def _is_same(known: tuple[object, object], engine: tuple[object, object]) -> bool:
+    return known[0] is engine[0] or known == engine
+
+
+def _peers(sources: Sequence[Mapping[str, Shard]]) -> list[list[int]]:
+    """Ranks that hold the same parameters: one of each list makes a whole copy of the model."""
+    same: dict[frozenset[tuple[str, Shard]], list[int]] = {}
+    for rank, parameters in enumerate(sources):
+        if parameters:
+            same.setdefault(frozenset(parameters.items()), []).append(rank)
+    return list(same.values())
+
+
+def _copies_used(num_copies: int, ranks_per_copy: int, num_engines: int, num_workers: int) -> int:
+    """How many copies of the model feed one engine: as few as are as fast as all of them."""
+
+    def seconds(used: int) -> float:
+        """Of the busiest network card, in copies of the model a card."""
+        engines_of_a_copy = -(-num_engines * used // num_copies)
+        return max(engines_of_a_copy / (used * ranks_per_copy), 1 / num_workers)
+
+    choices = range(1, num_copies + 1)
+    best = min(map(seconds, choices))
+    return next(used for used in choices if seconds(used) <= _AS_FAST * best)
+
+
+def _seated(plan: SyncPlan, ranks: Sequence[int], num_ranks: int) -> SyncPlan:
+    """The plan with the sender in place ``i`` being ``ranks[i]``."""
+    sent = [0] * num_ranks
+    for rank, num_bytes in zip(ranks, plan.sent_by, strict=True):
+        sent[rank] = num_bytes
+    messages = tuple(Message(ranks[m.source], m.worker, m.copies, m.num_bytes) for m in plan.messages)
+    return replace(plan, messages=messages, sent_by=tuple(sent))
+
+
 def make_plan(
     shape: ModelShape,
     sources: Sequence[Mapping[str, Shard]],
@@ -110,24 +218,22 @@ def make_plan(
     *,
     form: Fp8Form | None = None,
     message_bytes: int = 64 << 20,
-    load: Sequence[int] = (),
 ) -> SyncPlan:
-    """The copies that fill ``workers`` from ``sources``.
+    """The copies that fill ``workers`` from ``sources``, all of which share the sending.
 
     Args:
         shape: the model's numbers.
         sources: for every training rank its Megatron parameters (global names) and how TP cut them.
         workers: for every worker of one engine the tensors that it takes, each in the data type that travels.
         form: what of it is in FP8.
-        message_bytes: a message is closed when it reaches this size.
-        load: bytes that each source sends already (into other engines); replicas are chosen to even it out.
+        message_bytes: a message is closed when it reaches this size, a packed one at 64 MiB if that is less.
 
     Pure and deterministic: every rank that calls it with the same arguments gets the same plan.  Raises ValueError
     when a box that a worker needs is held by nobody.
     """
     held = _index_holders(shape, sources, form)
-    sent = [*load] or [0] * len(sources)
-    packer = _Packer(max(message_bytes, 1), _ALONE_BYTES)
+    sent = [0] * len(sources)
+    packer = _Packer(max(message_bytes, 1), _ALONE_BYTES, len(sources), len(workers))
     for position in range(max((len(t) for t in workers), default=0)):  # layer by layer, all workers alike
         for worker, tensors in enumerate(workers):
             if position >= len(tensors):
@@ -137,20 +243,23 @@ def make_plan(
             for wanted in tensor.placements:
                 left = math.prod(wanted.size)
                 for holders in held.get(wanted.hf_name, ()):
-                    box = _intersection(holders.box, wanted)
-                    if box is None:
+                    overlap = _overlap(holders.box, wanted)
+                    if overlap is None:
                         continue
-                    source, parameter, start = min(holders.ranks, key=lambda h: sent[h[0]])
+                    begin, size = overlap
+                    ranks = holders.ranks
+                    source, parameter, start = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda h: sent[h[0]])
+                    numel = math.prod(size)
                     copy = Copy(
                         parameter,
-                        _shifted(start, box.hf_start, holders.box.hf_start),
+                        _shifted(start, begin, holders.box.hf_start),
                         position,
-                        _shifted(wanted.start, box.hf_start, wanted.hf_start),
-                        box.size,
+                        _shifted(wanted.start, begin, wanted.hf_start),
+                        size,
                     )
-                    sent[source] += itemsize * math.prod(box.size)
-                    left -= math.prod(box.size)
-                    packer.add(source, worker, copy, itemsize)
+                    sent[source] += itemsize * numel
+                    left -= numel
+                    packer.add(source, worker, copy, itemsize, numel)
                 if left:
                     raise ValueError(
                         f"{wanted.hf_name}: the training ranks hold {math.prod(wanted.size) - left} of the "
@@ -160,71 +269,104 @@ def make_plan(
         tensors=tuple(tuple(t) for t in workers),
         messages=packer.messages(),
         form=form,
-        sent_by=tuple(s - before for s, before in zip(sent, [*load] or [0] * len(sources), strict=True)),
+        sent_by=tuple(sent),
     )
 
 
 def _index_holders(
     shape: ModelShape, sources: Sequence[Mapping[str, Shard]], form: Fp8Form | None
 ) -> dict[str, list[_Holders]]:
+    specs = {name: spec for spec in parameter_map(shape) for name in (spec.megatron_name, *spec.alternatives)}
     boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], _Holders]] = {}
-
-    def note(box: Placement, rank: int, parameter: str) -> None:
-        holders = boxes.setdefault(box.hf_name, {}).setdefault((box.hf_start, box.size), _Holders(box))
-        holders.ranks.append((rank, parameter, box.start))
-
-    for spec in parameter_map(shape):
-        scales: list[Placement] = []
-        for matrix, size in zip(spec.hf_names, hf_shapes(spec, shape), strict=True):
-            if form is not None and matrix in form.names:
-                origin, grid = form.grid((0, 0), size)
-                scales.append(Placement(form.scale_name(matrix), origin, origin, grid))
-        for rank, parameters in enumerate(sources):
-            name = resolve_name(spec, parameters)
-            if name is None:
+    known: dict[tuple[str, Shard], list[Placement]] = {}
+    for rank, parameters in enumerate(sources):
+        for name, shard in parameters.items():
+            spec = specs.get(name)
+            if spec is None:
                 continue
-            shard = parameters[name]
-            for placement in training_placements(spec, shape, shard.tp_rank, shard.tp_size):
-                note(placement, rank, name)
-            for whole in scales:
-                note(whole, rank, whole.hf_name)
+            placements = known.get((name, shard))
+            if placements is None:
+                placements = known[name, shard] = list(_placements(spec, shape, shard, form))
+            for box in placements:
+                holders = boxes.setdefault(box.hf_name, {}).setdefault((box.hf_start, box.size), _Holders(box))
+                # Scales lie nowhere in a shard: who holds a part of the matrix has all of them under their HF name.
+                holders.ranks.append((rank, name if box.hf_name in spec.hf_names else box.hf_name, box.start))
     return {name: list(parts.values()) for name, parts in boxes.items()}
+
+
+def _placements(spec: ParameterSpec, shape: ModelShape, shard: Shard, form: Fp8Form | None) -> Iterator[Placement]:
+    yield from training_placements(spec, shape, shard.tp_rank, shard.tp_size)
+    for matrix, size in zip(spec.hf_names, hf_shapes(spec, shape), strict=True):
+        if form is not None and matrix in form.names:
+            origin, grid = form.grid((0, 0), size)
+            yield Placement(form.scale_name(matrix), origin, origin, grid)
+
+
+@dataclass(slots=True)
+class _Open:
+    """A message that still grows."""
+
+    turn: int
+    position: int  # among all messages, by when they were begun
+    span: int  # bytes that its pair has sent when it must close
+    copies: list[tuple[int, Copy]] = field(default_factory=list)  # size of an element, copy
+    num_bytes: int = 0
 
 
 class _Packer:
     """Copies into messages: one open message for every pair, in rounds, so that sources take turns."""
 
-    def __init__(self, limit: int, alone: int) -> None:
-        self._limit, self._alone = limit, alone  # bytes
-        self._open: dict[tuple[int, int], list[tuple[int, Copy]]] = {}  # size of an element, copy
-        self._sizes: dict[tuple[int, int], int] = {}
-        self._rounds: dict[tuple[int, int], int] = {}
-        self._closed: list[tuple[int, int, Message]] = []  # (round, position, message)
+    def __init__(self, limit: int, alone: int, num_sources: int, num_workers: int) -> None:
+        self._limit, self._alone, self._num_sources, self._num_workers = limit, alone, num_sources, num_workers
+        self._packed = min(limit, PACKED_BYTES)
+        self._open: dict[tuple[int, int], _Open] = {}
+        self._sent: dict[tuple[int, int], int] = {}  # bytes of a pair so far
+        self._turns: dict[tuple[int, int], int] = {}
+        self._begun = 0
+        self._closed: list[tuple[tuple[int, int, int], Message]] = []
 
-    def add(self, source: int, worker: int, copy: Copy, itemsize: int) -> None:
+    def add(self, source: int, worker: int, copy: Copy, itemsize: int, numel: int) -> None:
         pair = (source, worker)
-        for part in _split(copy, self._limit // itemsize):
-            num_bytes = itemsize * math.prod(part.size)
-            is_alone = num_bytes >= self._alone
-            if is_alone:
-                self._close(pair)  # what came before it stays before it: layers are complete early
-            self._open.setdefault(pair, []).append((itemsize, part))
-            self._sizes[pair] = self._sizes.get(pair, 0) + num_bytes
-            if is_alone or self._sizes[pair] >= self._limit:
-                self._close(pair)
+        if numel * itemsize > self._limit:
+            for part in _split(copy, self._limit // itemsize):
+                self._add(pair, part, itemsize, itemsize * math.prod(part.size))
+        else:
+            self._add(pair, copy, itemsize, itemsize * numel)
+
+    def _add(self, pair: tuple[int, int], copy: Copy, itemsize: int, num_bytes: int) -> None:
+        sent = self._sent[pair] = self._sent.get(pair, 0) + num_bytes
+        if num_bytes >= self._alone:
+            self._close(pair, _Open(*self._begin(pair), span=0, copies=[(itemsize, copy)], num_bytes=num_bytes))
+            message = self._open.get(pair)
+        else:
+            message = self._open.get(pair)
+            if message is None:
+                message = self._open[pair] = _Open(*self._begin(pair), span=sent + _SPAN * self._packed)
+            message.copies.append((itemsize, copy))
+            message.num_bytes += num_bytes
+        if message is not None and (message.num_bytes >= self._packed or sent >= message.span):
+            self._close(pair, self._open.pop(pair))
 
     def messages(self) -> tuple[Message, ...]:
-        for pair in list(self._open):
-            self._close(pair)
-        return tuple(message for _, _, message in sorted(self._closed, key=lambda entry: entry[:2]))
+        for pair, message in self._open.items():
+            self._close(pair, message)
+        self._open.clear()
+        return tuple(message for _, message in sorted(self._closed, key=lambda entry: entry[0]))
 
-    def _close(self, pair: tuple[int, int]) -> None:
-        copies = sorted(self._open.pop(pair, []), key=lambda entry: -entry[0])
-        if copies:
-            turn = self._rounds.get(pair, 0)
-            self._rounds[pair] = turn + 1
-            message = Message(*pair, tuple(copy for _, copy in copies), self._sizes.pop(pair))
-            self._closed.append((turn, len(self._closed), message))
+    def _begin(self, pair: tuple[int, int]) -> tuple[int, int]:
+        turn = self._turns.get(pair, 0)
+        self._turns[pair] = turn + 1
+        self._begun += 1
+        return turn, self._begun
+
+    def _close(self, pair: tuple[int, int], message: _Open) -> None:
+        source, worker = pair
+        copies = sorted(message.copies, key=lambda entry: -entry[0])  # stable: only types are put in order
+        # Neighbours begin with the same worker, so that it hears at once of sources whose lanes differ (links.Lanes).
+        first = source * self._num_workers // self._num_sources
+        key = (message.turn, (worker - first) % self._num_workers, message.position)
+        closed = Message(source, worker, tuple(copy for _, copy in copies), message.num_bytes)
+        self._closed.append((key, closed))
 
 
 def _split(copy: Copy, limit: int) -> Iterator[Copy]:
@@ -247,14 +389,26 @@ def _moved(start: tuple[int, ...], dim: int, by: int) -> tuple[int, ...]:
     return (*start[:dim], start[dim] + by, *start[dim + 1 :])
 
 
-def _intersection(a: Placement, b: Placement) -> Placement | None:
-    begin = tuple(max(x, y) for x, y in zip(a.hf_start, b.hf_start, strict=True))
-    ends = zip(a.hf_start, a.size, b.hf_start, b.size, strict=True)
-    size = tuple(min(x + m, y + n) - low for (x, m, y, n), low in zip(ends, begin, strict=True))
-    return Placement(a.hf_name, begin, begin, size) if min(size) > 0 else None
+def _overlap(a: Placement, b: Placement) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Start and size of the box of the HF tensor that lies in both."""
+    if len(a.size) == 2:  # nearly all, and there are hundreds of thousands
+        (x, u), (m, p), (y, v), (n, q) = a.hf_start, a.size, b.hf_start, b.size
+        low, left = (x if x > y else y), (u if u > v else v)
+        rows, columns = min(x + m, y + n) - low, min(u + p, v + q) - left
+        return ((low, left), (rows, columns)) if rows > 0 and columns > 0 else None
+    begin, size = [], []
+    for x, m, y, n in zip(a.hf_start, a.size, b.hf_start, b.size, strict=True):
+        low, high = max(x, y), min(x + m, y + n)
+        if high <= low:
+            return None
+        begin.append(low)
+        size.append(high - low)
+    return tuple(begin), tuple(size)
 
 
 def _shifted(start: tuple[int, ...], to: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
+    if to == origin:
+        return start
     lead = len(start) - len(to)
     return (*start[:lead], *(s + t - o for s, t, o in zip(start[lead:], to, origin, strict=True)))
 

@@ -1,19 +1,24 @@
 """A plan carried out: training ranks pack, cast and send; workers receive, check and put together.
 
-    rank:    slice -> cast -> pack -> digest -> send            two messages under way: packing overlaps sending
+    rank:    slice -> cast -> pack -> digest -> send            eight messages under way: packing overlaps sending
              (what is sent in FP8 is quantised by then: fp8.py)
     worker:  receive (the next ones are asked for already) -> digest -> scatter -> a complete tensor goes to the engine
 
 Nothing but the planned bytes travels: sender and worker know sizes and order from the plan, and the digests are
-compared afterwards, over another way.  A worker whose engine fails goes on receiving, so that no sender waits for it.
+compared afterwards, over another way: one of all that a pair has exchanged (:func:`folded`), and those of its messages
+only where that differs.  A worker whose engine fails goes on receiving, so that no sender waits for it.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
+import math
+import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_rest.weight_sync.digest import digest
+from megatron_rest.weight_sync.limits import MESSAGES_UNDER_WAY
 from megatron_rest.weight_sync.links import Link, Work
 from megatron_rest.weight_sync.plan import Copy, Message, SyncPlan, region
 from megatron_rest.weight_sync.staging import Staging
@@ -31,16 +37,20 @@ __all__ = [
     "ScheduledTensor",
     "SliceReceiver",
     "SliceSender",
+    "folded",
     "hand_out",
     "message_names",
     "receive_schedule",
 ]
 
-_IN_FLIGHT = 2  # messages a sender has under way, and a worker asks for ahead
-_FIRST = 0  # the source that hands out schedules
-
 MessageDigests = list[list[tuple[int, int]]]
 """For every message, in order: a digest of the whole; in a detailed pass one of each copy, too."""
+
+
+def folded(messages: Iterable[Sequence[Sequence[int]]]) -> int:
+    """One number, of 64 bits, for the digests of messages in their order; those of copies do not count."""
+    data = b"".join(struct.pack("<qq", *digests[0]) for digests in messages)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +66,24 @@ class ScheduledTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """What one worker has to know: its tensors, and the messages that fill them, in order."""
+    """What one worker has to know: its tensors, and the messages that fill them, in order.
+
+    Sources are numbered as in the engine's transfer group: by their place in ``SyncPlan.sources``.
+    """
 
     tensors: tuple[ScheduledTensor, ...]
     messages: tuple[Message, ...]
 
     @classmethod
     def of(cls, plan: SyncPlan, worker: int) -> Schedule:
+        place = {rank: i for i, rank in enumerate(plan.sources)}
         return cls(
             tensors=tuple(
                 ScheduledTensor(t.name, t.shape, t.dtype, t.is_whole, t.covered) for t in plan.tensors[worker]
             ),
-            messages=tuple(message for message in plan.messages if message.worker == worker),
+            messages=tuple(
+                Message(place[m.source], m.worker, m.copies, m.num_bytes) for m in plan.messages if m.worker == worker
+            ),
         )
 
     def dtypes(self, message: Message) -> list[torch.dtype]:
@@ -111,17 +127,18 @@ class SliceSender:
     """One training rank's part of the plans of all engines.
 
     Args:
-        rank: this rank's number among the sources.
+        rank: this rank's number among the training ranks.
         plans: one for each engine.
-        links: one for each engine; in an engine's transfer group the sources come first, then its workers.
-        num_sources: training ranks.
+        links: one for each engine, None for those that this rank sends nothing to; in an engine's transfer group its
+            sources come first, then its workers.
         device: of the shards.
     """
 
     def __init__(
-        self, rank: int, plans: Sequence[SyncPlan], links: Sequence[Link], num_sources: int, device: torch.device
+        self, rank: int, plans: Sequence[SyncPlan], links: Sequence[Link | None], device: torch.device
     ) -> None:
-        self._links, self._num_sources = links, num_sources
+        self._links = links
+        self._first_workers = [len(plan.sources) for plan in plans]  # number of worker 0 in the engine's group
         # One order that all ranks and workers agree on: position in the plan, then engine.
         mine = [
             (position, engine, message, plan)
@@ -172,12 +189,13 @@ class SliceSender:
             packed = pack(message.copies, shards[engine], dtypes, self._staging)
             digests[engine, position] = _digests(packed, message.copies, dtypes, detailed)
             if tamper is not None:
-                parts = [part for _, part in _parts(message.copies, packed, dtypes)]
+                parts = _parts(message.copies, packed, dtypes)
                 packed = _tampered([tensor.name for tensor in tensors], parts, tamper)
-            while len(under_way) >= _IN_FLIGHT:
+            while len(under_way) >= MESSAGES_UNDER_WAY:
                 finish_one()
-            target = self._num_sources + message.worker
-            work = attempt(engine, functools.partial(self._links[engine].send, packed, target))
+            link = self._links[engine]
+            assert link is not None, "every rank that sends to an engine is in its group"
+            work = attempt(engine, functools.partial(link.send, packed, self._first_workers[engine] + message.worker))
             if work is not None:
                 self.num_bytes += packed.numel()
                 under_way.append((engine, work, packed))
@@ -237,7 +255,7 @@ class SliceReceiver:
         for message in self.schedule.messages:
             buffer, in_place = self._place(message)
             asked.append((message, buffer, in_place, self.link.receive(buffer, message.source)))
-            if len(asked) > _IN_FLIGHT:
+            if len(asked) >= MESSAGES_UNDER_WAY:
                 yield _arrived(*asked.popleft())
         while asked:
             yield _arrived(*asked.popleft())
@@ -262,12 +280,12 @@ class SliceReceiver:
 
     def _scatter(self, message: Message, buffer: Tensor | None, hand_over: bool) -> None:
         """Put a message's copies in place, unless they are; complete tensors leave."""
-        parts = None if buffer is None else _parts(message.copies, buffer, self.schedule.dtypes(message))
+        if buffer is not None:
+            places = [region(self._tensor(c.tensor).value, c.start, c.size) for c in message.copies]
+            torch._foreach_copy_(places, _parts(message.copies, buffer, self.schedule.dtypes(message)))
         for copy in message.copies:
             target = self._tensor(copy.tensor)
-            if parts is not None:
-                region(target.value, copy.start, copy.size).copy_(next(parts)[1])
-            target.left -= torch.Size(copy.size).numel()
+            target.left -= math.prod(copy.size)
             if target.left == 0:
                 del self._open[copy.tensor]
                 if hand_over:
@@ -290,24 +308,29 @@ def pack(
     if len(parts) == 1 and parts[0].dtype is dtypes[0] and parts[0].is_contiguous():
         return parts[0].view(-1).view(torch.uint8)
     packed = staging.empty(sum(part.numel() * dtype.itemsize for part, dtype in zip(parts, dtypes, strict=True)))
-    for part, (_, target) in zip(parts, _parts(copies, packed, dtypes), strict=True):
-        target.copy_(part)
+    torch._foreach_copy_(_parts(copies, packed, dtypes), parts)  # hundreds of small ones
     return packed
 
 
-def _parts(copies: Sequence[Copy], packed: Tensor, dtypes: Sequence[torch.dtype]) -> Iterator[tuple[Copy, Tensor]]:
+def _parts(copies: Sequence[Copy], packed: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Where each copy lies in ``packed``; copies of one type lie together."""
+    parts: list[Tensor] = []
     at = 0
-    for copy, dtype in zip(copies, dtypes, strict=True):
-        num_bytes = torch.Size(copy.size).numel() * dtype.itemsize
-        yield copy, packed[at : at + num_bytes].view(dtype).view(copy.size)
-        at += num_bytes
+    for dtype, run in itertools.groupby(zip(copies, dtypes, strict=True), key=lambda entry: entry[1]):
+        sizes = [copy.size for copy, _ in run]
+        numels = [math.prod(size) for size in sizes]
+        end = at + sum(numels) * dtype.itemsize
+        flat = packed[at:end].view(dtype).split(numels)
+        parts += [part.view(size) for part, size in zip(flat, sizes, strict=True)]
+        at = end
+    return parts
 
 
 def _digests(
     packed: Tensor, copies: Sequence[Copy], dtypes: Sequence[torch.dtype], detailed: bool
 ) -> list[tuple[int, int]]:
     parts = _parts(copies, packed, dtypes) if detailed else ()
-    return [digest(packed), *(digest(part) for _, part in parts)]
+    return [digest(packed), *(digest(part) for part in parts)]
 
 
 def _tampered(names: Sequence[str], parts: Sequence[Tensor], tamper: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -320,19 +343,21 @@ def _arrived(message: Message, buffer: Tensor, in_place: bool, work: Work) -> tu
     return message, buffer, in_place
 
 
-def hand_out(plan: SyncPlan, link: Link, num_sources: int) -> None:
-    """The first source tells every worker its schedule."""
-    for worker in range(len(plan.tensors)):
+def hand_out(plan: SyncPlan, link: Link, place: int) -> None:
+    """The source at ``place`` of an engine's group tells its part of the workers their schedules."""
+    num_sources = len(plan.sources)
+    for worker in range(place, len(plan.tensors), num_sources):
         text = torch.frombuffer(bytearray(Schedule.of(plan, worker).to_json().encode()), dtype=torch.uint8)
         length = torch.tensor([text.numel()], dtype=torch.int64).view(torch.uint8)
         link.send(length, num_sources + worker).wait()
         link.send(text, num_sources + worker).wait()
 
 
-def receive_schedule(link: Link, device: torch.device) -> Schedule:
+def receive_schedule(link: Link, worker: int, num_sources: int, device: torch.device) -> Schedule:
     """A worker's counterpart of :func:`hand_out`."""
+    source = worker % num_sources
     length = torch.empty(8, dtype=torch.uint8, device=device)
-    link.receive(length, _FIRST).wait()
+    link.receive(length, source).wait()
     text = torch.empty(int(length.view(torch.int64).item()), dtype=torch.uint8, device=device)
-    link.receive(text, _FIRST).wait()
+    link.receive(text, source).wait()
     return Schedule.from_json(bytes(text.cpu().numpy()).decode())

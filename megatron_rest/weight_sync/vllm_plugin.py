@@ -178,7 +178,7 @@ class BroadcastWeightTransferEngine(_ReloadEngine):
 class SliceInitInfo(WeightTransferInitInfo):
     master_address: str
     master_port: int
-    rank_offset: int  # ranks before the first worker: the training ranks
+    rank_offset: int  # ranks before the first worker: the training ranks that send to this engine
     world_size: int
     timeout_seconds: int
     backend: str
@@ -213,7 +213,8 @@ class SliceWeightTransferEngine(_ReloadEngine):
             device,
             init_info.token,
         )
-        self._receiver = SliceReceiver(link, receive_schedule(link, device), device, self._put)
+        schedule = receive_schedule(link, _worker_index(self), init_info.rank_offset, device)
+        self._receiver = SliceReceiver(link, schedule, device, self._put)
 
     def start_weight_update(self) -> None:
         super().start_weight_update()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_rest.data.rollout_file import read_rollouts, rollout_files, rollout_path, write_rollouts
+from megatron_rest.data.rollout_file import RolloutWriter, read_rollouts, rollout_files, rollout_path, write_rollouts
 from tests.analysis.test_run_variance import rollouts_of
 
 
@@ -86,3 +86,17 @@ def test_an_entry_that_is_no_array_is_refused_by_name(tmp_path: Path, entry: str
             archive.writestr(name, data)
     with pytest.raises(ValueError, match=f"is not a file of rollouts: {entry.removesuffix('.npy')} is no array"):
         read_rollouts(path)
+
+
+def test_files_are_written_behind_training_and_a_failure_is_raised(tmp_path):
+    writer = RolloutWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(rollouts_of(step))
+    writer.wait()
+    assert [step for step, _ in rollout_files(tmp_path)] == [1, 2, 3]
+    (tmp_path / "file").write_text("")
+    broken = RolloutWriter(tmp_path / "file")
+    broken.write(rollouts_of(4))
+    with pytest.raises(NotADirectoryError):
+        broken.wait()
+    broken.wait()  # said once

@@ -2,7 +2,8 @@
 
 1. saved in the background at TP2 x PP2 while training goes on, with and without the distributed optimiser; continued at
    TP2 x PP2 (bit for bit), TP4, PP2 x VPP2, DP2 and in one process: same loss, gradient norm, learning rate, parameters
-2. experts: saved at EP2 x DP2 with the distributed optimiser, continued at EP4 and EP2 x TP2
+2. experts: saved at EP2 x DP2 with the distributed optimiser, continued at EP4 and EP2 x TP2; the distributed
+   optimiser's state as it lies continues at the same layout bit for bit, at other replicas to rounding, no other way
 3. every rank's random streams come back, at the same layout only
 4. a damaged checkpoint is refused by name, and the newest intact one is found; none intact is an error
 5. a writer that fails (disk full, file too large, folder not made, process killed) says so on every rank, and what was
@@ -44,6 +45,8 @@ SAVED: dict[str, Layout] = {
     "plain": {"tp": 2, "pp": 2},
     "distributed": {"tp": 2, "pp": 2} | DISTRIBUTED,
     "experts": {"ep": 2, **DISTRIBUTED},
+    "as it lies": {"pp": 2} | DISTRIBUTED,
+    "experts as they lie": {"ep": 2, **DISTRIBUTED},
 }
 CONTINUED: dict[str, list[tuple[str, Layout]]] = {  # number of ranks, and more on as many
     "4": [
@@ -52,9 +55,15 @@ CONTINUED: dict[str, list[tuple[str, Layout]]] = {  # number of ranks, and more 
         ("distributed", {"tp": 2, "pp": 2} | DISTRIBUTED),
         ("distributed", {"tp": 2, "sp": True} | DISTRIBUTED),
         ("experts", {"ep": 2, "tp": 2, "sp": True} | DISTRIBUTED),
+        ("as it lies", {"pp": 2} | DISTRIBUTED),
+        ("experts as they lie", {"ep": 2} | DISTRIBUTED),
     ],
     "4 more": [("distributed", {"tp": 4} | DISTRIBUTED), ("experts", {"ep": 4} | DISTRIBUTED)],
-    "2": [("plain", {"pp": 2, "vpp": 2}), ("distributed", {"cp": 2} | DISTRIBUTED)],
+    "2": [
+        ("plain", {"pp": 2, "vpp": 2}),
+        ("distributed", {"cp": 2} | DISTRIBUTED),
+        ("as it lies", {"pp": 2} | DISTRIBUTED),
+    ],
     "2 more": [("plain", {}), ("distributed", {"pp": 2, "vpp": 2} | DISTRIBUTED)],
     "1": [("plain", {}), ("distributed", DISTRIBUTED)],
 }
@@ -66,7 +75,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     dense = str(make_model(folder / "dense", tied=True))
     shape = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
     experts = build_tiny_model(folder / "experts", arch="qwen3_moe", tied=False, layers=LAYERS, **shape)
-    return {"plain": dense, "distributed": dense, "experts": str(experts)}
+    return dict.fromkeys(("plain", "distributed", "as it lies"), dense) | dict.fromkeys(
+        ("experts", "experts as they lie"), str(experts)
+    )
 
 
 def draw(count: int) -> list[float]:
@@ -92,7 +103,13 @@ def train_and_save(rank: int, world_size: int, models: dict[str, str], folder: s
             writer.poll()
             if step >= 2:
                 draw(1 + rank)  # every rank is at another place of its streams
-                writer.save(parts.policy, step=step, extra={"weighting": {"mean": [None, 0.25]}, "step_seen": step})
+                extra = {"weighting": {"mean": [None, 0.25]}, "step_seen": step}
+                form = (
+                    checkpoint.AS_IT_LIES
+                    if name.endswith("as it lies") or "they lie" in name
+                    else checkpoint.ANY_LAYOUT
+                )
+                writer.save(parts.policy, step=step, extra=extra, form=form)
             if step == 3:
                 drawn = draw(2)
         writer.wait()
@@ -155,7 +172,7 @@ def test_continue_at_any_layout(models, saved, group):
     ranks = run_distributed(continue_from, int(group.split()[0]), models, str(folder), runs)
     for number, (name, layout) in enumerate(runs):
         expected = unbroken[0][name]
-        is_same = layout == SAVED[name]
+        is_same = layout == SAVED[name] and group.split()[0] == "4"
         for rank, result in enumerate(results[number] for results in ranks):
             assert result["drawn"] == (unbroken[rank][name]["drawn"] if is_same else None)
             assert result["step"] == 3
@@ -175,6 +192,7 @@ def refused(rank: int, world_size: int, models: dict[str, str], folder: str, emp
         ("plain", empty, {}),
         ("plain", f"{folder}/plain", DISTRIBUTED),
         ("experts", f"{folder}/experts", DISTRIBUTED),
+        ("as it lies", f"{folder}/as it lies", DISTRIBUTED),
     ]
     for name, path, layout in attempts:
         parts = make_policy(layout_config(models[name], **layout))
@@ -189,10 +207,12 @@ def refused(rank: int, world_size: int, models: dict[str, str], folder: str, emp
 
 def test_what_cannot_be_loaded_is_refused(models, saved, tmp_path):
     folder, _ = saved
-    [[incomplete, kind, experts]] = run_distributed(refused, 1, models, str(folder), str(tmp_path))
+    [[incomplete, kind, experts, layout]] = run_distributed(refused, 1, models, str(folder), str(tmp_path))
     assert "not a complete checkpoint: sha256sums cannot be read" in incomplete
     assert "parallel.distributed_optimizer=false" in kind
     assert "parallel.expert_parallel > 1" in experts
+    assert "was saved at parallel.pipeline_parallel=2, with the optimiser's state as it lay" in layout
+    assert "megatron-rest reshard" in layout
 
 
 def damaged(rank: int, world_size: int, models: dict[str, str], folder: str) -> list[Any]:
@@ -362,3 +382,32 @@ def test_what_cannot_be_written_is_said_on_every_rank_and_loses_nothing(models, 
     for message, other, reason in zip(first, second, reasons, strict=True):
         assert re.search(f"could not be written: .*{reason}", message), message
         assert re.search(f"could not be written: .*(another rank says why|{reason})", other), other
+
+
+def resharded(rank: int, world_size: int, model: str, folder: str, run_dir: str) -> None:
+    from megatron_rest.rollout.process import prepare_process
+
+    prepare_process(allow_late=True)
+    from megatron_rest.trainer.reshard import reshard
+
+    overrides = (f"checkpoint.load={folder}/as it lies/step_000003", f"trainer.run_dir={run_dir}")
+    reshard(layout_config(model, pp=2, **DISTRIBUTED, overrides=overrides))
+
+
+def loaded_alone(rank: int, world_size: int, model: str, path: str) -> dict[str, Any]:
+    parts = make_policy(layout_config(model, **DISTRIBUTED))
+    loaded = checkpoint.load(path, parts.policy)
+    assert loaded.extra["step_seen"] == 3
+    batch = with_weights(batch_of(parts, random_samples(parts.shape.vocab_size)))
+    report = parts.policy.update(batch, smooth_loss)
+    return {"numbers": (report.loss, report.grad_norm, report.lr)}
+
+
+def test_a_checkpoint_as_it_lies_is_written_for_any_layout(models, saved, tmp_path):
+    """Saved at PP 2 x DP 2, written again by two ranks (PP 2), continued in one process."""
+    folder, unbroken = saved
+    run_distributed(resharded, 2, models["as it lies"], str(folder), str(tmp_path))
+    path = tmp_path / "any_layout" / "step_000003"
+    assert checkpoint_files.damage(path) == []
+    [result] = run_distributed(loaded_alone, 1, models["as it lies"], str(path))
+    np.testing.assert_allclose(result["numbers"], unbroken[0]["as it lies"]["numbers"], rtol=3e-5)

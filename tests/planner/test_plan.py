@@ -25,9 +25,12 @@ from tests.helpers.tiny_model import build_tiny_model, read_config
 PUBLISHED_TOTALS = {
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.3-70B": 70_553_706_496,
+    "Llama-3.1-405B": 405_853_388_800,
     "Qwen2.5-72B": 72_706_203_648,
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-235B-A22B": 235_093_634_560,
 }
 
 

@@ -65,11 +65,19 @@ def test_all_ranks_hold_all_rollouts():
 def test_groups_are_packed_and_unpacked():
     prompts = make_prompts(4)
     groups = [make_group(prompt) for prompt in prompts]
-    again = unpack_groups(*pack_groups(groups), prompts)
+    again = unpack_groups(pack_groups(groups), prompts)
     assert [group.prompt.prompt_id for group in again] == [prompt.prompt_id for prompt in prompts]
     for got, want in zip(again, groups, strict=True):
         for a, b in zip(got.rollouts, want.rollouts, strict=True):
             check(a, b)
+
+
+def test_nine_bytes_a_token() -> None:
+    """Ids, log-probs and masks, and 44 bytes a rollout: what each rank receives, however many ranks there are."""
+    groups = [make_group(p) for p in make_prompts(50)]
+    rollouts = [r for g in groups for r in g.rollouts]
+    tokens = sum(len(r.token_ids) for r in rollouts)
+    assert pack_groups(groups).numel() == 9 * tokens + 44 * len(rollouts) + 8
 
 
 def check(a: Rollout, b: Rollout) -> None:

@@ -71,7 +71,7 @@ class FakeEvent:
 
 def link_of(communicator: FakeStallingCommunicator, store: dist.Store | None = None, seconds: float = LONG) -> NcclLink:
     queue: Any = FakeQueue(communicator)
-    return NcclLink(communicator, CPU, store or dist.HashStore(), timeout_seconds=seconds, queue=queue)
+    return NcclLink([communicator], 0, CPU, store or dist.HashStore(), timeout_seconds=seconds, queues=[queue])
 
 
 @pytest.mark.parametrize("in_the_call", [False, True], ids=["in the kernel", "in the call"])
@@ -116,7 +116,7 @@ def test_engines_whose_link_holds_get_all_of_theirs() -> None:
     count = len(plans[0].messages)
     assert count > 5
     lost, fine = FakeStallingCommunicator(works_for=2), FakeStallingCommunicator(works_for=count)
-    sender = SliceSender(0, plans, [link_of(lost, seconds=0.2), link_of(fine)], 1, CPU)
+    sender = SliceSender(0, plans, [link_of(lost, seconds=0.2), link_of(fine)], CPU)
     shards = {name: t.to(torch.bfloat16) for name, t in shards_of(shape, full_state(shape), held[0]).items()}
     digests = sender.send([shards, shards])
     assert set(sender.broken) == {0} and "was not done after" in str(sender.broken[0])

@@ -20,7 +20,7 @@ from megatron_rest.weight_sync.layouts import (
     training_shards,
     whole_tensors,
 )
-from megatron_rest.weight_sync.plan import SyncPlan, make_plan, region
+from megatron_rest.weight_sync.plan import SyncPlan, make_plan, make_plans, region
 
 State = dict[str, torch.Tensor]
 
@@ -208,14 +208,50 @@ def _is_up(name: str) -> bool:
 def test_replicas_share_the_work() -> None:
     shape = _dense()
     held = training_shards(shape, TrainingLayout(tensor_parallel=2, data_parallel=4))
-    load = [0] * len(held)
-    for _ in range(4):  # four engines
-        tensors = [
-            engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))
-        ]
-        plan = make_plan(shape, held, tensors, load=load)
-        load = [a + b for a, b in zip(load, plan.sent_by, strict=True)]
+    tensors = [engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))]
+    plans = make_plans(shape, held, [(tensors, None)] * 4)
+    load = [sum(of_rank) for of_rank in zip(*(plan.sent_by for plan in plans), strict=True)]
     assert max(load) < 1.1 * sum(load) / len(load)
+    # Four copies of the model and four engines: one feeds each, so two ranks talk to an engine and six do not.
+    assert [plan.sources for plan in plans] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert all(plan.moved_bytes == plan.needed_bytes for plan in plans)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "engines", "workers", "senders"),
+    [
+        (4, 1, 8, 8),  # eight cards take what two could send: all copies are needed
+        (4, 1, 2, 2),
+        (4, 2, 4, 4),  # two copies each
+        (2, 5, 2, 4),  # five engines over two copies would burden one of them by half more: both feed all
+    ],
+)
+def test_as_few_ranks_feed_an_engine_as_keep_up_with_it(
+    replicas: int, engines: int, workers: int, senders: int
+) -> None:
+    shape = _dense(num_query_groups=8)
+    held = training_shards(shape, TrainingLayout(tensor_parallel=2, data_parallel=replicas))
+    side = [
+        engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=workers))
+    ]
+    plans = make_plans(shape, held, [(side, None)] * engines, message_bytes=500)
+    assert {len(plan.sources) for plan in plans} == {senders}
+    state = full_state(shape)
+    for plan in plans:
+        got = execute(plan, [shards_of(shape, state, h) for h in held])
+        for worker, mine in zip(engine_workers(shape, EngineLayout(tensor_parallel=workers)), got, strict=True):
+            assert all(torch.equal(mine[name], wanted) for name, wanted in loaded_by_vllm(shape, state, worker).items())
+
+
+def test_what_is_small_shares_messages_though_large_pieces_lie_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm of every layer between matrices that travel alone: one message of norms, in the first round."""
+    monkeypatch.setattr(plan_module, "_ALONE_BYTES", 200)
+    shape = _dense(has_qk_norm=False)
+    held = training_shards(shape, TrainingLayout())
+    plan = make_plan(shape, held, [engine_tensors(shape, WorkerLayout(), torch.bfloat16)])
+    small = [m for m in plan.messages if m.num_bytes < 200 or len(m.copies) > 1]
+    assert [len(m.copies) for m in small] == [2 * shape.num_layers + 1]
+    assert plan.messages.index(small[0]) <= 2
 
 
 def test_sources_take_turns() -> None:
@@ -223,8 +259,8 @@ def test_sources_take_turns() -> None:
     held = training_shards(shape, TrainingLayout(tensor_parallel=2, pipeline_parallel=2))
     tensors = [engine_tensors(shape, w, torch.bfloat16) for w in engine_workers(shape, EngineLayout(tensor_parallel=2))]
     plan = make_plan(shape, held, tensors, message_bytes=2000)
-    first = [m.source for m in plan.messages[:4]]
-    assert sorted(first) == [0, 1, 2, 3]
+    pairs = len(plan.pairs())
+    assert {m.source for m in plan.messages[:pairs]} == {0, 1, 2, 3}, "every pair has one message in a round"
     assert all(m.num_bytes < 2 * 2000 for m in plan.messages)
 
 

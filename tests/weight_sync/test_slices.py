@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from megatron_rest.model_map import ModelShape, parameter_map
 from megatron_rest.rollout.engine import EngineLostError
 from megatron_rest.weight_sync.layouts import EngineTensor, engine_tensors, engine_workers, training_shards
-from megatron_rest.weight_sync.links import GlooLink
-from megatron_rest.weight_sync.plan import make_plan
+from megatron_rest.weight_sync.links import GlooLink, Lanes
+from megatron_rest.weight_sync.plan import make_plan, make_plans
 from megatron_rest.weight_sync.sliced import SliceTransport
 from megatron_rest.weight_sync.slices import Schedule, SliceReceiver, SliceSender, message_names
 from megatron_rest.weight_sync.source import MegatronWeightSource
@@ -35,18 +36,17 @@ def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: l
     """Ranks: sources, then the workers of each engine.  Every worker compares what it got with what vLLM would load."""
     held = training_shards(shape, training)
     workers = [engine_workers(shape, engine) for engine in engines]
-    plans, load = [], [0] * len(held)
-    for layouts in workers:
-        tensors = [engine_tensors(shape, worker, torch.bfloat16) for worker in layouts]
-        plans.append(make_plan(shape, held, tensors, message_bytes=3000, load=load))
-        load = [a + b for a, b in zip(load, plans[-1].sent_by, strict=True)]
+    sides = [[engine_tensors(shape, worker, torch.bfloat16) for worker in layouts] for layouts in workers]
+    plans = make_plans(shape, held, [(side, None) for side in sides], message_bytes=3000)
     state = {name: (tensor % 509 + 1).to(torch.bfloat16) for name, tensor in full_state(shape).items()}
     if rank < len(held):
         links = []
         for engine in range(len(workers)):
             offset = sum(len(w) for w in workers[:engine])
-            links.append(_Shifted(offset, len(held)))
-        sender = SliceSender(rank, plans, links, len(held), torch.device("cpu"))
+            sources = plans[engine].sources
+            ranks = [*sources, *(len(held) + offset + worker for worker in range(len(workers[engine])))]
+            links.append(_Numbered(ranks) if rank in sources else None)
+        sender = SliceSender(rank, plans, links, torch.device("cpu"))
         # fp32 masters: the cast to bfloat16 happens on the way
         shards = {name: t.float() for name, t in shards_of(shape, state, held[rank]).items()}
         flip = _flip(fault) if fault and rank == 0 else None
@@ -62,7 +62,10 @@ def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: l
     got: dict[str, torch.Tensor] = {}
     schedule = Schedule.from_json(Schedule.of(plans[engine], worker).to_json())
     receiver = SliceReceiver(
-        GlooLink(dist.group.WORLD), schedule, torch.device("cpu"), lambda name, tensor, _: got.update({name: tensor})
+        _Numbered(plans[engine].sources),
+        schedule,
+        torch.device("cpu"),
+        lambda name, tensor, _: got.update({name: tensor}),
     )
     digests = [receiver.receive(detailed=detailed) for detailed in (False, True)]
     assert receiver.num_bytes == plans[engine].received_by()[worker]
@@ -75,15 +78,18 @@ def take_part(rank: int, shape: ModelShape, training: TrainingLayout, engines: l
     return [(engine, position) for position, m in enumerate(plans[engine].messages) if m.worker == worker], digests
 
 
-class _Shifted(GlooLink):
-    """All engines share the test's default group, so an engine's workers start later in it."""
+class _Numbered(GlooLink):
+    """All engines share the test's default group: ``ranks`` has the numbers there of those in an engine's group."""
 
-    def __init__(self, offset: int, num_sources: int) -> None:
+    def __init__(self, ranks: Sequence[int]) -> None:
         super().__init__(dist.group.WORLD)
-        self._offset = offset
+        self._ranks = ranks
 
     def send(self, data: torch.Tensor, rank: int) -> Any:
-        return super().send(data, rank + self._offset)
+        return super().send(data, self._ranks[rank])
+
+    def receive(self, buffer: torch.Tensor, rank: int) -> Any:
+        return super().receive(buffer, self._ranks[rank])
 
 
 def _flip(name: str) -> Any:
@@ -130,7 +136,7 @@ def _check_lost_while_connecting(rank: int, world: int) -> None:
     source = MegatronWeightSource(lambda: shards, parameter_map(shape), shape, tp_group=dist.group.WORLD)
     transport = SliceTransport(source, message_bytes=3000, timeout_seconds=10**4)
     engine: Any = _Dying(shape) if rank == 1 else None
-    with pytest.raises(ConnectionError, match="and engine 0 did not meet") as caught:
+    with pytest.raises(ConnectionError, match="did not meet") as caught:
         transport.connect(engine)
     reason = "engine process 7 ended (signal SIGKILL)" if rank == 1 else "another rank reported a fault"
     assert reason in str(caught.value)
@@ -221,14 +227,25 @@ def test_a_lost_engine_does_not_keep_the_others_waiting() -> None:
             return self
 
         def wait(self) -> None:
-            if self._breaks == "wait" and self._count == 3:
+            if self._breaks == "wait" and self._count >= 3:
                 raise RuntimeError("connection closed by peer")
 
     for breaks in ("send", "wait"):
         sent.clear()
         links: list[Any] = [Engine(breaks), Engine("")]
-        sender = SliceSender(0, [plan, plan], links, 1, torch.device("cpu"))
+        sender = SliceSender(0, [plan, plan], links, torch.device("cpu"))
         state = shards_of(shape, full_state(shape), held[0])
         sender.send([{name: t.float() for name, t in state.items()}] * 2)
         assert list(sender.broken) == [0] and "connection closed by peer" in str(sender.broken[0])
         assert sum(sent) == plan.moved_bytes
+
+
+def test_one_lane_more_for_every_peer_and_message() -> None:
+    """Both ends choose the same lane, and neither those a rank sends to nor those it hears of share one."""
+    sources, workers, count = range(8), range(8, 16), 4
+    lanes = {rank: Lanes(rank, count) for rank in (*sources, *workers)}
+    for _ in range(3):
+        chosen = {(source, worker): lanes[source].next(worker) for source in sources for worker in workers}
+        assert chosen == {(source, worker): lanes[worker].next(source) for source, worker in chosen}
+        for four in (range(4), range(4, 8)):
+            assert {chosen[source, 8] for source in four} == {chosen[0, 8 + i] for i in four} == set(range(count))

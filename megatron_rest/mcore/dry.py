@@ -1,0 +1,315 @@
+"""One rank of many without memory: the real build, schedule, update and checkpoint on tensors of the meta device.
+
+Torch's fake process group stands for the other ranks, and what a CPU cannot do for them is replaced by a stand-in, each
+named below: collectives and messages move nothing, attention keeps what a flash kernel keeps, and every expert gets as
+many tokens.  What is run is the code of training: ``build``, ``MegatronPolicy._schedule`` with Megatron's own schedule,
+DistributedDataParallel, the optimiser, packing, head and loss.
+
+It changes Megatron and torch.distributed for the whole process: call it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_rest.config import RestConfig
+from megatron_rest.errors import RunError
+from megatron_rest.mcore import cpu
+from megatron_rest.model_map import ModelShape
+from megatron_rest.types import BatchTotals, MicroBatch, TokenRegion, TrainSample
+
+__all__ = ["DryRank", "as_rank", "dry_rank"]
+
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRank:
+    """What one rank holds; bytes."""
+
+    stage: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int  # masters and moments
+    update: int  # more at the peak of an update's passes
+    microbatch_rows: int
+    saving: int  # more at the peak of describing a checkpoint that is written as it lies
+
+
+def as_rank(rank: int, world_size: int) -> None:
+    """This process as rank ``rank`` of ``world_size``, the others not there: collectives return at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RunError("simulate: this process is a rank of a job already; a simulation wants one of its own")
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+
+
+def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: int, microbatches: int = 2) -> DryRank:
+    """Build, one update's passes and a checkpoint's description of ``rank``; FP8 must be off (its GPU is not here).
+
+    ``microbatches`` times the pipeline's stages go through, full.
+    """
+    from megatron_rest.algorithms import RestPolicyLoss
+    from megatron_rest.data.alignment import packing_alignment
+    from megatron_rest.data.batching import make_microbatch
+    from megatron_rest.mcore import build, checkpoint
+    from megatron_rest.mcore.forward_step import forward_step
+    from megatron_rest.mcore.optimizer_state import prepare_for_loading
+    from megatron_rest.mcore.policy import MegatronPolicy
+
+    as_rank(rank, world_size)
+    _stand_in(shape)
+    with _megatron_on_meta():
+        context = replace(build.initialize(config), device=_META)
+        settings = build.transformer_config(shape, config)
+        settings.use_cpu_initialization, settings.perform_initialization = False, False
+        memory = _Memory()
+        with memory:
+            with _META:
+                chunks = build.build_chunks(shape, config, context, settings)
+                weights = memory.alive
+                wrapped = build.wrap(chunks, settings, config, context)
+                gradients = memory.alive - weights
+                adam, scheduler = build.build_optimizer(
+                    wrapped, settings, config, optimizer=config.optimizer, num_updates=100
+                )
+            prepare_for_loading(adam)  # moments; the count of steps is the host's
+            optimizer = memory.alive - weights - gradients
+            settings.finalize_model_grads_func = _nothing  # its coalesced reduction has no meta kernel
+            policy = MegatronPolicy(chunks=wrapped, optimizer=adam, scheduler=scheduler, context=context)
+            alignment = packing_alignment(config.precision.recipe, config.parallel)
+            one = make_microbatch(_samples(config), alignment=alignment)
+            rows = len(one.token_ids)
+            one = one.with_scores(old_log_probs=one.rollout_log_probs, token_weights=torch.ones(rows))
+            totals = BatchTotals(num_tokens=1.0, num_sequences=1.0, weight_sum=1.0)
+            before = memory.mark()
+            for chunk in policy.chunks:
+                chunk.train()
+                chunk.zero_grad_buffer()
+            step = partial(forward_step, loss=RestPolicyLoss(config.loss), totals=totals)
+            policy._schedule(step, [one] * (microbatches * context.pp_size), forward_only=False)
+            update = memory.peak - before
+            before = memory.mark()
+            checkpoint._sharded_state(policy, is_loading=False, form=checkpoint.AS_IT_LIES)
+            saving = memory.peak - before
+        count = sum(p.numel() for chunk in wrapped for p in chunk.parameters())
+    return DryRank(
+        stage=context.pp_rank,
+        parameters=count,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        update=update,
+        microbatch_rows=rows,
+        saving=saving,
+    )
+
+
+def _samples(config: RestConfig) -> list[TrainSample]:
+    """Sequences of the largest length, half of them prompt, that fill a microbatch."""
+    length = config.model.max_sequence_length
+    count = max(config.trainer.max_tokens_per_microbatch // length, 1)
+    mask = np.arange(length + 1) > length // 2
+    return [
+        TrainSample(
+            token_ids=np.ones(length + 1, np.int32),
+            loss_mask=mask,
+            region_ids=np.where(mask, int(TokenRegion.THINK), int(TokenRegion.CONTEXT)).astype(np.int8),
+            rollout_log_probs=np.zeros(length + 1, np.float32),
+            advantage=1.0,
+            sequence_id=i,
+        )
+        for i in range(count)
+    ]
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of live meta storages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def mark(self) -> int:
+        """Forget the peak so far; returns what is alive."""
+        self.peak = self.alive
+        return self.alive
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor) and value.device.type == "meta":
+                self._count(value.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        num_bytes = storage.nbytes()
+        self.alive += num_bytes
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key, num_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.alive -= num_bytes
+
+
+# Stand-ins ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _megatron_on_meta() -> Iterator[None]:
+    """What Megatron asks of "cuda" lands on the meta device."""
+    cpu.enable()
+    before, cpu._CPU = cpu._CPU, _META
+    try:
+        yield
+    finally:
+        cpu._CPU = before
+
+
+def _stand_in(shape: ModelShape) -> None:
+    """Everything that needs data or another rank, for the rest of this process."""
+    cpu.enable()
+    _collectives()
+    _host_bounds()
+    _tensor_types()
+    _flash_attention()
+    if shape.num_experts:
+        _even_routing(shape.num_experts_per_token)
+
+
+class _Done:
+    def wait(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+_DONE = _Done()
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Any:
+    return _DONE
+
+
+def _collectives() -> None:
+    import torch.distributed.distributed_c10d as c10d
+
+    names = (
+        "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "barrier", "broadcast",
+        "irecv", "isend", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "send", "_all_gather_base",
+        "_reduce_scatter_base",
+    )  # fmt: skip
+    for module in (dist, c10d):
+        for name in names:
+            if hasattr(module, name):
+                setattr(module, name, _nothing)
+        module.batch_isend_irecv = lambda operations: [_DONE]  # type: ignore[attr-defined]
+        module.all_gather_object = _all_alike  # type: ignore[attr-defined]
+        module.broadcast_object_list = _nothing  # type: ignore[attr-defined]
+        module._coalescing_manager = _coalescing  # type: ignore[attr-defined]
+
+
+def _all_alike(values: list[Any], value: Any, group: Any = None) -> None:
+    """This rank stands for all."""
+    values[:] = [value] * len(values)
+
+
+@contextlib.contextmanager
+def _coalescing(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    yield _DONE
+
+
+def _host_bounds() -> None:
+    """Bounds of sequences are looked at by the host, so they stay there."""
+
+    def to(self: MicroBatch, device: Any) -> MicroBatch:
+        stay = ("cu_seqlens", "active_rows", "parents")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stay}
+        moved: dict[str, Any] = {name: v.to(_META) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    MicroBatch.to = to  # type: ignore[method-assign]
+
+
+def _tensor_types() -> None:
+    """Megatron's optimiser compares with 'torch.cuda.FloatTensor'."""
+    real = Tensor.type
+
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = real(self, *args, **kwargs)
+        is_asked = not args and not kwargs and self.device.type == "meta"
+        return out.replace("torch.meta.", "torch.cuda.", 1) if is_asked else out
+
+    Tensor.type = type_  # type: ignore[method-assign,assignment]
+
+
+class _Flash(torch.autograd.Function):
+    """What a flash kernel keeps: queries, keys, values, the output and a statistic a row and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, statistics = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash_attention() -> None:
+    import megatron_rest.mcore.attention as attention
+
+    attention._causal_attention = lambda query, key, value, scale: _Flash.apply(query, key, value)
+
+
+def _even_routing(top_k: int) -> None:
+    """Split sizes and permutations depend on data that is not there."""
+    import megatron.core.transformer.moe.token_dispatcher as dispatcher
+
+    rows = 0
+
+    def host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not isinstance(tensor, Tensor) or tensor.device.type != "meta":
+            return tensor
+        even = np.full(tuple(tensor.shape), rows // tensor.numel(), np.int64)
+        return even if as_numpy else torch.from_numpy(even)
+
+    real = dispatcher.MoEAlltoAllTokenDispatcher.preprocess
+
+    def preprocess(self: Any, routing_map: Tensor) -> Any:
+        nonlocal rows
+        rows = routing_map.shape[0] * top_k
+        return real(self, routing_map)
+
+    def permute(tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, **options: Any) -> Sequence[Any]:
+        count = tokens.shape[0] * top_k
+        order = torch.empty(count, dtype=torch.int64, device=_META)
+        chosen = None if probs is None else probs.T.contiguous().view(-1).index_select(0, order)
+        return tokens.index_select(0, order), chosen, order
+
+    dispatcher.maybe_move_tensor_to_cpu = host
+    dispatcher.MoEAlltoAllTokenDispatcher.preprocess = preprocess
+    dispatcher.permute = permute
