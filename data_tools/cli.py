@@ -102,7 +102,8 @@ def _add_convert_options(p: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="how prompts ask for calls and answers write them: toolrl (tags in the text), or the model's own, by its "
         "chat template: hermes, llama3_json, qwen3_coder, harmony, glm45, mistral, mistral_v11, deepseek, "
-        "deepseek_v31, pythonic.  auto (default): toolrl where the rows' own system message asks for its tags or the "
+        "deepseek_v31, pythonic, or package.module:DIALECT of your own.  auto (default): "
+        "toolrl where the rows' own system message asks for its tags or the "
         "template shows no calls, else the template's; the manifest says which",
     )
     p.add_argument(

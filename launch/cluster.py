@@ -31,7 +31,7 @@ from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
 from launch.shipping import digests, user_packages
 from launch.trainjob import launch_on_kubernetes
-from launch.version import code_version
+from megatron_rest.code_version import code_version
 from megatron_rest.config import RestConfig
 from megatron_rest.rollout.devices import without_expandable_segments
 

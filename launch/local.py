@@ -12,7 +12,7 @@ from launch.compat import ensure_nemo_run_importable
 from launch.live import LiveExperiment
 from launch.recipe import ROOT, Stage
 from launch.terminal import Pty
-from launch.version import code_version
+from megatron_rest.code_version import code_version
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402

@@ -12,7 +12,7 @@ import megatron_rest
 from launch.compat import ensure_nemo_run_importable
 from launch.recipe import ROOT, stop
 from megatron_rest.config import ConfigError, RestConfig
-from megatron_rest.user_code import digest, files, locate, references
+from megatron_rest.user_code import digest, examine, files, named_code
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
@@ -53,8 +53,9 @@ def user_packages(config: RestConfig) -> list[Path]:
     """Packages and modules of the user's own that ``config`` names; what cannot be shipped ends the program."""
     tops: dict[str, Path] = {}
     try:
-        for key, reference in references(config).items():
-            top = locate(key, reference)
+        for named in named_code(config):
+            key, reference = named.key, named.reference
+            top = examine(named)
             if top.name in PACKAGES and top.resolve() == _top(top.name):
                 continue  # is shipped anyway
             if top.name in (*PACKAGES, *(f"{name}.py" for name in PACKAGES)):

@@ -30,7 +30,7 @@ from launch.recipe import (
 from launch.script import node_script
 from launch.secrets import looks_secret, refuse_secrets
 from launch.shipping import as_script, digests, user_packages
-from launch.version import code_version
+from megatron_rest.code_version import code_version
 from megatron_rest.config import RestConfig
 from megatron_rest.engine_gpus import why_not
 

@@ -1,10 +1,16 @@
-"""Which code is shipped: the commit, and a digest of what differs from it."""
+"""Which code runs or is shipped: the commit, and a digest of what differs from it."""
 
 import hashlib
+import os
 import subprocess
 from pathlib import Path
 
-__all__ = ["code_version"]
+__all__ = ["code_version", "running_code"]
+
+
+def running_code() -> str:
+    """As the job that shipped it says, else :func:`code_version` of the checkout that this file is in."""
+    return os.environ.get("REST_CODE") or code_version(Path(__file__).resolve().parents[1])
 
 
 def code_version(root: Path) -> str:

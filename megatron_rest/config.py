@@ -29,8 +29,10 @@ from megatron_rest.pass_through import OURS
 __all__ = [
     "ADVANTAGE_NAMES",
     "DIALECT_NAMES",
+    "LOGGERS",
     "LOSS_NAMES",
     "RESOLVED",
+    "REWARD_FUNCTIONS",
     "TRANSPORTS",
     "AdvantageConfig",
     "AdvantageEstimator",
@@ -38,6 +40,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "Fp8Recipe",
+    "LoggerEntry",
     "LossAggregation",
     "LossConfig",
     "MegatronConfig",
@@ -45,8 +48,10 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
+    "ProfileConfig",
     "RestConfig",
     "RewardConfig",
+    "RewardTerm",
     "RolloutConfig",
     "RolloutQuantization",
     "TrainerConfig",
@@ -148,7 +153,8 @@ class ModelConfig:
     """Training precision: float32 or bfloat16."""
     dialect: str = "auto"
     """How turns are written: toolrl, hermes, llama3_json, qwen3_coder, harmony, glm45, mistral, mistral_v11, deepseek,
-    deepseek_v31 or pythonic; auto = as the prompts were prepared (their manifest says it)."""
+    deepseek_v31 or pythonic, or package.module:DIALECT of your own; auto = as the prompts were prepared (their manifest
+    says it)."""
     chat_template: str = "stock"
     """stock: the folder's own; append_only: one that never rewrites what was said, for environments (shipped for the
     families whose own drops earlier thoughts); the name of a shipped one (qwen3_no_think: Qwen3 with thinking off); or
@@ -159,7 +165,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("model.head", self.head, ("fused", "logits"))
-        _one_of("model.dialect", self.dialect, ("auto", *DIALECT_NAMES))
+        if ":" not in self.dialect:
+            _one_of("model.dialect", self.dialect, ("auto", *DIALECT_NAMES))
         if not self.chat_template:
             raise ConfigError("model.chat_template is empty: stock, append_only, the name of a shipped one or a path")
         _at_least("model.max_sequence_length", self.max_sequence_length, 2)
@@ -334,6 +341,8 @@ class RolloutConfig:
     host memory), 2 = KV cache and weights."""
     environment: str = ""
     """Multi-turn environment: bfcl, or package.module:factory of your own; empty = one answer a rollout."""
+    environment_arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment's factory (rollout.environment_arguments.steps=4)."""
     max_turns: int = 8
     """Answers of one rollout in an environment."""
     tool_timeout_seconds: float = 30.0
@@ -344,6 +353,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _not_ours("rollout.engine_args", self.engine_args)
+        if self.environment_arguments and ":" not in self.environment:
+            raise ConfigError(
+                "rollout.environment_arguments are for a factory of your own, and rollout.environment is "
+                f"{self.environment or 'empty'}: name package.module:factory there"
+            )
         _at_least("rollout.rollouts_per_prompt", self.rollouts_per_prompt, 1)
         _at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16", "float16"))
@@ -387,10 +401,75 @@ class RolloutConfig:
             )
 
 
+REWARD_FUNCTIONS = ("tool_call", "environment")
+"""Built-in values of ``reward.function``."""
+_REWARD_NAMES = frozenset(
+    {"total", "static", "format", "correctness", "accuracy", "format_valid", "not_judged", "failed"}
+)
+_TERM_NAME = re.compile(r"[A-Za-z_][\w-]*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardTerm:
+    """One of the rewards that are added up."""
+
+    name: str
+    """Its numbers are logged under ``reward/NAME``."""
+    function: str
+    """tool_call, environment, package.module:function or http(s)://HOST/PATH."""
+    weight: float = 1.0
+    """The total is the sum of weight x reward."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function."""
+    key: str = "reward.function"
+    """Where the configuration names it."""
+
+    def __post_init__(self) -> None:
+        if not self.function:
+            raise ConfigError(f"{self.key} is empty: {_reward_forms()}")
+        if ":" not in self.function:
+            _one_of(self.key, self.function, REWARD_FUNCTIONS)
+        elif "://" in self.function and not self.function.startswith(("http://", "https://")):
+            raise ConfigError(f"{self.key} is {self.function!r}: an address begins with http:// or https://")
+        if self.arguments and ":" not in self.function:
+            raise ConfigError(
+                f"{self.key} {self.function} takes no arguments: its rules are keys of the section reward"
+            )
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ConfigError(f"weight of {self.key} is {self.weight}, expected a finite number other than 0")
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether somebody else's code gives it, which may fail."""
+        return ":" in self.function
+
+
+def _reward_forms() -> str:
+    return f"{', '.join(REWARD_FUNCTIONS)}, package.module:function of your own, or http(s)://HOST/PATH of a server"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """Format + correctness with the schedule of the published code (docs/algorithm.md)."""
+    """What an answer is worth: the rule of the published code (format + correctness with its schedule), a function or
+    a server of your own, or several of them added up (docs/own_code.md)."""
 
+    function: str = "tool_call"
+    """tool_call (the rule of this section; an environment's own reward where it gives one), package.module:function of
+    your own, or http(s)://HOST/PATH of a server."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the function (reward.arguments.target=40)."""
+    terms: dict[str, Any] = field(default_factory=dict)
+    """Several rewards in place of function, added up: NAME: {function, weight, arguments}; each is logged as
+    reward/NAME.  Beside the forms of function there is environment, what the environment gave."""
+    workers: int = 0
+    """Processes of each rank that call functions of your own; 0 = the rank's own process."""
+    call_timeout_seconds: float = 30.0
+    """A function or server of your own may take so long for an answer (a server for a batch); a rollout that it fails
+    or that takes longer is not judged: it carries no loss and is counted."""
+    batch_size: int = 32
+    """Answers that a server gets in one request."""
+    retries: int = 3
+    """Times a request to a server is sent again."""
     schedule: bool = True
     """Move weight from format to correctness over ``schedule_steps``; False = static ranges (0/1 and -3..3)."""
     schedule_steps: int = 150
@@ -418,11 +497,60 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _at_least("reward.schedule_steps", self.schedule_steps, 1)
+        _at_least("reward.workers", self.workers, 0)
+        _at_least("reward.batch_size", self.batch_size, 1)
+        _at_least("reward.retries", self.retries, 0)
+        if not 0 < self.call_timeout_seconds < math.inf:
+            raise ConfigError(
+                f"reward.call_timeout_seconds is {self.call_timeout_seconds}, expected a finite number > 0"
+            )
+        self.as_terms()
         _one_of("reward.granularity", self.granularity, ("fine", "exact_sets", "coarse", "whole_calls"))
         if not 0 < self.correctness_range < math.inf:
             raise ConfigError(f"reward.correctness_range is {self.correctness_range}, expected a number > 0")
         if not 0 < self.timeout_seconds < math.inf:
             raise ConfigError(f"reward.timeout_seconds is {self.timeout_seconds}, expected a finite number > 0")
+
+    def as_terms(self) -> tuple[RewardTerm, ...]:
+        """What is added up: ``terms``, or ``function`` alone, named as its attribute (a server: "server")."""
+        if not self.terms:
+            name = "server" if "://" in self.function else self.function.rpartition(":")[2].replace(".", "_")
+            name = f"{name}_reward" if name in _REWARD_NAMES else name
+            return (RewardTerm(name=name, function=self.function, arguments=self.arguments),)
+        if self.function != "tool_call" or self.arguments:
+            raise ConfigError("reward.terms are in place of reward.function and reward.arguments: leave those two out")
+        return tuple(_reward_term(name, values) for name, values in self.terms.items())
+
+    @property
+    def is_rule_alone(self) -> bool:
+        """Whether the built-in rule judges, and nothing else."""
+        return [term.function for term in self.as_terms()] == ["tool_call"] and not self.terms
+
+
+def _reward_term(name: str, values: Any) -> RewardTerm:
+    where = f"reward.terms.{name}"
+    if not _TERM_NAME.fullmatch(name) or name in _REWARD_NAMES:
+        raise ConfigError(
+            f"{where}: a name of letters, digits, - and _, and none of {', '.join(sorted(_REWARD_NAMES))}"
+        )
+    if isinstance(values, str):
+        values = {"function": values}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} is {values!r}: a mapping of function, weight and arguments")
+    known = ("function", "weight", "arguments")
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown configuration key {where}.{key}: {hint}")
+    function = values.get("function", name if name in REWARD_FUNCTIONS else "")
+    return RewardTerm(
+        name=name,
+        function=_convert(str, function, f"{where}.function"),
+        weight=_convert(float, values.get("weight", 1.0), f"{where}.weight"),
+        arguments=_settings(values.get("arguments"), f"{where}.arguments"),
+        key=f"{where}.function",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -666,6 +794,20 @@ class CheckpointConfig:
         _at_least("checkpoint.keep_best", self.keep_best, 0)
 
 
+LOGGERS = ("tensorboard", "wandb", "mlflow", "swanlab", "trackio")
+"""Built-in values of ``trainer.loggers``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggerEntry:
+    """One logger of ``trainer.loggers``."""
+
+    name: str
+    """Built-in name or package.module:factory."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the factory."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
     """The loop."""
@@ -682,14 +824,24 @@ class TrainerConfig:
     """Compute the prompt of a group once for all its answers: on, off, or auto (on where it is known to be exact)."""
     save_rollouts_every: int = 0
     """RL steps between files of rollouts in run_dir/rollouts; the first and the last step always leave one."""
+    samples_per_step: int = 4
+    """Rollouts of every step that are left to read in run_dir/rollouts/*.jsonl, best and worst among them; where the
+    arrays are saved all of them are."""
     threads: int = 0
     """CPU threads of a rank, its engine's included; 0 = the machine's cores divided by its ranks."""
     replay_every: int = 0
     """RL steps between replay bundles in run_dir/replay, one for each optimiser update, weights included; 0 = none."""
     timeout_minutes: int = 30
     """A collective that takes longer ends the run, and the rank that was waited for is named."""
+    loggers: str = "tensorboard"
+    """Who is told of a run besides metrics.jsonl, with commas: tensorboard, wandb, mlflow, swanlab, trackio,
+    package.module:factory of your own; empty = nobody."""
+    logger_arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of a logger by its name, of your own by its attribute's
+    (trainer.logger_arguments.wandb.project=rest)."""
 
     def __post_init__(self) -> None:
+        self.as_loggers()
         _at_least("trainer.steps", self.steps, 1)
         _one_of("trainer.share_prompts", self.share_prompts, ("auto", "on", "off"))
         _at_least("trainer.seed", self.seed, 0)
@@ -697,8 +849,57 @@ class TrainerConfig:
         _at_least("trainer.timeout_minutes", self.timeout_minutes, 1)
         _at_least("trainer.save_rollouts_every", self.save_rollouts_every, 0)
         _at_least("trainer.replay_every", self.replay_every, 0)
+        _at_least("trainer.samples_per_step", self.samples_per_step, 0)
         _at_least("trainer.max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
         _at_least("trainer.timeout_minutes", self.timeout_minutes, 1)
+
+    def as_loggers(self) -> tuple[LoggerEntry, ...]:
+        """Loggers in their order, with their arguments."""
+        names = [name.strip() for name in self.loggers.split(",") if name.strip()]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"trainer.loggers is {self.loggers!r}: each logger once")
+        short = {name.rpartition(":")[2]: name for name in names}
+        if len(short) < len(names):
+            raise ConfigError(f"trainer.loggers is {self.loggers!r}: two have the same name behind the colon")
+        for name in names:
+            if ":" not in name:
+                _one_of("trainer.loggers", name, LOGGERS)
+        for name, values in self.logger_arguments.items():
+            if name not in short:
+                there = ", ".join(short) or "none"
+                raise ConfigError(f"trainer.logger_arguments.{name}: trainer.loggers names no such logger ({there})")
+            if not isinstance(values, dict):
+                raise ConfigError(f"trainer.logger_arguments.{name} is {values!r}, expected names and values")
+        return tuple(
+            LoggerEntry(name=name, arguments=self.logger_arguments.get(key, {})) for key, name in short.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """Traces of some steps, one file a rank in run_dir/profile (docs/performance.md)."""
+
+    steps: str = ""
+    """Steps that are traced together: 3-5, or 4; empty = none."""
+    shapes: bool = False
+    """Record the shapes of operators' inputs."""
+    stacks: bool = False
+    """Record Python's stacks: slow, and large files."""
+    memory: bool = False
+    """Record allocations."""
+
+    def __post_init__(self) -> None:
+        if self.steps and not re.fullmatch(r"[1-9]\d{0,8}(-[1-9]\d{0,8})?", self.steps):
+            raise ConfigError(f"profile.steps is {self.steps!r}: a step or two of them (4, 3-5), or empty")
+        first, last = self.first_and_last
+        if last < first:
+            raise ConfigError(f"profile.steps is {self.steps}: it ends before it begins")
+
+    @property
+    def first_and_last(self) -> tuple[int, int]:
+        """Steps; (0, 0) = none."""
+        first, _, last = self.steps.partition("-")
+        return int(first or 0), int(last or first or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -780,6 +981,8 @@ class RestConfig:
     """Checkpoints."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The loop."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Traces of some steps."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """Benchmarks while training."""
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -817,6 +1020,10 @@ def validate(config: RestConfig, *, world_size: int) -> None:
             f"weighting.source={config.weighting.source} gives the tokens of positive weight, not all tokens, the mean "
             "1, and loss.aggregation=token_mean divides by the sum of weights, which is then not known before the "
             "first forward pass: set loss.aggregation to sequence_mean or reference_code"
+        )
+    if config.profile.first_and_last[1] > config.trainer.steps:
+        raise ConfigError(
+            f"profile.steps={config.profile.steps} lies behind the last step, trainer.steps={config.trainer.steps}"
         )
     if config.validation.max_response_tokens >= config.model.max_sequence_length:
         raise ConfigError(

@@ -24,6 +24,7 @@ import yaml
 
 from megatron_rest.config import RESOLVED, ConfigError, RestConfig, load, to_dict
 from megatron_rest.processes import space, start_of
+from megatron_rest.user_code import recorded
 
 __all__ = [
     "LOCK_FILE",
@@ -147,14 +148,35 @@ def claim(config: RestConfig) -> Path:
             before = load(path)
         except ConfigError:
             before = None
-        changed = [] if before is None else _differences(before, config)
+        changed = [] if before is None else [*_differences(before, config), *_other_code(path, config)]
         if before is None or changed:
             what = f"differs in {', '.join(changed)}" if changed else "cannot be read"
             raise ConfigError(
                 f"{folder} holds a run whose run.yaml {what}: choose another trainer.run_dir=, or remove it"
             )
-    _write(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    if code := recorded(config):
+        text += _RECORD + yaml.safe_dump({RESOLVED: {"user_code": code}}, sort_keys=False, allow_unicode=True)
+    _write(path, text)
     return path
+
+
+_RECORD = "\n# What the names and defaults above stood for.  A record: nothing reads it as configuration.\n"
+
+
+def _other_code(path: Path, config: RestConfig) -> list[str]:
+    """Keys of the record in ``path`` that name the same code as ``config``, which is not the same any more."""
+    before = yaml.safe_load(path.read_text(encoding="utf-8")).get(RESOLVED) or {}
+    old = before.get("user_code") if isinstance(before, dict) else None
+    if not isinstance(old, dict):
+        return []
+    return [
+        f"the code of {key} ({now['reference']}: {was} -> {now['package_digest']})"
+        for key, now in recorded(config).items()
+        if isinstance(old.get(key), dict)
+        and old[key].get("reference") == now["reference"]
+        and (was := old[key].get("package_digest")) != now["package_digest"]
+    ]
 
 
 def finish(config: RestConfig, resolved: Mapping[str, Any]) -> None:
@@ -163,15 +185,15 @@ def finish(config: RestConfig, resolved: Mapping[str, Any]) -> None:
     ``resolved`` is what vLLM and Megatron-Core were made with: their defaults at that version, and what was given.
     """
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    text += "\n# What vLLM and Megatron-Core were made with.  A record: nothing reads it.\n"
-    text += yaml.safe_dump({RESOLVED: dict(resolved)}, sort_keys=False, allow_unicode=True)
+    text += _RECORD + yaml.safe_dump({RESOLVED: dict(resolved)}, sort_keys=False, allow_unicode=True)
     _write(Path(config.trainer.run_dir) / _FINISHED_FILE, text)
 
 
 def is_finished(config: RestConfig) -> bool:
     """Whether the run folder holds the end of a run with exactly this configuration."""
+    path = Path(config.trainer.run_dir) / _FINISHED_FILE
     try:
-        return load(Path(config.trainer.run_dir) / _FINISHED_FILE) == config
+        return load(path) == config and not _other_code(path, config)
     except ConfigError:
         return False
 
@@ -182,6 +204,13 @@ _SAME_RUN = {
     "trainer.timeout_minutes",
     "trainer.save_rollouts_every",
     "trainer.replay_every",
+    "trainer.samples_per_step",
+    "trainer.loggers",
+    "trainer.logger_arguments",
+    "reward.workers",
+    "reward.call_timeout_seconds",
+    "reward.batch_size",
+    "reward.retries",
     "optimizer.max_skipped",
     "reward.timeout_seconds",
     "rollout.engine_timeout_seconds",
@@ -198,6 +227,7 @@ _SAME_RUN = {
     "warm_start",
     "validation",
     "checkpoint",
+    "profile",
 }
 """Sections and fields that may change without making it another run."""
 

@@ -1,4 +1,6 @@
-"""Two runs side by side: what each reached, how far apart they are, and what that does not show.
+"""Runs side by side: what each reached, how far apart they are, and what that does not show.
+
+Groups of runs that differ in their seeds are compared in ``groups.py``; here are two single runs.
 
 The standard errors come from the spread of single steps.  They say how well a mean over a few noisy steps is known, not
 how another seed would have gone: steps of one run share their start, their data order and each other's updates.  One
@@ -16,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_rest.analysis.configuration import different_settings
+from megatron_rest.analysis.groups import group_lines, load_groups
 from megatron_rest.analysis.report import COMPARED_DIR
-from megatron_rest.analysis.series import WINDOW, MetricsFileError, RunMetrics, Window, load_runs
+from megatron_rest.analysis.series import WINDOW, MetricsFileError, RunMetrics, Window
 from megatron_rest.analysis.summary import LEARNING_METRICS, format_value, table_lines
 
 __all__ = ["Difference", "compare_lines", "difference", "main"]
@@ -81,33 +85,56 @@ def compare_lines(a: RunMetrics, b: RunMetrics) -> list[str]:
         "",
         *(text for text in only if text),
         *_unequal_length(a, b),
+        *_settings(a, b),
         *ONE_SEED,
     ]
 
 
+_EPILOG = """\
+examples:
+  megatron-rest compare runs/grpo runs/rest                          two runs, step by step
+  megatron-rest compare 'runs/grpo/seed-*' 'runs/rest/seed-*'        groups, paired by trainer.seed: intervals
+  megatron-rest compare runs/grpo runs/rest runs/otb                 folders of runs; the first is the baseline
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """``megatron-rest compare RUN_A RUN_B [--output DIR]``."""
+    """``megatron-rest compare GROUP GROUP [GROUP ...] [--output DIR]``."""
     parser = argparse.ArgumentParser(
-        prog="megatron-rest compare", description="Two runs side by side: table and plots."
+        prog="megatron-rest compare",
+        description="Runs, or groups of runs with different seeds, side by side: table and plots.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "run_a", type=Path, help="run_dir of run A (holds metrics.jsonl), for example the GRPO baseline"
-    )
-    parser.add_argument("run_b", type=Path, help="run_dir of run B, for example ResT")
-    parser.add_argument("--output", type=Path, help="folder for the PNG overlays (default: RUN_A/plots_compared)")
+        "groups", nargs="+", metavar="GROUP",
+        help="a run folder (holds metrics.jsonl), a quoted pattern, or a folder that holds some; the first: baseline",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="folder for the PNG overlays (default: FIRST RUN/plots_compared)")
     args = parser.parse_args(argv)
     try:
-        a, b = load_runs([args.run_a, args.run_b])
+        if len(args.groups) < 2:
+            raise MetricsFileError("give two runs or groups of runs at least; quote patterns")
+        groups = load_groups(args.groups)
     except MetricsFileError as error:
         print(f"megatron-rest compare: {error}", file=sys.stderr)
         return 2
-    print("\n".join(compare_lines(a, b)))
+    runs = [run.run for group in groups for run in group.runs]
+    if len(groups) == len(runs) == 2:
+        print("\n".join(compare_lines(*runs)))
+    else:
+        print("\n".join(group_lines(groups)))
     from megatron_rest.analysis.plots import plot_runs
 
     print()
-    for path in plot_runs([a, b], args.output or args.run_a / COMPARED_DIR):
+    for path in plot_runs(runs, args.output or runs[0].run_dir / COMPARED_DIR):
         print(path)
     return 0
+
+
+def _settings(a: RunMetrics, b: RunMetrics) -> list[str]:
+    rows = [[key, *values] for key, values in different_settings([a.run_dir, b.run_dir])]
+    return [*table_lines(["setting that differs", "A", "B"], rows), ""] if rows else []
 
 
 def _with_error(value: float, error: float, decimals: int) -> str:

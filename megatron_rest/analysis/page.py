@@ -10,6 +10,7 @@ import base64
 import html
 import os
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 
 from megatron_rest.analysis.before_after import Answer, read_compared
 from megatron_rest.analysis.samples import REGION_WORDS, SampleRollout, SampleToken, read_samples
-from megatron_rest.analysis.sections import text_sections
+from megatron_rest.analysis.sections import explained_lines, text_sections
 from megatron_rest.analysis.series import RunMetrics
-from megatron_rest.analysis.summary import duration
+from megatron_rest.analysis.summary import TableLine, duration
 from megatron_rest.token_region import TokenRegion
 
 __all__ = ["PAGE_FILE", "write_page"]
@@ -32,6 +33,7 @@ _COLOURS = {  # the regions' colours of the plots
     TokenRegion.THINK: "0,158,115",
     TokenRegion.RESPONSE: "204,121,167",
 }
+_FIRST = "reward"  # the picture above everything
 _PROMPT_END = 600  # characters of a prompt that are shown: the question, and the last tools
 _TITLES = {
     "reward": "Reward",
@@ -71,14 +73,19 @@ def _page(run: RunMetrics, pictures: Sequence[Path], tokenizer: Any) -> Iterator
     seconds = float(np.nansum(run.series("total", part="seconds")[1]))
     yield f"<h1>{html.escape(run.label)}</h1>"
     yield f"<p>Steps {run.steps[0]} to {run.steps[-1]}, {len(run.rows)} in all, {duration(seconds)}.</p>"
+    first = [picture for picture in pictures if picture.stem == _FIRST]
+    for picture in first:
+        yield from _section(_TITLES[_FIRST], _image(picture))
     for heading, lines in text_sections(run):
         yield from _section(heading, _text(lines))
     for picture in pictures:
-        yield from _section(_TITLES.get(picture.stem, picture.stem), _image(picture))
+        if picture not in first:
+            yield from _section(_TITLES.get(picture.stem, picture.stem), _image(picture))
     for compared in read_compared(run.run_dir):
         pairs = "\n".join(_pair(e.prompt, e.before, e.after) for e in compared.examples)
         yield from _section(f"The same prompts before and after: {compared.name}", f"{_legend()}\n{pairs}")
     yield from _section("Sample rollouts", "\n".join(_samples(run.run_dir, tokenizer)))
+    yield from _section("Every number of this run", _text(explained_lines(run)))
     yield "</main></body></html>"
 
 
@@ -87,7 +94,27 @@ def _section(title: str, body: str) -> Iterator[str]:
 
 
 def _text(lines: Sequence[str]) -> str:
-    return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+    """Lines of a table as a table, all else as it is."""
+    parts = []
+    for is_table, some in groupby(lines, key=lambda line: isinstance(line, TableLine)):
+        if is_table:
+            rows = "\n".join(_row(line) for line in some if isinstance(line, TableLine) and not line.is_rule)
+            parts.append(f'<table class="numbers">\n{rows}\n</table>')
+        else:
+            text = "\n".join(some).strip("\n")
+            parts += [f"<pre>{html.escape(text)}</pre>"] if text else []
+    return "\n".join(parts)
+
+
+def _row(line: TableLine) -> str:
+    """Cells with the line's own blanks between them, which no browser shows and whoever copies the text gets."""
+    tag = "th" if line.is_header else "td"
+    cells, position = "", 0
+    for cell in line.cells:
+        start = line.index(cell, position) if cell else position
+        cells += f"{line[position:start]}<{tag}>{html.escape(cell)}</{tag}>"
+        position = start + len(cell)
+    return f"<tr>{cells}</tr>"
 
 
 def _image(path: Path) -> str:
@@ -134,7 +161,13 @@ def _rollout(sample: SampleRollout) -> str:
     heaviest = max((token.weight for token in sample.tokens), default=0.0) or 1.0
     parts = [_token(token, heaviest) for token in sample.tokens]
     more = f" ... and {sample.num_left_out} more tokens" if sample.num_left_out else ""
-    return f'<h3>{html.escape(sample.heading)}</h3>\n<div class="rollout">{"".join(parts)}{more}</div>'
+    said = [("prompt", sample.prompt), ("reference", sample.reference), ("findings", "\n".join(sample.findings))]
+    asked = "\n".join(
+        f'<details><summary>{name}</summary><div class="rollout context">{html.escape(text)}</div></details>'
+        for name, text in said
+        if text
+    )
+    return f'<h3>{html.escape(sample.heading)}</h3>\n<div class="rollout">{"".join(parts)}{more}</div>{asked}'
 
 
 def _token(token: SampleToken, heaviest: float) -> str:
@@ -164,6 +197,12 @@ img { max-width: 100%; height: auto; display: block; }
 .rollout { border-left: 3px solid #d5dae0; padding-left: 12px; }
 .rollout span, .legend span { border-radius: 3px; }
 .legend span { padding: 0 6px; }
+.numbers { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 4px 0 12px; }
+.numbers th, .numbers td { padding: 2px 12px; text-align: right; vertical-align: top; overflow-wrap: anywhere; }
+.numbers th:first-child, .numbers td:first-child { text-align: left; padding-left: 0; }
+.numbers th { border-bottom: 1px solid #d5dae0; font-weight: 600; }
+.numbers tr:hover td { background: #f3f6f9; }
+details { margin: 4px 0; } summary { cursor: pointer; color: #4a5766; font-size: 13px; }
 .context { color: #7a8694; }
 .pair { width: 100%; table-layout: fixed; border-collapse: collapse; margin: 4px 0 20px; }
 .pair td { vertical-align: top; padding: 4px 12px 4px 0; }

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_rest.analysis.evidence import read_evidence
 from megatron_rest.analysis.series import PHASES, REGIONS, WINDOW, RunMetrics
+from megatron_rest.analysis.summary import own_rewards
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,11 @@ RUN_STYLES = ("-", "--", "-.", ":")
 REGION_COLOURS = dict(zip(REGIONS, ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"), strict=True))
 REGION_TITLES = dict(zip(REGIONS, ("format", "tool name", "tool arguments", "thinking", "response"), strict=True))
 PHASE_COLOURS = dict(
-    zip(PHASES, ("#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#999999", "#000000"), strict=True)
+    zip(
+        PHASES,
+        ("#0072B2", "#F0E442", "#56B4E9", "#CC79A7", "#D55E00", "#009E73", "#999999", "#000000", "#8B5A2B"),
+        strict=True,
+    )
 )
 VALIDATION = "validation/"
 MARKER_STEPS = 25  # runs up to this many steps show every step as a dot
@@ -85,9 +90,10 @@ def reward(runs: Sequence[RunMetrics]) -> Figure | None:
         ("reward/total", "Reward, total"),
         ("reward/format", "Reward, format part"),
         ("reward/correctness", "Reward, correctness part"),
-        ("reward/static", "Reward, schedule-independent"),
+        ("reward/static", "Reward without the schedule"),
         ("reward/accuracy", "Accuracy (0 to 1)"),
         ("reward/format_valid", "Rollouts with valid format (share)"),
+        *((name, label.replace("reward", "Reward", 1)) for name, label, _ in own_rewards(runs)),
     )
     figure = _line_panels(runs, wanted, "mean over rollouts")
     if figure is not None:
@@ -188,7 +194,7 @@ def optimizer(runs: Sequence[RunMetrics]) -> Figure | None:
     """How hard the update pulls."""
     wanted = (
         ("optimizer/grad_norm", "Gradient norm before clipping"),
-        ("loss/ratio_max", "Largest policy ratio"),
+        ("loss/ratio", "Policy ratio, new to old, mean"),
         ("loss/policy", "Policy loss"),
     )
     return _line_panels(runs, wanted, "", marks=False)

@@ -5,7 +5,7 @@ Page and terminal show the same ones; each token says its region, its weight and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +42,16 @@ class SampleToken:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleRollout:
-    """One rollout without its prompt."""
+    """One rollout, with the row that it answers where the run has left that to read."""
 
     step: int
     reward: float
     advantage: float
     num_tokens: int
     tokens: tuple[SampleToken, ...]  # the first of them
+    prompt: str = ""
+    reference: str = ""
+    findings: tuple[str, ...] = ()
 
     @property
     def num_left_out(self) -> int:
@@ -62,6 +65,7 @@ class SampleRollout:
 def read_samples(run_dir: Path, tokenizer: Any) -> list[SampleRollout]:
     """``tokenizer`` has ``get_vocab``.  Nothing if the run has saved no rollouts; ValueError if a file is damaged."""
     from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+    from megatron_rest.data.sample_file import read_sample_rows, sample_path
     from megatron_rest.regions import token_bytes_table
 
     files = rollout_files(run_dir)
@@ -70,11 +74,13 @@ def read_samples(run_dir: Path, tokenizer: Any) -> list[SampleRollout]:
     for path in dict([files[0], files[-1]]).values() if files else ():
         rollouts = read_rollouts(path)
         order = np.argsort(rollouts.rewards, kind="stable")
-        found += [_sample(rollouts, i, table) for i in dict.fromkeys((int(order[-1]), int(order[0])))]
+        told = sample_path(run_dir, rollouts.step)
+        rows = {row.get("index"): row for row in read_sample_rows(told)} if told.is_file() else {}
+        found += [_sample(rollouts, i, table, rows.get(i, {})) for i in dict.fromkeys((int(order[-1]), int(order[0])))]
     return found
 
 
-def _sample(rollouts: SavedRollouts, index: int, table: Sequence[bytes]) -> SampleRollout:
+def _sample(rollouts: SavedRollouts, index: int, table: Sequence[bytes], row: Mapping[str, Any]) -> SampleRollout:
     at = rollouts.slices[index]
     start = at.start + int(np.argmax(rollouts.loss_mask[at]))
     return SampleRollout(
@@ -82,6 +88,9 @@ def _sample(rollouts: SavedRollouts, index: int, table: Sequence[bytes]) -> Samp
         reward=float(rollouts.rewards[index]),
         advantage=float(rollouts.advantages[index]),
         num_tokens=at.stop - start,
+        prompt=str(row.get("prompt", "")),
+        reference=str(row.get("reference", "")),
+        findings=tuple(map(str, row.get("findings", ()))),
         tokens=tuple(
             SampleToken(
                 text=table[int(rollouts.token_ids[i])].decode("utf-8", errors="replace"),

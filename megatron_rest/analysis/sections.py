@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from megatron_rest.analysis.before_after import read_compared
+from megatron_rest.analysis.configuration import configuration_lines
 from megatron_rest.analysis.evaluations import evaluation_lines
 from megatron_rest.analysis.evidence import evidence_lines
+from megatron_rest.analysis.metric_table import find_metric
 from megatron_rest.analysis.planned import planned_lines
-from megatron_rest.analysis.series import REGIONS, RunMetrics
+from megatron_rest.analysis.series import REGIONS, WINDOW, RunMetrics
 from megatron_rest.analysis.summary import format_value, learning_lines, phase_lines, table_lines
 
-__all__ = ["mismatch_lines", "text_sections"]
+__all__ = ["explained_lines", "mismatch_lines", "text_sections"]
 
 
 def text_sections(run: RunMetrics) -> Iterator[tuple[str, list[str]]]:
@@ -31,6 +35,25 @@ def text_sections(run: RunMetrics) -> Iterator[tuple[str, list[str]]]:
         yield "Variance of the policy gradient", evidence
     yield "Time", phase_lines(run)
     yield "Time against the plan", planned_lines(run)
+    profiles = sorted((run.run_dir / "profile").glob("*.json.gz"))
+    if profiles:
+        yield "Traces", [f"{path} (open in Perfetto or chrome://tracing)" for path in profiles]
+    configuration = configuration_lines(run.run_dir)
+    if configuration:
+        yield "Configuration", configuration
+
+
+def explained_lines(run: RunMetrics) -> list[str]:
+    """Every number that the run has, first steps and last, with its unit and what it is."""
+    rows = []
+    for part, prefix in (("metrics", ""), ("seconds", "seconds/")):
+        for name in dict.fromkeys(name for row in run.rows for name in row[part]):
+            values = run.series(name, part=part)[1]
+            known = find_metric(prefix + name)
+            said = [known.unit, known.meaning] if known is not None else ["", "not in the table of metrics"]
+            cells = [f"{float(np.mean(some)):.4g}" for some in (values[:WINDOW], values[-WINDOW:])]
+            rows.append([prefix + name, *cells, *said])
+    return table_lines(["key", "first steps", "last steps", "unit", "what it is"], sorted(rows))
 
 
 def mismatch_lines(run: RunMetrics) -> list[str]:

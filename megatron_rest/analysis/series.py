@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 REGIONS = ("format", "name", "args", "think", "response")  # as in entropy/{region}; the order of every table and plot
-PHASES = ("rollout", "reward", "score", "weights", "update", "sync", "validation", "checkpoint")  # in order
+PHASES = ("rollout", "reward", "score", "weights", "update", "sync", "validation", "checkpoint", "wait")  # in order
 WINDOW = 3  # "the first 3 steps against the last 3"
 
 

@@ -12,11 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "McNemar", "mcnemar", "paired_bootstrap", "seed_interval", "wilson_interval"]
+__all__ = ["MOST_SEEDS", "Interval", "McNemar", "mcnemar", "paired_bootstrap", "seed_interval", "wilson_interval"]
 
 _Z95 = 1.959963984540054  # normal quantile of 0.975
 # Student's t, quantile of 0.975, for 1, 2, ... degrees of freedom.
-_T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+_T95 = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+MOST_SEEDS = len(_T95) + 1
+"""Seeds that :func:`seed_interval` takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +73,11 @@ def seed_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Mean over training seeds with Student's 95 % interval; of paired differences it is the paired t-test's.
 
     Assumes that seeds scatter like a normal distribution.  With 2 seeds it is 12.7 standard errors wide on either side,
-    with 3 seeds 4.3: that is what so few can say.  Raises ValueError for fewer than 2 or more than 10 seeds.
+    with 3 seeds 4.3: that is what so few can say.  Raises ValueError for fewer than 2 or more than 31 seeds.
     """
     seeds = np.asarray(values, dtype=np.float64)
-    if seeds.ndim != 1 or not 2 <= len(seeds) <= len(_T95) + 1:
-        raise ValueError(f"an interval over seeds needs 2 to {len(_T95) + 1} of them, got shape {seeds.shape}")
+    if seeds.ndim != 1 or not 2 <= len(seeds) <= MOST_SEEDS:
+        raise ValueError(f"an interval over seeds needs 2 to {MOST_SEEDS} of them, got shape {seeds.shape}")
     half = _T95[len(seeds) - 2] * float(seeds.std(ddof=1)) / math.sqrt(len(seeds))
     mean = float(seeds.mean())
     return Interval(estimate=mean, low=mean - half, high=mean + half)

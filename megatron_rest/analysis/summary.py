@@ -14,9 +14,11 @@ from megatron_rest.analysis.series import METRICS_FILE, PHASES, REGIONS, WINDOW,
 
 __all__ = [
     "LEARNING_METRICS",
+    "TableLine",
     "duration",
     "format_value",
     "learning_lines",
+    "own_rewards",
     "phase_lines",
     "summary_lines",
     "table_lines",
@@ -25,7 +27,7 @@ __all__ = [
 # (metric, what people read, decimals or -1 for scientific), in table order; metrics a run does not have are left out.
 LEARNING_METRICS: tuple[tuple[str, str, int], ...] = (
     ("reward/total", "reward, total", 3),
-    ("reward/static", "reward, schedule-independent", 3),
+    ("reward/static", "reward without the schedule", 3),
     ("reward/format", "reward, format", 3),
     ("reward/correctness", "reward, correctness", 3),
     ("reward/accuracy", "accuracy (0 to 1)", 3),
@@ -38,21 +40,42 @@ LEARNING_METRICS: tuple[tuple[str, str, int], ...] = (
 )
 
 
+def own_rewards(runs: Sequence[RunMetrics]) -> list[tuple[str, str, int]]:
+    """Further numbers of rewards that runs have: terms, and what rewards of one's own say."""
+    known = {name for name, _, _ in LEARNING_METRICS}
+    names = {name for run in runs for row in run.rows for name in row["metrics"] if name.startswith("reward/")}
+    return [(name, name.replace("reward/", "reward, "), 3) for name in sorted(names - known)]
+
+
+class TableLine(str):
+    """A line of an aligned table that still knows its cells: pages make a real table of it."""
+
+    cells: tuple[str, ...]
+    is_header: bool
+    is_rule: bool
+
+    def __new__(cls, text: str, cells: Sequence[str], *, is_header: bool = False, is_rule: bool = False) -> TableLine:
+        line = super().__new__(cls, text)
+        line.cells, line.is_header, line.is_rule = tuple(cells), is_header, is_rule
+        return line
+
+
 def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligned plain-text columns: the first to the left, the others to the right."""
+    """Aligned plain-text columns (:class:`TableLine`): the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         others = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
         return "  ".join([cells[0].ljust(widths[0]), *others]).rstrip()
 
-    return [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]
+    rule = TableLine("  ".join("-" * w for w in widths), (), is_rule=True)
+    return [TableLine(line(header), header, is_header=True), rule, *(TableLine(line(row), row) for row in rows)]
 
 
 def learning_lines(run: RunMetrics) -> list[str]:
     """Mean of the first and the last steps, and the change."""
     rows = []
-    for name, label, decimals in LEARNING_METRICS:
+    for name, label, decimals in [*LEARNING_METRICS, *own_rewards([run])]:
         if run.has(name):
             first, last = run.first(name), run.last(name)
             change = last.mean - first.mean

@@ -19,14 +19,14 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+from megatron_rest.analysis.statistics import mcnemar, paired_bootstrap  # noqa: E402
 from megatron_rest.data.chat_template import STOCK  # noqa: E402
 from megatron_rest.data.prompt_style import STYLES  # noqa: E402
 from megatron_rest.eval.answers import read_answers  # noqa: E402
 from megatron_rest.eval.decontamination import decontamination_of  # noqa: E402
 from megatron_rest.eval.scoring import Verdict, judge, read_verdicts, summary_lines, write_scores  # noqa: E402
 from megatron_rest.eval.selection import BENCHMARKS, load_cases  # noqa: E402
-from megatron_rest.eval.statistics import mcnemar, paired_bootstrap  # noqa: E402
-from megatron_rest.regions import DIALECTS  # noqa: E402
+from megatron_rest.regions import DIALECTS, find_dialect  # noqa: E402
 from megatron_rest.rollout.chat import AUTO  # noqa: E402
 
 __all__ = ["compare_lines", "main"]
@@ -79,8 +79,9 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=0, help="of the draw; answers are greedy (%(default)s)")
     run.add_argument("--step", type=int, help="of a run: the checkpoint of this step (default: export or newest)")
     run.add_argument(
-        "--dialect", choices=(AUTO, *DIALECTS), default=AUTO,
-        help="how it is asked and read (default auto: as its training data was, else as its chat template shows calls)",
+        "--dialect", type=_dialect, default=AUTO, metavar="NAME",
+        help="how it is asked and read (default auto: as its training data was, else as its chat template shows): "
+        f"{', '.join(DIALECTS)}, or package.module:DIALECT of your own",
     )  # fmt: skip
     run.add_argument("--chat-template", default=STOCK, metavar="NAME", help="as model.chat_template")
     run.add_argument("--prompt-style", choices=STYLES, help="as the training data (default: as a run's, else original)")
@@ -149,6 +150,15 @@ def _prompts(args: argparse.Namespace) -> None:
     for case in load_cases(args.benchmark, args.categories, limit=args.limit):
         row: dict[str, Any] = {"case_id": case.case_id, "category": case.category, "messages": case.messages}
         print(json.dumps(row, ensure_ascii=False))
+
+
+def _dialect(name: str) -> str:
+    if name != AUTO:
+        try:
+            find_dialect(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 def compare_lines(run_a: str | Path, run_b: str | Path) -> list[str]:

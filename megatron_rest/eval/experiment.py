@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rest.analysis.groups import paired_differences, prompt_scores
 from megatron_rest.analysis.series import MetricsFileError, RunMetrics, load_runs
+from megatron_rest.analysis.statistics import Interval, seed_interval
 from megatron_rest.eval.prompt_sets import RESULT_FILE
 from megatron_rest.eval.scoring import write_json, write_text
-from megatron_rest.eval.statistics import Interval, paired_bootstrap, seed_interval
 
 __all__ = ["BASELINE", "Experiment", "Outcome", "main", "outcomes", "pass_steps", "read_experiment", "table_lines"]
 
@@ -98,14 +99,14 @@ def read_experiment(folder: str | Path) -> Experiment:
             settings.append({k: v for k, v in stored["settings"].items() if k != "weights_sha256"})
             [run] = load_runs([path])
             seed = int(path.name.removeprefix("seed-"))
-            policies.setdefault(name, []).append(Policy(seed=seed, run=run, scores=_scores(stored)))
+            policies.setdefault(name, []).append(Policy(seed=seed, run=run, scores=prompt_scores(stored)))
     if BASELINE not in policies or len(policies) < 2:
         raise ValueError(f"{root} holds no finished and evaluated runs of {BASELINE} and another algorithm")
     start = _stored(root / "base" / "warm-start")
     settings.append({k: v for k, v in start["settings"].items() if k != "weights_sha256"})
     if any(other != settings[0] for other in settings):
         raise ValueError(f"{root}: policies were asked different prompts or sampled differently: evaluate them again")
-    experiment = Experiment(folder=root, start=_scores(start), policies=policies)
+    experiment = Experiment(folder=root, start=prompt_scores(start), policies=policies)
     if len(experiment.seeds) < 2:
         raise ValueError(f"{root}: the algorithms have {len(experiment.seeds)} seeds in common, an interval needs 2")
     return experiment
@@ -114,13 +115,6 @@ def read_experiment(folder: str | Path) -> Experiment:
 def _stored(path: Path) -> dict[str, Any]:
     stored: dict[str, Any] = json.loads((path / RESULT_FILE).read_text(encoding="utf-8"))
     return stored
-
-
-def _scores(stored: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    return {
-        name: {measure: np.array([np.mean(row[measure]) for row in rows]) for measure in MEASURES}
-        for name, rows in stored["sets"].items()
-    }
 
 
 def outcomes(experiment: Experiment) -> list[Outcome]:
@@ -134,7 +128,7 @@ def outcomes(experiment: Experiment) -> list[Outcome]:
                 for name, policies in experiment.policies.items()
             }
             for name, table in tables.items():
-                base = tables[BASELINE]
+                over_seeds, over_prompts = paired_differences(tables[BASELINE], table)
                 is_base = name == BASELINE
                 found.append(
                     Outcome(
@@ -143,8 +137,8 @@ def outcomes(experiment: Experiment) -> list[Outcome]:
                         measure=measure,
                         start=float(experiment.start[prompts][measure].mean()),
                         by_seed=tuple(float(v) for v in table.mean(axis=1)),
-                        difference_over_seeds=None if is_base else seed_interval((table - base).mean(axis=1)),
-                        difference_over_prompts=None if is_base else paired_bootstrap(base.mean(0), table.mean(0)),
+                        difference_over_seeds=None if is_base else over_seeds,
+                        difference_over_prompts=None if is_base else over_prompts,
                     )
                 )
     return found

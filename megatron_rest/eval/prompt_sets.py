@@ -24,10 +24,11 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from megatron_rest.analysis.before_after import COMPARED_FILE, Compared, Example, Measure, as_json  # noqa: E402
+from megatron_rest.analysis.groups import PROMPT_SETS_FILE  # noqa: E402
+from megatron_rest.analysis.statistics import paired_bootstrap  # noqa: E402
 from megatron_rest.config import ConfigError, RestConfig, RewardConfig, load, to_dict  # noqa: E402
 from megatron_rest.data.prompts import PromptDataset  # noqa: E402
 from megatron_rest.eval.scoring import write_json  # noqa: E402
-from megatron_rest.eval.statistics import paired_bootstrap  # noqa: E402
 from megatron_rest.hf_folder import load_tokenizer  # noqa: E402
 from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, region_spans  # noqa: E402
 from megatron_rest.rewards import tool_call_reward  # noqa: E402
@@ -36,7 +37,7 @@ from megatron_rest.types import PromptSample, RolloutGroup  # noqa: E402
 
 __all__ = ["RESULT_FILE", "compare_policies", "judge_group", "main", "sample_run"]
 
-RESULT_FILE = "prompt_sets.json"
+RESULT_FILE = PROMPT_SETS_FILE
 _SEED = 20_250_921  # of the sampling; any, but the same for every policy
 _LAYOUT = 2  # of the result file; one of another layout is written anew
 _EXAMPLES = 5  # prompts of a comparison that are shown, evenly spread over a set
@@ -61,7 +62,7 @@ def judge_group(
         "first_answer_regions": _regions(prefix.encode(), answers[0].encode(), dialect),
         "reward": [r.total for r in judged],
         "accuracy": [r.accuracy for r in judged],
-        "format_valid": [float(r.is_format_valid) for r in judged],
+        "format_valid": [float(bool(r.is_format_valid)) for r in judged],
         "length": [len(rollout.token_ids) for rollout in group.rollouts],
     }
 

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rest.analysis.statistics import wilson_interval
 from megatron_rest.eval.cases import Answer, EvalCase, Score
 from megatron_rest.eval.decontamination import decontamination_lines
-from megatron_rest.eval.statistics import wilson_interval
 
 __all__ = [
     "Verdict",

@@ -15,7 +15,7 @@ calls are spelled) are data: one small file each under ``dialects/``.
     read.py           segments -> thought, calls and answer, for rewards, environments and evaluation
 """
 
-from megatron_rest.regions.calls import Schemas, ToolCall, ToolCallError
+from megatron_rest.regions.calls import Schemas, ToolCall, ToolCallError, schemas_of
 from megatron_rest.regions.dialect import Dialect, Section
 from megatron_rest.regions.dialects import DIALECTS, dialects_named_in, find_dialect
 from megatron_rest.regions.dialects.deepseek import DEEPSEEK, DEEPSEEK_V31
@@ -63,6 +63,7 @@ __all__ = [
     "label_rollout",
     "read_turn",
     "region_spans",
+    "schemas_of",
     "token_bytes_table",
     "turn_starts",
 ]

@@ -32,6 +32,7 @@ __all__ = [
     "load_json",
     "nesting_depth",
     "refuse_constant",
+    "schemas_of",
     "shown",
 ]
 
@@ -43,6 +44,19 @@ MAX_SHOWN_CHARACTERS = 60  # of a bad call, in messages
 Span = tuple[int, int]
 Schemas = Mapping[str, Mapping[str, Any]]
 """``{tool: {parameter: JSON schema}}``, for formats that write values without their types."""
+
+
+def schemas_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Schemas of every tool's parameters, of ``{"name", "parameters"}`` with a JSON schema or plain properties."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for tool in tools:
+        name, parameters = tool.get("name"), tool.get("parameters")
+        if isinstance(name, str) and isinstance(parameters, Mapping):
+            properties = parameters.get("properties", parameters)
+            if isinstance(properties, Mapping):
+                found[name] = properties
+    return found
+
 
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 

@@ -219,7 +219,7 @@ def _parser(tokenizer: Any, samples: Sequence[tuple[str, tuple[Call, ...]]], dia
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.tool_parsers import ToolParserManager
 
-    if not dialect.vllm_parser_reads_text:
+    if not dialect.vllm_parser or not dialect.vllm_parser_reads_text:  # none reads it, or none reads its text
         return []
     schemas = {call.name: {k: {"type": _TYPES[k]} for k in call.arguments} for _, calls in samples for call in calls}
     tools: Any = [

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_rest.regions import Schemas, schemas_of
 from megatron_rest.rollout.engine import MoreRequests, OnRollout, RolloutRequest, turn_seed
 from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message
 from megatron_rest.rollout.environments.calls import ParsedCalls
@@ -68,7 +69,9 @@ class Translator(Protocol):
         """An answer without its end-of-turn marker."""
         ...
 
-    def calls(self, text: str) -> ParsedCalls: ...
+    def calls(self, text: str, schemas: Schemas) -> ParsedCalls:
+        """Calls of an answer; ``schemas`` of the prompt's tools say what values without a written type are."""
+        ...
 
     def render(self, messages: Sequence[Message]) -> np.ndarray:
         """int32: the messages and the next generation prompt, as tokens behind an ended turn."""
@@ -95,6 +98,7 @@ class _Episode:
     num_tokens: int = 0  # of the response
     turn: int = 0
     environment: Environment | None = None
+    schemas: Schemas = field(default_factory=dict)  # of the prompt's tools
 
     def enter(self, factory: EnvironmentFactory) -> Environment:
         """This episode's environment, made and reset when it is first needed.  Runs in a thread of the episode."""
@@ -184,7 +188,8 @@ class _Loop:
         try:
             while self._sampling or self._acting or new is not None:
                 for request in new or ():
-                    self._submit(_Episode(request, request.prompt.token_ids.tolist()))
+                    schemas = schemas_of(request.prompt.tools) if self._conversation is not None else {}
+                    self._submit(_Episode(request, request.prompt.token_ids.tolist(), schemas=schemas))
                 new = None if more is None or new is None else more()
                 for turn in self._sampler.step() if self._sampling else ():
                     self._take_turn(self._sampling.pop(turn.key), turn)
@@ -222,7 +227,7 @@ class _Loop:
 
     def _step(self, episode: _Episode, conversation: Conversation, turn: Turn) -> None:
         text = conversation.translator.text(turn.token_ids)
-        answer = Answer(text=text, calls=conversation.translator.calls(text), turn=episode.turn)
+        answer = Answer(text=text, calls=conversation.translator.calls(text, episode.schemas), turn=episode.turn)
 
         def call() -> tuple[np.ndarray | None, float | None]:
             """Tokens of what comes next; or none, and the reward."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rest.data.chat_template import PROBE_TOOLS
-from megatron_rest.regions import TOOLRL, answer_prefix, token_bytes_table
+from megatron_rest.regions import TOOLRL, Schemas, answer_prefix, token_bytes_table
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.environments.base import Message
 from megatron_rest.rollout.environments.calls import ParsedCalls, parse_calls
@@ -76,9 +76,9 @@ class ChatTranslator:
         end = next((end for end in self._ends if end and text.endswith(end)), "")
         return self.prefix + text.removesuffix(end)
 
-    def calls(self, text: str) -> ParsedCalls:
-        """Tool calls of an answer as :meth:`text` gives it."""
-        return parse_calls(text, dialect=self._dialect)
+    def calls(self, text: str, schemas: Schemas | None = None) -> ParsedCalls:
+        """Tool calls of an answer as :meth:`text` gives it; ``schemas`` of the prompt's tools."""
+        return parse_calls(text, dialect=self._dialect, schemas=schemas)
 
     def end_and_suffix(self, messages: Sequence[Message]) -> tuple[str, str]:
         """The token that ends an answer which ``messages`` follow; then these and the next generation prompt."""

@@ -10,13 +10,25 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from megatron_rest.algorithms import JudgedRollouts, find_estimator
 from megatron_rest.config import AdvantageConfig, RewardConfig
-from megatron_rest.regions import TOOLRL, Dialect, answer_prefix, is_thought_open, label_rollout, read_turn, turn_starts
+from megatron_rest.regions import (
+    TOOLRL,
+    Dialect,
+    answer_prefix,
+    is_thought_open,
+    label_rollout,
+    read_turn,
+    schemas_of,
+    turn_starts,
+)
 from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
+from megatron_rest.rewards.functions import Reward, RewardInput, RewardTurn
+from megatron_rest.trainer.rewarding import RewardTerms, token_rewards
 from megatron_rest.trainer.time_limit import time_limit
 from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample, TurnMark
 
@@ -39,7 +51,8 @@ class Verdict:
     static_rewards: tuple[float, ...]  # total without the schedule: comparable between steps
     is_zero_group: tuple[bool, ...]  # a group each: whether its advantages are all zero, so that it teaches nothing
     num_truncated: int  # rollouts that hit the length limit
-    is_judged: tuple[bool, ...]  # False: infrastructure ended the rollout, its reward says nothing of the policy
+    # False: infrastructure ended the rollout, or its reward failed: neither says anything of the policy
+    is_judged: tuple[bool, ...]
     scored_rewards: tuple[float, ...] = ()  # what advantages come from: totals, less what overlong answers lose
 
     def __post_init__(self) -> None:
@@ -83,49 +96,64 @@ class Judge:
         self._reported: set[str] = set()  # prompts whose references cannot be read
         self.dialect = dialect
         self.stop_token_ids = frozenset(stop_token_ids)
+        self.terms = None if reward.is_rule_alone else RewardTerms(reward)
+        # Of the step's rollouts what foreign rewards said: a step that draws again judges some twice, and asks once.
+        self._said: dict[int, tuple[Rollout, RewardInput, Sequence[Reward | str]]] = {}
+        self._said_in = -1
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
-        judged = [self._judge_in_time(group, i, step=step) for group in groups for i in range(len(group.rollouts))]
+        judged = [pair for group in self._rewards(groups, step=step) for pair in group]
         rewards = [reward for reward, _ in judged]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        is_judged = np.array(
+            [r.is_judged and _is_whole(rollout) for r, rollout in zip(rewards, rollouts, strict=True)], bool
+        )
         overlong = np.array([self._overlong(rollout) for rollout in rollouts])
         scored = np.array([reward.total for reward in rewards]) + overlong
-        numbers = [number for number, group in enumerate(groups) for _ in group.rollouts]
-        advantages = self._advantages(groups, scored, _parts(rewards, overlong))
+        numbers = np.array([number for number, group in enumerate(groups) for _ in group.rollouts], np.int64)
+        advantages = self._advantages(numbers, is_judged, scored, _parts(rewards, overlong))
         samples = [
-            self.sample(groups[number], rollout, advantage=float(advantage), sequence_id=i, group_id=number)
-            for i, (number, rollout, advantage) in enumerate(zip(numbers, rollouts, advantages, strict=True))
+            self.sample(
+                groups[numbers[i]],
+                rollout,
+                advantage=float(advantages[i]),
+                sequence_id=i,
+                group_id=int(numbers[i]),
+                carries_loss=bool(is_judged[i]),
+            )
+            for i, rollout in enumerate(rollouts)
         ]
-        truncated = sum(r.stop_reason is not StopReason.EOS for g in groups for r in g.rollouts)
         return Verdict(
             samples=tuple(samples),
             rewards=tuple(rewards),
             static_rewards=tuple(static for _, static in judged),
-            is_zero_group=tuple(not np.any(advantages[np.array(numbers) == number]) for number in range(len(groups))),
-            num_truncated=truncated,
+            is_zero_group=tuple(not np.any(advantages[numbers == number]) for number in range(len(groups))),
+            num_truncated=sum(rollout.stop_reason is not StopReason.EOS for rollout in rollouts),
+            is_judged=tuple(is_judged.tolist()),
             scored_rewards=tuple(scored.tolist()),
-            is_judged=tuple(not r.stop_reason.is_infrastructure for g in groups for r in g.rollouts),
         )
 
-    def _advantages(self, groups: Sequence[RolloutGroup], rewards: np.ndarray, parts: PartsOf) -> np.ndarray:
-        """float64 [S] of all rollouts.  Those that infrastructure ended have 0 and count for nobody.
+    def _advantages(
+        self, numbers: np.ndarray, is_judged: np.ndarray, rewards: np.ndarray, parts: PartsOf
+    ) -> np.ndarray:
+        """float64 [S] of all rollouts, ``numbers`` their groups'.  Those that were not judged have 0 and count for
+        nobody.
 
         One that is left of several has nobody to be compared with: 0.
         """
-        counts = []
-        for group in groups:
-            mine = np.array([not rollout.stop_reason.is_infrastructure for rollout in group.rollouts], bool)
-            counts.append(mine if mine.sum() > 1 or mine.all() else np.zeros_like(mine))
-        counted = np.concatenate([np.zeros(0, bool), *counts])
-        numbers = np.repeat(np.arange(len(groups)), [len(mine) for mine in counts])
+        counted = is_judged.copy()
+        for number in np.unique(numbers):
+            mine = is_judged[numbers == number]
+            if mine.sum() <= 1 and not mine.all():
+                counted[numbers == number] = False
         advantages = np.zeros(len(rewards))
         if counted.any():
-            judged = JudgedRollouts(
+            scored = JudgedRollouts(
                 rewards=rewards[counted],
                 groups=numbers[counted],
                 parts={name: values[counted] for name, values in parts.items()},
             )
-            advantages[counted] = self.estimate(judged)
+            advantages[counted] = self.estimate(scored)
         return advantages
 
     def _overlong(self, rollout: Rollout) -> float:
@@ -136,24 +164,86 @@ class Judge:
         over = len(rollout.token_ids) - (self.max_response_tokens - buffer)
         return -self.advantage.overlong_penalty * min(max(over / buffer, 0.0), 1.0)
 
-    def _judge_in_time(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
+    def _rewards(self, groups: Sequence[RolloutGroup], *, step: int) -> list[list[tuple[RewardOutput, float]]]:
+        """Of every rollout its reward, and the total without the schedule."""
+        if self.terms is None:
+            return [[self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))] for group in groups]
+        if step != self._said_in:
+            self._said, self._said_in = {}, step
+        new = [(r, g.prompt) for g in groups for r in g.rollouts if _is_whole(r) and id(r) not in self._said]
+        answers = [self.reward_input(rollout, prompt, step=step) for rollout, prompt in new]
+        for (rollout, _), answer, said in zip(new, answers, self.terms(answers), strict=True):
+            self._said[id(rollout)] = (rollout, answer, said)
+        return [[self._added_up(group, i, step=step) for i in range(len(group.rollouts))] for group in groups]
+
+    def _added_up(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
+        """The weighted sum of all terms; not judged if one of them is not."""
+        rollout = group.rollouts[i]
+        if not _is_whole(rollout):
+            return _nothing(str(rollout.stop_reason))
+        _, answer, foreign = self._said[id(rollout)]
+        total = static = 0.0
+        fields: dict[str, Any] = {"detail": ()}
+        parts: dict[str, float] = {}
+        summands: dict[str, float] = {}
+        fine: list[np.ndarray] = []
+        said = iter(foreign)
+        for term in self.reward.as_terms():
+            name = term.name
+            if term.function == "environment":
+                if rollout.reward is None:
+                    return _nothing(f"{name}: the environment gave no reward")
+                value = static_value = rollout.reward
+            elif term.function == "tool_call":
+                rule, static_value = self._judge_in_time(group, i, step=step, only_text=True)
+                value = rule.total
+                fields |= {k: getattr(rule, k) for k in ("format", "correctness", "is_format_valid", "accuracy")}
+                fields["detail"] += rule.detail
+            else:
+                reward = next(said)
+                if isinstance(reward, str):
+                    return _nothing(f"{name}: {reward}")
+                value = static_value = reward.total
+                parts |= {f"{name}/{part}": number for part, number in reward.parts.items()}
+                for claim in ("accuracy", "is_format_valid"):
+                    if getattr(reward, claim) is not None:
+                        fields.setdefault(claim, getattr(reward, claim))
+                fields["detail"] += tuple(f"{name}: {finding}" for finding in reward.findings)
+                if reward.is_fine_grained:
+                    regions = self._regions(group.prompt.token_ids, rollout)
+                    num_calls = [len(turn.calls) for turn in answer.turns]
+                    fine.append(term.weight * token_rewards(reward, rollout.loss_mask, regions, num_calls))
+            parts[name] = value
+            summands[name] = term.weight * value
+            total += term.weight * value
+            static += term.weight * static_value
+        earned = np.sum(fine, axis=0) if fine else None
+        output = RewardOutput(total=total, parts=parts, summands=summands, token_rewards=earned, **fields)
+        return output, static
+
+    def _judge_in_time(
+        self, group: RolloutGroup, i: int, *, step: int, only_text: bool = False
+    ) -> tuple[RewardOutput, float]:
         """:meth:`judge`; what does not end within ``reward.timeout_seconds``, or fails, is named."""
         what = f"judging rollout {i} of prompt {group.prompt.prompt_id} in step {step}"
         try:
             with time_limit(self.reward.timeout_seconds, what):
-                return self.judge(group.rollouts[i], group.prompt, step=step)
+                return self.judge(group.rollouts[i], group.prompt, step=step, only_text=only_text)
         except Exception as error:
             tokens = (self.token_bytes[t] for t in group.rollouts[i].token_ids)
             text = b"".join(tokens).decode("utf-8", errors="replace")
             error.add_note(f"{what}: {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}")
             raise
 
-    def judge(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> tuple[RewardOutput, float]:
-        """Reward of one rollout, and its total without the schedule: its environment's, or that of its last answer.
+    def judge(
+        self, rollout: Rollout, prompt: PromptSample, *, step: int, only_text: bool = False
+    ) -> tuple[RewardOutput, float]:
+        """The built-in reward of one rollout, and its total without the schedule: its environment's (unless
+        ``only_text``), or that of its last answer.
 
         A reference that cannot be read earns nobody anything; it ends no run.
         """
-        if rollout.reward is not None:
+        if rollout.reward is not None and not only_text:
             return _given(rollout.reward), rollout.reward
         outside = np.flatnonzero(~rollout.loss_mask)
         start = int(outside[-1]) + 1 if len(outside) else 0
@@ -172,6 +262,42 @@ class Judge:
                 self._reported.add(prompt.prompt_id)
                 _log.warning("prompt %s: %s; its rollouts get reward 0", prompt.prompt_id, error)
             return _unjudged(str(error)), 0.0
+
+    def reward_input(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> RewardInput:
+        """What a reward function is given."""
+        tools = prompt.tools
+        schemas = schemas_of(tools)
+        starts = turn_starts(rollout.loss_mask)
+        ends = [*(start for start in starts[1:]), len(rollout.token_ids)]
+        turns = []
+        for start, end in zip(starts, ends, strict=True):
+            mask = rollout.loss_mask[start:end]
+            sampled, said = rollout.token_ids[start:end][mask], rollout.token_ids[start:end][~mask]
+            if len(sampled) and int(sampled[-1]) in self.stop_token_ids:
+                sampled = sampled[:-1]
+            text = self._prefix(prompt.token_ids, rollout.token_ids[:start]) + self._text(sampled)
+            read = read_turn(text, dialect=self.dialect, schemas=schemas)
+            calls = tuple(
+                {"name": call.name, "arguments": call.parameters} for call in read.calls if isinstance(call.name, str)
+            )
+            observation = self._text(said)
+            turns.append(RewardTurn(text=text, calls=calls, call_errors=tuple(read.errors), observation=observation))
+        return RewardInput(
+            prompt_id=prompt.prompt_id,
+            messages=tuple(prompt.messages),
+            tools=tuple(tools),
+            metadata=prompt.metadata,
+            reference=prompt.ground_truth,
+            text=turns[-1].text if turns else "",
+            turns=tuple(turns),
+            tokens=tuple(self._text(rollout.token_ids[i : i + 1]) for i in np.flatnonzero(rollout.loss_mask)),
+            step=step,
+            stop_reason=str(rollout.stop_reason),
+            environment_reward=rollout.reward,
+        )
+
+    def _text(self, token_ids: np.ndarray) -> str:
+        return self._bytes(token_ids).decode("utf-8", errors="replace")
 
     def _prefix(self, *before: np.ndarray) -> str:
         """What the tokens before an answer have written of it."""
@@ -208,17 +334,24 @@ class Judge:
         return marks
 
     def sample(
-        self, group: RolloutGroup, rollout: Rollout, *, advantage: float, sequence_id: int, group_id: int = -1
+        self,
+        group: RolloutGroup,
+        rollout: Rollout,
+        *,
+        advantage: float,
+        sequence_id: int,
+        group_id: int = -1,
+        carries_loss: bool = True,
     ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
 
-        Nor does anything that infrastructure ended: what it did to the answer is not the policy's; nor, with
-        ``advantage.mask_truncated``, what was cut at the length limit.
+        Nor does what was not judged, or what infrastructure ended: what it did to the answer is not the policy's; nor,
+        with ``advantage.mask_truncated``, what was cut at the length limit.
         """
         prompt = group.prompt.token_ids
         regions = self._regions(prompt, rollout)
         is_cut = rollout.stop_reason in (StopReason.LENGTH, StopReason.CONTEXT)
-        carries_loss = not (rollout.stop_reason.is_infrastructure or (is_cut and self.advantage.mask_truncated))
+        carries_loss &= not (rollout.stop_reason.is_infrastructure or (is_cut and self.advantage.mask_truncated))
         nothing = np.zeros(len(prompt), np.float32)
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
@@ -236,10 +369,21 @@ class Judge:
 
 def _parts(rewards: Sequence[RewardOutput], overlong: np.ndarray) -> PartsOf:
     """What the rewards add up from: float64 [S] each; what no name is for is "other"."""
-    parts = {name: np.array([getattr(r, name) for r in rewards], np.float64) for name in ("format", "correctness")}
+    named = [reward.added_up_from() for reward in rewards]
+    names = dict.fromkeys(name for summands in named for name in summands)
+    parts = {name: np.array([summands.get(name, 0.0) for summands in named], np.float64) for name in names}
     other = np.array([r.total for r in rewards]) - sum(parts.values())
     other[np.abs(other) < _ROUNDING] = 0.0
     return parts | {name: values for name, values in (("overlong", overlong), ("other", other)) if values.any()}
+
+
+def _is_whole(rollout: Rollout) -> bool:
+    """Whether there is anything to judge."""
+    return not rollout.stop_reason.is_infrastructure
+
+
+def _nothing(why: str) -> tuple[RewardOutput, float]:
+    return RewardOutput(total=0.0, is_judged=False, detail=(why,)), 0.0
 
 
 def _unjudged(why: str) -> RewardOutput:
@@ -247,12 +391,6 @@ def _unjudged(why: str) -> RewardOutput:
 
 
 def _given(reward: float) -> RewardOutput:
-    """An environment judges the outcome, not the format."""
-    return RewardOutput(
-        total=reward,
-        format=0.0,
-        correctness=reward,
-        is_format_valid=True,
-        accuracy=min(max(reward, 0.0), 1.0),
-        detail=("judged by its environment",),
-    )
+    """An environment's: it says nothing of a format or an accuracy, and nothing is claimed."""
+    said = {"environment": reward}
+    return RewardOutput(total=reward, parts=said, summands=said, detail=("judged by its environment",))

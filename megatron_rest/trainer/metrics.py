@@ -14,7 +14,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
@@ -57,6 +58,17 @@ class MetricsWriter:
         _append_line(self.path, _encode(report))
         self.last_step = report.step
         self._write_events(report)
+
+    def amend(self, report: StepReport) -> None:
+        """Replace the last line, atomically: its step took longer than was known when it was written."""
+        if report.step != self.last_step:
+            raise ValueError(f"step {report.step} is not the last of {self.path}, which is {self.last_step}")
+        data = self.path.read_bytes()
+        last = data.rstrip(b"\n").rfind(b"\n") + 1
+        before = json.loads(data[last:])
+        _replace(self.path, data[:last] + _encode(report))
+        new = {name: s for name, s in report.seconds.items() if s != before["seconds"].get(name)}
+        self._write_events(replace(report, metrics={}, seconds=new))
 
     def resume(self, step: int) -> None:
         """Drop every line after ``step``, atomically; TensorBoard hides the same steps."""
@@ -207,14 +219,19 @@ class PhaseTimer:
 
     ``with PhaseTimer() as timer: ... with timer.phase("rollout"): ...`` then ``StepReport(seconds=timer.seconds)``.
     A phase entered several times adds up; one that raises is counted up to there.  ``on_phase`` is told the name of
-    each that begins.
+    each that begins, and each runs inside ``around`` of its name.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, *, on_phase: Callable[[str], object] | None = None
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        on_phase: Callable[[str], object] | None = None,
+        around: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._clock = clock
         self._on_phase = on_phase
+        self._around = around
         self._seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._started: float | None = None
@@ -235,7 +252,8 @@ class PhaseTimer:
             self._on_phase(name)
         started = self._clock()
         try:
-            yield
+            with self._around(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - started
             self._running.pop()

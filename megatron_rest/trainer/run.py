@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig
+from megatron_rest.analysis.report import PLOTS_DIR
+from megatron_rest.analysis.series import load_runs
+from megatron_rest.code_version import running_code
+from megatron_rest.config import ConfigError, Fp8Recipe, RestConfig, to_dict
+from megatron_rest.data.sample_file import read_sample_rows, sample_path
 from megatron_rest.hf_folder import load_tokenizer
 from megatron_rest.mcore import accelerations, checkpoint
 from megatron_rest.mcore.build import ParallelContext
@@ -46,15 +50,19 @@ from megatron_rest.trainer.setup import (
 )
 from megatron_rest.trainer.starts import record_start
 from megatron_rest.trainer.stopping import StopRequest
+from megatron_rest.trainer.trackers import TrackedRun, Trackers, check_loggers
 from megatron_rest.trainer.trainer import RestTrainer
 from megatron_rest.trainer.validation import Validator, validation_line
 from megatron_rest.trainer.watch import Watch
-from megatron_rest.user_code import package_digests
+from megatron_rest.types import StepReport
+from megatron_rest.user_code import load_named, named_code, recorded
 from megatron_rest.weight_sync.sync import WeightSync
 from megatron_rest.weighting import find_credit
 
 __all__ = ["build_trainer", "train"]
 
+_log = logging.getLogger(__name__)
+_SHOWN_SAMPLES = 16  # of a step, to trackers
 _PROGRESS_SECONDS = 60.0  # between two progress lines in a log file: the step lines say enough in between
 
 
@@ -82,7 +90,8 @@ def train(config: RestConfig) -> None:
 def _train(trainer: RestTrainer, run_dir: Path) -> None:
     config, context = trainer.config, trainer.context
     console = Console(enabled=context.rank == 0)
-    writer = MetricsWriter(run_dir) if context.rank == 0 else None
+    loggers = {entry.name for entry in config.trainer.as_loggers()}
+    writer = MetricsWriter(run_dir, tensorboard="tensorboard" in loggers) if context.rank == 0 else None
     console.line(str(accelerations.active()))
     for text in chat_lines(config):
         console.line(text)
@@ -96,9 +105,10 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
             run_dir,
             after_step=start,
             world_size=context.world_size,
-            user_code=package_digests(config),
+            user_code=recorded(config),
             resolved=_resolved(trainer),
         )
+    trackers = _trackers(config, after_step=start) if context.rank == 0 else None
     if start == 0 and not trainer.is_one_step_off:  # one step off, the first step validates it
         _validate(trainer, 0, console)
     total = config.trainer.steps - start
@@ -106,46 +116,77 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
         StopRequest(context.device) as stop,
         console.progress("ResT", total=total, unit="step", plain_interval=_PROGRESS_SECONDS) as progress,
     ):
-        saving: dict[str, float] = {}  # seconds of the checkpoint before this step: its own line is written by then
         for step in range(start + 1, config.trainer.steps + 1):
             report = trainer.step(step)
-            report = replace(report, seconds={**report.seconds, **saving})
+            is_stopping = stop.is_agreed() and step < config.trainer.steps
+            is_saved = is_stopping or _is_due(step, config)
+            if writer is not None and is_saved:
+                writer.write(report)  # before the checkpoint: a run that continues from it has every step before
+            report = _with_seconds(
+                report, _leave_step(trainer, report, is_saved=is_saved, is_last=is_stopping), trackers
+            )
             if writer is not None:
-                writer.write(report)
+                (writer.amend if is_saved else writer.write)(report)
             console.step(report)
+            if trackers is not None:
+                trackers.log(report)
+                _show_samples(trackers, run_dir, step)
             if text := validation_line(report.metrics, version=report.policy_version):
                 console.line(text)
-            trainer.on_phase(step, "checkpoint")
-            started = time.perf_counter()
-            is_stopping = stop.is_agreed() and step < config.trainer.steps
-            is_saving = is_stopping or _is_due(step, config)
-            if is_saving:
-                trainer.save(step, report.metrics, is_last=is_stopping)
-            trainer.checkpoints.poll()
-            saving = {"checkpoint": time.perf_counter() - started} if is_saving else {}
             progress.update()
             if is_stopping:
-                trainer.checkpoints.wait()
+                _end_trackers(trackers, console, is_finished=False)
                 raise StoppedEarly(
                     f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
                 )
-    trainer.checkpoints.wait()
-    trainer.rollout_files.wait()
     if trainer.is_one_step_off and start < config.trainer.steps and trainer.validator is not None:
         trainer.sync_weights(version=config.trainer.steps)  # no step has sent the last one's weights
         _validate(trainer, config.trainer.steps, console)
     trainer.on_phase(config.trainer.steps, "export")
     _finish(trainer, config, console, writer)
+    _show_plots(trackers, run_dir)
+    _end_trackers(trackers, console, is_finished=True)
+
+
+def _leave_step(trainer: RestTrainer, report: StepReport, *, is_saved: bool, is_last: bool) -> Mapping[str, float]:
+    """The checkpoint of a step, if one is due, and those that are written in the background; seconds by phase."""
+    step = report.step
+    with trainer.timer(step) as timer:
+        if is_saved:
+            trainer.save(step, report.metrics, timer, is_last=is_last)
+        with timer.phase("checkpoint"):
+            trainer.checkpoints.poll()
+        if is_last or step == trainer.config.trainer.steps:
+            with timer.phase("wait"):
+                trainer.checkpoints.wait()
+                trainer.rollout_files.wait()
+    return timer.seconds
+
+
+def _with_seconds(report: StepReport, more: Mapping[str, float], trackers: Trackers | None) -> StepReport:
+    """The step with what came behind it: its checkpoint, and waits."""
+    seconds = {name: report.seconds.get(name, 0.0) + value for name, value in more.items()}
+    metrics = dict(report.metrics)
+    if trackers is not None and trackers.num_failures:
+        metrics["tracker/failures"] = float(trackers.num_failures)
+    return replace(report, seconds={**report.seconds, **seconds}, metrics=metrics)
 
 
 def _resolved(trainer: RestTrainer) -> dict[str, Any]:
-    """What vLLM and Megatron-Core were made with, on this rank; plain values."""
-    return {"engine_args": trainer.fleet.engine_arguments(), "megatron": trainer.parts.policy.settings()}
+    """What vLLM and Megatron-Core were made with, on this rank, and which code was named; plain values."""
+    return {
+        "user_code": recorded(trainer.config),
+        "engine_args": trainer.fleet.engine_arguments(),
+        "megatron": trainer.parts.policy.settings(),
+    }
 
 
 def build_trainer(config: RestConfig) -> RestTrainer:
     """Every part of a run, connected.  Collective over all ranks; prints nothing."""
     check_engine_args(config.rollout.engine_args)
+    check_loggers(config.trainer)
+    for named in named_code(config):  # before anything large is built
+        load_named(named)
     updates = config.trainer.steps * config.optimizer.updates_per_step
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
     prompts = open_prompts(config)
@@ -238,6 +279,47 @@ def _resume(trainer: RestTrainer, run_dir: Path, console: Console) -> int:
         console.line(f"WARNING: {note}")
     console.line(f"continuing after step {step} from {path}")
     return step
+
+
+def _trackers(config: RestConfig, *, after_step: int) -> Trackers:
+    run_dir = Path(config.trainer.run_dir)
+    told = {**to_dict(config), "code": running_code(), "user_code": recorded(config)}
+    run = TrackedRun(name=run_dir.name, run_dir=run_dir.absolute(), config=told, after_step=after_step)
+    return Trackers(config.trainer, run)
+
+
+_TABLE = ("prompt", "reference", "answer", "reward", "advantage", "findings")
+_CELL = 2000  # characters
+
+
+def _show_samples(trackers: Trackers, run_dir: Path, step: int) -> None:
+    path = sample_path(run_dir, step)
+    if not trackers.is_empty and path.is_file():
+        rows = read_sample_rows(path)[:_SHOWN_SAMPLES]
+        for row in rows:
+            row |= {"reward": row["reward"]["total"], "findings": "; ".join(row["findings"])}
+        cells = [[v[-_CELL:] if isinstance(v := row[name], str) else v for name in _TABLE] for row in rows]
+        trackers.table(step, "samples", _TABLE, cells)
+
+
+def _end_trackers(trackers: Trackers | None, console: Console, *, is_finished: bool) -> None:
+    """Collective: no rank leaves before all is told, since launchers end the others then."""
+    if trackers is not None:
+        for text in trackers.close(is_finished=is_finished):
+            console.line(f"WARNING: {text}")
+    dist.barrier()
+
+
+def _show_plots(trackers: Trackers | None, run_dir: Path) -> None:
+    if trackers is None or trackers.is_empty:
+        return
+    try:
+        from megatron_rest.analysis.plots import plot_runs
+
+        for path in plot_runs(load_runs([run_dir]), run_dir / PLOTS_DIR):
+            trackers.picture(path)
+    except (ImportError, OSError, ValueError) as error:  # the run has ended well without them
+        _log.warning("no plots for the loggers: %s", error)
 
 
 def _validate(trainer: RestTrainer, version: int, console: Console) -> None:

@@ -191,7 +191,8 @@ def open_prompts(config: RestConfig, path: str = "") -> PromptDataset:
         usable = dataset.select(max_prompt_tokens=config.data.max_prompt_tokens, max_answer_tokens=limit)
     except ValueError as error:
         raise ConfigError(f"data.train: {error}") from error
-    if not config.rollout.environment:  # an environment judges by itself, its references are what it likes
+    # An environment judges by itself, and so does a reward of one's own: their references are what they like.
+    if not config.rollout.environment and any(term.function == "tool_call" for term in config.reward.as_terms()):
         manifest = read_manifest(Path(path or config.data.train))
         reads = find_dialect(dialect_name("auto", path or config.data.train))
         usable, reasons = without_hopeless_references(usable, manifest, reward=config.reward, dialect=reads)

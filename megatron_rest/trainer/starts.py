@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from megatron_rest.code_version import running_code
+
 __all__ = ["STARTS_FILE", "record_start"]
 
 STARTS_FILE = "starts.jsonl"
@@ -30,19 +32,20 @@ def record_start(
     *,
     after_step: int,
     world_size: int,
-    user_code: Mapping[str, str],
+    user_code: Mapping[str, Mapping[str, str]],
     resolved: Mapping[str, Any],
 ) -> None:
     """Append this start; called by one rank.
 
-    ``user_code`` are digests of the user's own packages, ``resolved`` what vLLM and Megatron-Core were made with.
+    ``user_code`` says which code of the user's own was named (user_code.recorded), ``resolved`` what vLLM and
+    Megatron-Core were made with.
     """
     row = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "after_step": after_step,
         "world_size": world_size,
         "threads": torch.get_num_threads(),
-        "code": os.environ.get("REST_CODE", "unknown"),
+        "code": running_code(),
         "user_code": dict(user_code),
         "host": socket.gethostname(),
         "python": sys.version.split()[0],

@@ -35,16 +35,32 @@ _LOSS_NAMES = {
 }
 
 
+_CLAIMS = {  # name in the metrics: field of RewardOutput
+    "format": "format",
+    "correctness": "correctness",
+    "accuracy": "accuracy",
+    "format_valid": "is_format_valid",
+}
+
+
 def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
-    """Rewards, lengths and advantages; the same on every rank."""
+    """Rewards, lengths and advantages; the same on every rank.
+
+    Each number of a reward is the mean over the rollouts that have it, and absent if none has.
+    """
     judged = [i for i, is_judged in enumerate(verdict.is_judged) if is_judged] or list(range(len(verdict.rewards)))
     rewards, samples = [verdict.rewards[i] for i in judged], [verdict.samples[i] for i in judged]
+    said: dict[str, list[float]] = {}
+    for reward in rewards:
+        claims = {name: getattr(reward, field) for name, field in _CLAIMS.items()}
+        for name, value in {**claims, **reward.parts}.items():
+            if value is not None:  # nobody claims what a reward did not say
+                said.setdefault(f"reward/{name}", []).append(float(value))
+    failed = sum(not reward.is_judged for reward in verdict.rewards)
     return {
         "reward/total": fmean(r.total for r in rewards),
-        "reward/format": fmean(r.format for r in rewards),
-        "reward/correctness": fmean(r.correctness for r in rewards),
-        "reward/accuracy": fmean(r.accuracy for r in rewards),
-        "reward/format_valid": fmean(float(r.is_format_valid) for r in rewards),
+        **{name: fmean(values) for name, values in said.items()},
+        **({"reward/failed": failed / len(verdict.rewards)} if failed else {}),
         "reward/static": fmean(verdict.static_rewards[i] for i in judged),
         "reward/not_judged": 1.0 - sum(verdict.is_judged) / len(verdict.is_judged),
         "response/length": fmean(float(s.loss_mask.sum()) for s in samples),

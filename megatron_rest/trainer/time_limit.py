@@ -21,8 +21,8 @@ class JudgingTooLongError(RunError):
 
 
 @contextmanager
-def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise :class:`JudgingTooLongError` in the block after ``seconds``.
+def time_limit(seconds: float, what: str, *, key: str = "reward.timeout_seconds") -> Iterator[None]:
+    """Raise :class:`JudgingTooLongError` in the block after ``seconds``, which ``key`` sets.
 
     By SIGALRM, which Python code and its regular expressions obey, so in the main thread alone; elsewhere there is no
     limit.  A timer that runs already (a test's) goes on afterwards.
@@ -32,7 +32,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         return
 
     def expired(signum: int, frame: FrameType | None) -> None:
-        raise JudgingTooLongError(f"{what} took longer than {seconds:g} s (reward.timeout_seconds)")
+        raise JudgingTooLongError(f"{what} took longer than {seconds:g} s ({key})")
 
     started = time.monotonic()
     handler = signal.signal(signal.SIGALRM, expired)

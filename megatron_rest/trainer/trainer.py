@@ -23,6 +23,7 @@ from megatron_rest.algorithms.ratio_losses import find_ratio_loss
 from megatron_rest.config import Fp8Recipe, RestConfig, TrainerConfig
 from megatron_rest.data.prompts import PromptDataset, prompts_for_step
 from megatron_rest.data.rollout_file import RolloutWriter, SavedRollouts
+from megatron_rest.data.sample_file import write_samples
 from megatron_rest.mcore import checkpoint, rng
 from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
@@ -35,8 +36,10 @@ from megatron_rest.trainer.fleet import EngineFleet, Singers
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.pace import Pace
+from megatron_rest.trainer.profiler import Profiler
 from megatron_rest.trainer.replay import is_recorded, record_update
 from megatron_rest.trainer.run_state import RunState
+from megatron_rest.trainer.sample_rows import chosen, sample_rows
 from megatron_rest.trainer.setup import PolicyParts, make_batch
 from megatron_rest.trainer.skips import SkipCount
 from megatron_rest.trainer.step_metrics import (
@@ -122,6 +125,7 @@ class RestTrainer:
         self.skips = SkipCount(config.optimizer.max_skipped, is_reporting=self.context.rank == 0)
         context = parts.context
         self.pace = Pace(rank=context.rank, world_size=context.world_size, device=context.device)
+        self.profiler = Profiler(config.profile, run_dir=config.trainer.run_dir, rank=context.rank)
         self.on_phase: Callable[[int, str], object] = lambda step, phase: None
         """Told the step and the name of every phase that begins."""
         self.draw_metrics: dict[str, float] = {}  # of this step's extra draws
@@ -138,7 +142,7 @@ class RestTrainer:
         there, and the engines sample the next step's while this one trains.
         """
         metrics: dict[str, float] = {}
-        with PhaseTimer(on_phase=partial(self.on_phase, step)) as timer:
+        with self.profiler.step(step), self.timer(step) as timer:
             with timer.phase("rollout"):
                 groups = self.roll_out(step)
             if self.is_one_step_off:
@@ -180,6 +184,7 @@ class RestTrainer:
                 metrics |= self.draw_metrics
                 metrics |= self.token_metrics(batches, scores)
                 metrics |= update_metrics(reports)
+                self.save_samples(step, groups, verdict)
                 if is_saved(step, self.config.trainer):
                     self.save_rollouts(step, groups, verdict, [*batches, *rest], [*scores, *rest_scores])
             if not self.is_one_step_off:
@@ -189,6 +194,10 @@ class RestTrainer:
         self.pace.compare(step, judging_seconds=timer.seconds["reward"])
         metrics["progress"] = self.progress(step)
         return StepReport(step=step, policy_version=self.fleet.version, metrics=metrics, seconds=timer.seconds)
+
+    def timer(self, step: int) -> PhaseTimer:
+        """Of a part of a step; phases are announced, and named in a trace."""
+        return PhaseTimer(on_phase=partial(self.on_phase, step), around=self.profiler.phase)
 
     def prompts_of(self, step: int, *, draw: int = 0) -> list[PromptSample]:
         """Prompts of a step, or of one of its extra draws: a pure function of the seed and these numbers."""
@@ -341,6 +350,17 @@ class RestTrainer:
         parts = [s for part in scores for s in part]
         return token_metrics(microbatches, parts, self.config.loss, dp_group=self.context.dp_group)
 
+    def save_samples(self, step: int, groups: Sequence[RolloutGroup], verdict: Verdict) -> None:
+        """Rollouts to read, written by rank 0: all where the arrays are saved, else some."""
+        if self.context.rank != 0:
+            return
+        section = self.config.trainer
+        count = len(verdict.rewards) if is_saved(step, section) else section.samples_per_step
+        only = chosen(verdict, count)
+        if only:
+            table = self.judge.token_bytes
+            write_samples(section.run_dir, step, sample_rows(groups, verdict, table, step=step, only=only))
+
     def save_rollouts(
         self,
         step: int,
@@ -436,18 +456,20 @@ class RestTrainer:
         with timer.phase("validation"):
             return self.validator(self.fleet, version=version, refresh=partial(self.sync_weights, version=version))
 
-    def save(self, step: int, metrics: Mapping[str, float], *, is_last: bool) -> Path:
+    def save(self, step: int, metrics: Mapping[str, float], timer: PhaseTimer, *, is_last: bool) -> Path:
         """A checkpoint of this step and all that the run is; complete at once, or when ``checkpoints`` has written it.
 
         One step off the rollouts of the next step are under way, and belong to the checkpoint, since no engine will
-        hold the weights again that sample them.  They are waited for if this is the run's last step; else training goes
-        on, and the checkpoint is whole when the next step has them.  A run that continues from here does not write the
-        files of rollouts before it again: they are complete first.
+        hold the weights again that sample them.  They are waited for (phase ``wait``) if this is the run's last step;
+        else training goes on, and the checkpoint is whole when the next step has them.  A run that continues from here
+        does not write the files of rollouts before it again: they are complete first.
         """
-        self.rollout_files.wait()
+        with timer.phase("wait"):
+            self.rollout_files.wait()
         has_queue = self.is_one_step_off and step < self.config.trainer.steps
         if has_queue and is_last:
-            self._collected = self.roll_out(step + 1)
+            with timer.phase("wait"):
+                self._collected = self.roll_out(step + 1)
         state = RunState(
             weighting=self.weighting.state_dict(),
             num_restarts=self.fleet.num_restarts,
@@ -456,14 +478,15 @@ class RestTrainer:
             queue=self._collected,
         )
         is_for_any = step == self.config.trainer.steps or self.config.checkpoint.any_layout == "every"
-        return self.checkpoints.save(
-            self.policy,
-            step=step,
-            extra=state.as_extra(),
-            metrics=metrics,
-            form=checkpoint.ANY_LAYOUT if is_for_any else checkpoint.AS_IT_LIES,
-            is_complete=is_last or not has_queue,
-        )
+        with timer.phase("checkpoint"):
+            return self.checkpoints.save(
+                self.policy,
+                step=step,
+                extra=state.as_extra(),
+                metrics=metrics,
+                form=checkpoint.ANY_LAYOUT if is_for_any else checkpoint.AS_IT_LIES,
+                is_complete=is_last or not has_queue,
+            )
 
     def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:
         """Load a checkpoint, put its weights into the engines.

@@ -160,7 +160,10 @@ def test_page_is_small_and_fetches_nothing(run_dir, page):
 def test_its_numbers_are_those_of_the_metrics(run_dir, page):
     (run,) = load_runs([run_dir])
     for line in [*learning_lines(run), *phase_lines(run)]:
-        assert line in page.text
+        assert line in page.text or set(line) == {"-", " "}, "the rule below a header is drawn"
+    assert sum(tag == "table" for tag, _ in page.tags) >= 6 and sum(tag == "th" for tag, _ in page.tags) > 20
+    first = [text for text in page.text.splitlines() if text.strip() in ("Reward", "What it learned")]
+    assert first[0].strip() == "Reward", "the curves stand first"
 
 
 def number(text: str, line: str, column: int) -> float:

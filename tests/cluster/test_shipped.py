@@ -1,75 +1,55 @@
 """The code as a job ships it, in an environment where this project is not installed: from rows to a score.
 
-Data conversion, warm start, two RL steps with an engine process and an environment of a user's own package, export of
-a checkpoint, evaluation: every command runs in the shipped folder, as it does on a node.
+Data conversion, warm start, two RL steps with an engine process and an environment, a reward and a logger of a user's
+own package, export of a checkpoint, evaluation: every command runs in the shipped folder, as it does on a node.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from megatron_rest.config import RestConfig, RolloutConfig
+from megatron_rest.config import load
 from megatron_rest.user_code import DIGESTS, digest
 from tests.helpers.shipped import bare_python, ship
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = "data_tools/samples/rlla_sft.json"
 STEPS = 2
-
-ENVIRONMENT = '''"""A conversation of one answer that pays for its length."""
-from megatron_rest.rollout.environments.base import Observation
-from mypackage.pay import pay
-
-
-class OneAnswer:
-    def __init__(self, prompt):
-        self.answer = ""
-
-    def reset(self):
-        pass
-
-    def step(self, answer):
-        self.answer = answer.text
-        return Observation(done=True)
-
-    def reward(self):
-        return pay(self.answer)
-
-    def close(self):
-        pass
-
-
-make = OneAnswer
-'''
 
 
 @pytest.fixture(scope="module")
 def users_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lies in a folder of its own, with a blank in its name, as somebody's project would."""
-    package = tmp_path_factory.mktemp("a user") / "mypackage"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "env.py").write_text(ENVIRONMENT)
-    (package / "pay.py").write_text("def pay(text):\n    return min(len(text), 50) / 50\n")
+    """The example's, in a folder of its own, with a blank in its name, as somebody's project would lie."""
+    package = tmp_path_factory.mktemp("a user") / "mytools"
+    shutil.copytree(ROOT / "examples" / "own_code" / "mytools", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "env.cpython-311.pyc").write_bytes(b"not shipped")
     return package
+
+
+NAMED = (
+    "rollout.environment=mytools.environments:Workshop", "rollout.environment_arguments.tries=2",
+    "reward.terms.environment.weight=2.0", "reward.terms.calls.function=mytools.rewards:calls_match",
+    "trainer.loggers=mytools.loggers:PlainFile",
+)  # fmt: skip
 
 
 @pytest.mark.extended
 @pytest.mark.timeout(900)
 def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(users_package.parent))
-    config = RestConfig(rollout=RolloutConfig(environment="mypackage.env:make"))
+    config = load(None, NAMED)
     python, code = bare_python(tmp_path / "venv"), ship(tmp_path, config)
-    assert sorted(path.name for path in code.iterdir()) == ["data_tools", "launch", "megatron_rest", "mypackage"]
+    assert sorted(path.name for path in code.iterdir()) == ["data_tools", "launch", "megatron_rest", "mytools"]
     assert not list(code.rglob("__pycache__"))
-    digests = f"mypackage={digest(users_package)}"
+    digests = f"mytools={digest(users_package)}"
     unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     environ = {k: v for k, v in os.environ.items() if k not in unset} | {DIGESTS: digests, "COLUMNS": "120"}
 
@@ -99,15 +79,20 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     )  # fmt: skip
     settings = (
         *common, f"model.path={warm / 'hf'}", f"trainer.run_dir={run}", f"trainer.steps={STEPS}",
-        "rollout.replicas=1", "weight_sync.transport=gloo", "rollout.environment=mypackage.env:make",
-        "optimizer.lr=1e-4", "loss.entropy_coef=0.01", "checkpoint.export_hf=false",
+        "rollout.replicas=1", "weight_sync.transport=gloo", *NAMED, "optimizer.lr=1e-4",
+        "loss.entropy_coef=0.01", "checkpoint.export_hf=false",
         "rollout.engine_args.max_num_batched_tokens=1024", "megatron.ddp.gradient_reduce_div_fusion=false",
     )  # fmt: skip
     call("megatron_rest.cli", "train", *settings)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == STEPS
+    for row in rows:
+        values = row["metrics"]
+        wanted = 2.0 * values["reward/environment"] + values["reward/calls"]
+        assert values["reward/total"] == pytest.approx(wanted) and "reward/accuracy" not in values
+    assert (run / "log.txt").read_text().endswith("finished\n")
     [start] = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
-    assert start["user_code"] == {"mypackage": digest(users_package)}
+    assert start["user_code"]["rollout.environment"]["package_digest"] == digest(users_package)
     assert start["resolved"]["engine_args"]["max_num_batched_tokens"] == 1024
     assert start["resolved"]["megatron"]["ddp"]["gradient_reduce_div_fusion"] is False
     assert yaml.safe_load((run / "config.yaml").read_text())["resolved"] == start["resolved"]
@@ -122,9 +107,10 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     assert json.loads((tmp_path / "eval/bfcl/summary.json").read_text())
 
     # A version of the package that is not the one that was shipped is not trained with.
-    (code / "mypackage/pay.py").write_text("def pay(text):\n    return 1.0\n")
+    with (code / "mytools" / "rewards.py").open("a") as file:
+        file.write("# other\n")
     done = subprocess.run(
         [python, "-m", "megatron_rest.cli", "train", *settings, f"trainer.run_dir={tmp_path / 'other'}"],
         cwd=code, env=environ, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 2 and "mypackage was shipped with digest" in done.stderr, done.stderr
+    assert done.returncode == 2 and "mytools was shipped with digest" in done.stderr, done.stderr

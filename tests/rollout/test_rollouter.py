@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from megatron_rest.regions import Schemas
 from megatron_rest.rollout.engine import make_requests, turn_seed
 from megatron_rest.rollout.environments.base import Answer, Message, Observation
 from megatron_rest.rollout.environments.calls import ParsedCalls, parse_calls
@@ -62,7 +63,7 @@ class Translator:
     def text(self, token_ids: np.ndarray) -> str:
         return "".join(chr(97 + i) for i in token_ids if i != END)
 
-    def calls(self, text: str) -> ParsedCalls:
+    def calls(self, text: str, schemas: Schemas) -> ParsedCalls:
         return parse_calls('<tool_call>{"name": "f", "arguments": {}}</tool_call>' * 2)
 
     def render(self, messages: Sequence[Message]) -> np.ndarray:

@@ -22,16 +22,15 @@ RPC = "our own method names, to our own worker extension"
 OWN_NAME = "a module of ours, from a table in the same file"
 ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("megatron_rest/cli.py", "importlib.import_module"): (2, OWN_NAME),
+    ("megatron_rest/scripts.py", "importlib.import_module"): (3, "our own entries, by literals"),
     ("megatron_rest/mcore/precision.py", "importlib.import_module"): (3, "Transformer Engine, by a literal"),
     ("megatron_rest/ops/row_blocks.py", "importlib.import_module"): (1, "our kernels, by a literal"),
     ("megatron_rest/rollout/environments/bfcl.py", "importlib.import_module"): (3, "names from the package bfcl-eval"),
     ("megatron_rest/eval/bfcl_multi_turn.py", "exec_module"): (1, "a second copy of a module of the package bfcl-eval"),
-    ("megatron_rest/rollout/conversations.py", "importlib.import_module"): (
-        1, "rollout.environment: the user's own package, asked for by name in the configuration",
-    ),
     ("megatron_rest/user_code.py", "importlib.import_module"): (
-        1, "weighting.source, advantage.estimator, loss.function: the user's own package, asked for by name",
+        1, "package.module:attribute: the user's own package, asked for by name in the configuration",
     ),
+    ("megatron_rest/trainer/trackers/told.py", "importlib.import_module"): (1, OWN_NAME),
     ("data_tools/adapter.py", "spec_from_file_location"): (1, "--adapter FILE.py:FUNCTION: the user's own code"),
     ("data_tools/adapter.py", "exec_module"): (1, "--adapter FILE.py:FUNCTION: running the user's file is the option"),
     ("launch/cli.py", "import runpy"): (1, "nemo-run FILE.py: running the user's recipe is the command"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -196,6 +197,19 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"call resume\(0\).*or choose a new run_dir"),
     ):
         writer.write(report(1))
+
+
+def test_the_last_line_is_replaced_by_one_that_knows_more(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2):
+            writer.write(report(step))
+        late = report(2)
+        writer.amend(dataclasses.replace(late, seconds={**late.seconds, "checkpoint": 7.0}))
+        writer.write(report(3))
+        with pytest.raises(ValueError, match="step 2 is not the last"):
+            writer.amend(report(2))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["seconds"].get("checkpoint") for row in read_metrics(tmp_path / "metrics.jsonl")] == [None, 7.0, None]
 
 
 def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:

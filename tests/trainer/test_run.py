@@ -31,12 +31,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from benchmarks import chaos, long_run
+from megatron_rest.analysis.metric_table import find_metric
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.data.sample_file import FIELDS, read_sample_rows, sample_files
 from megatron_rest.eval.answers import read_answers
 from megatron_rest.replay import __main__ as replay
 from megatron_rest.trainer import tiny
@@ -166,7 +169,11 @@ def test_steps_report_every_promised_number(unbroken):
         assert values["optimizer/grad_norm"] > 0
         assert values["mismatch/abs_log_prob_max"] < 1e-4, "vLLM and Megatron hold the same weights, in float32"
         assert values["sync/canary_max_abs"] < 1e-4
-        assert set(row["seconds"]) >= {"rollout", "reward", "score", "weights", "update", "sync", "total"}
+        phases = {"rollout", "reward", "score", "weights", "update", "sync", "checkpoint"}
+        assert set(row["seconds"]) >= {*phases, "total"}
+        assert sum(s for name, s in row["seconds"].items() if name != "total") <= row["seconds"]["total"]
+        keys = [*values, *(f"seconds/{phase}" for phase in row["seconds"])]
+        assert [key for key in keys if find_metric(key) is None] == [], "every key is in the table of metrics"
 
 
 def test_validation_is_what_the_exported_policy_answers(unbroken, tmp_path):
@@ -263,6 +270,13 @@ def test_saved_rollouts_are_what_was_trained_on(unbroken):
         for at in saved.slices:
             weights = saved.token_weights[at][mask[at]]
             assert weights.mean() == pytest.approx(1.0, rel=1e-5)
+        rows = read_sample_rows(dict(sample_files(unbroken))[step])
+        assert [row["index"] for row in rows] == list(range(24)) and all(row.keys() == FIELDS.keys() for row in rows)
+        np.testing.assert_allclose([row["reward"]["total"] for row in rows], saved.rewards, rtol=1e-6)
+        for row in rows:
+            assert row["tools"] and row["messages"] and row["reference"]
+            assert "".join(text for _, text in row["regions"]).strip("\ufffd") == row["answer"].strip("\ufffd")
+    assert {step: len(read_sample_rows(path)) for step, path in sample_files(unbroken)} == {1: 24, 2: 4, 3: 24}
 
 
 def test_what_teaches_nothing_is_saved_and_not_trained(base, warm):
@@ -497,18 +511,30 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
 
 
 @pytest.mark.slow
-def test_one_step_off_every_rollout_is_one_version_old(base):
+def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
+    """With rewards and a logger of a package outside the checkout, named in the configuration alone, and a trace."""
     run_dir = base / "one-step-off"
+    shutil.copytree(ROOT / "examples" / "own_code" / "mytools", tmp_path / "mytools")
     overrides = ("rollout.max_staleness=1", "loss.tis_cap=2.0", "checkpoint.export_hf=false", "trainer.steps=3")
     overrides += ("validation.every=2", "validation.categories=simple_python", "validation.cases=2")
-    call(
-        "megatron_rest.trainer",
-        *tiny.tiny_settings(base),
-        "parallel.tensor_parallel=1",
-        *overrides,
-        f"trainer.run_dir={run_dir}",
-        ranks=1,
-    )
+    overrides += ("reward.terms.tool_call.weight=1.0", "reward.terms.calls.function=mytools.rewards:calls_match")
+    overrides += ("reward.terms.short.function=mytools.rewards:brevity", "reward.terms.short.arguments.words=5")
+    overrides += ("trainer.loggers=tensorboard,mytools.loggers:PlainFile", "profile.steps=2", "reward.workers=1")
+    settings = (*tiny.tiny_settings(base), "parallel.tensor_parallel=1", *overrides, f"trainer.run_dir={run_dir}")
+    done = forked.run_module("megatron_rest.trainer", *settings, ranks=1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-8000:]
+    for row in metrics(run_dir):
+        values = row["metrics"]
+        assert values["reward/calls/made"] + values["reward/calls/missing"] > 0
+        wanted = sum(values[f"reward/{name}"] for name in ("tool_call", "calls", "short"))
+        assert values["reward/total"] == pytest.approx(wanted)
+        assert [key for key in values if find_metric(key) is None] == []
+    logged = (run_dir / "log.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in logged[:-1:2]][:3] == ["step 1", "step 2", "step 3"]
+    assert logged[-1] == "finished" and "plot reward" in logged
+    code = yaml.safe_load((run_dir / "config.yaml").read_text())["resolved"]["user_code"]
+    assert code["reward.terms.calls.function"]["file"] == str(tmp_path / "mytools" / "rewards.py")
+    assert [path.name for path in (run_dir / "profile").iterdir()] == ["steps_2-2_rank_0.json.gz"]
     steps = chaos.metrics_of(run_dir)
     assert [step["rollout/staleness"] for step in steps] == [0, 1, 1]
     assert [row["policy_version"] for row in metrics(run_dir)] == [0, 1, 2]

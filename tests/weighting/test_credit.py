@@ -335,7 +335,7 @@ HERE = "tests.weighting.test_credit"
         ("message_penalty", {"calls": 1.0}, "expected numbers <= 0"),
         ("otb", {"tail": "none"}, "reward or zero"),
         ("aem", {"least_range": 0}, "least_range 0"),
-        (f"{HERE}:nothing", {}, "cannot be imported"),
+        (f"{HERE}:nothing", {}, "defines no nothing"),
         (f"{HERE}:HERE", {}, "expected a class or a factory"),
         (f"{HERE}:Wrong", {}, "takes .*what"),
         (f"{HERE}:random_step", {}, "derives from"),

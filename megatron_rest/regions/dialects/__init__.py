@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from megatron_rest.regions.dialect import Dialect
 from megatron_rest.regions.dialects.deepseek import DEEPSEEK, DEEPSEEK_V31
 from megatron_rest.regions.dialects.glm45 import GLM45
@@ -50,10 +52,25 @@ _SIGNS: tuple[tuple[Dialect, tuple[str, ...]], ...] = (
 
 
 def find_dialect(name: str) -> Dialect:
-    """The dialect of ``model.dialect``; ValueError names the known ones."""
+    """The dialect of ``model.dialect``: of the table, or ``package.module:DIALECT``; ValueError for what is neither."""
+    if ":" in name:
+        return _own_dialect(name)
     if name not in DIALECTS:
-        raise ValueError(f"dialect {name!r} is not known: known are {', '.join(DIALECTS)}")
+        known = ", ".join(DIALECTS)
+        raise ValueError(f"dialect {name!r} is not known: known are {known}, and package.module:DIALECT of your own")
     return DIALECTS[name]
+
+
+@lru_cache(maxsize=8)
+def _own_dialect(reference: str) -> Dialect:
+    from megatron_rest.user_code import load_object
+
+    found = load_object("model.dialect", reference)
+    if not isinstance(found, Dialect):
+        raise ValueError(
+            f"model.dialect {reference!r} is {type(found).__name__}, expected a megatron_rest.regions.Dialect"
+        )
+    return found
 
 
 def dialects_named_in(template: str) -> tuple[Dialect, ...]:
