@@ -67,8 +67,8 @@ demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## train a tool-use p
 	@$(BIN)/nemo-run $(RECIPE_$(MODEL)) --yes $(if $(BASELINE),baseline=$(BASELINE)) \
 	  $(if $(RUN_DIR),trainer.run_dir=$(RUN_DIR)) $(DEMO_ARGS)
 
-experiment: $(STAMP) ## ResT's weightings against GRPO and Dr. GRPO, 3 seeds each, with held-out scores; continues where it stopped
-	@$(BIN)/nemo-run launch/rest_experiment.py --yes $(EXPERIMENT_ARGS)
+experiment: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## ResT's weightings against GRPO and Dr. GRPO, several seeds, held-out scores; continues where it stopped
+	@$(BIN)/nemo-run launch/rest_experiment.py --yes about=$(MODEL) $(EXPERIMENT_ARGS)
 
 test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 19 minutes on 2 cores
 	@$(BIN)/python -m pytest $(WORKERS) -m "not extended" $(TEST_ARGS)

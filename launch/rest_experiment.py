@@ -1,21 +1,27 @@
-"""ResT in four weightings against GRPO and Dr. GRPO, from one warm start, over several seeds, on one machine's CPU.
+"""ResT against GRPO and Dr. GRPO, from one warm start, over several seeds, on one machine's CPU.
 
-    nemo-run launch/rest_experiment.py [--dryrun] [--yes] [seeds=3] [only=NAME,...] [section.key=value ...]
+    nemo-run launch/rest_experiment.py [--dryrun] [--yes] [about=toy|smollm2] [seeds=3] [only=NAME,...] [key=value ...]
 
-Real Megatron-Core and real vLLM, one rank, a model of two million parameters.  Every run has the same prompts in the
-same order, the same number of rollouts and updates, and differs from its neighbours by algorithm or seed alone.  What
-is finished is not done again, and an interrupted run goes on from its checkpoint; so the same command continues.
+Real Megatron-Core and real vLLM, one rank; *toy* is a model of two million random parameters, *smollm2* a pretrained
+one of 135 million.  Every run has the same prompts in the same order, the same number of rollouts and updates, and
+differs from its neighbours by algorithm or seed alone.  What is finished is not done again, and an interrupted run goes
+on from its checkpoint; so the same command continues.  A run of smollm2 is judged as soon as it ends, and what the
+tables need of it (no weights) goes into a folder that the repository keeps: it continues on another machine, too.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from launch import rest_smollm2
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
 from launch.recipe import GIVEN, ROOT, Stage, as_yaml, claim, resolve, stop, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
+    ConfigError,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -36,7 +42,6 @@ SAMPLES = ROOT / "data_tools" / "samples"
 VOCABULARY = 2048
 THINK_WORDS = 8
 STEPS = 16
-ANSWERS = 8  # to each prompt of the evaluation
 
 ALGORITHMS = {
     "grpo": ("weighting.source=uniform",),
@@ -49,6 +54,23 @@ ALGORITHMS = {
     "variance_optimal": ("weighting.source=variance_optimal",),
 }
 """What distinguishes the algorithms, as overrides of the recipe."""
+
+PRIMARY = {name: ALGORITHMS[name] for name in ("grpo", "dr_grpo", "paper", "variance_optimal")}
+SECONDARY = {
+    "entropy_ema": ALGORITHMS["entropy_ema"],
+    "paper_still": (
+        "weighting.source=constant",
+        *(f"weighting.alpha_{name}=0" for name in ("format", "args", "think", "response")),
+    ),
+    "paper_dr": (*ALGORITHMS["paper"], "advantage.estimator=dr_grpo", "loss.aggregation=token_mean"),
+    "paper_backwards": (
+        *("weighting.source=constant", "weighting.gamma_format=0.79", "weighting.alpha_format=-0.21"),
+        *(f"weighting.gamma_{name}=0.81" for name in ("args", "think", "response")),
+        *(f"weighting.alpha_{name}=-0.21" for name in ("args", "think", "response")),
+    ),
+    **{name: (f"weighting.source={name}",) for name in ("otb", "empg", "entropy_mask", "gtpo")},
+}
+"""Of docs/experiment_plan.md, in this order."""
 
 
 def recipe(folder: Path) -> RestConfig:
@@ -77,19 +99,6 @@ def recipe(folder: Path) -> RestConfig:
             epochs=40, batch_size=8, lr=2e-3, target_loss=0.05, answers=str(base / "parts" / "fit")
         ),
     )
-
-
-def configurations(folder: Path, seeds: int) -> dict[str, RestConfig]:
-    """Every run by its name, ``ALGORITHM/seed-N``; seed by seed, so that what is finished early can be compared."""
-    return {
-        f"{name}/seed-{seed}": load(
-            None,
-            [f"trainer.run_dir={folder / name / f'seed-{seed}'}", f"trainer.seed={seed}", *overrides],
-            base=resolve(recipe(folder), world_size=1),
-        )
-        for seed in range(1, seeds + 1)
-        for name, overrides in ALGORITHMS.items()
-    }
 
 
 def base_stages(base: Path) -> list[Stage]:
@@ -148,75 +157,192 @@ def warm_start_config(folder: Path) -> RestConfig:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What an experiment is about: a model, its data, what its algorithms start from, and how they are judged."""
+
+    recipe: Callable[[Path], RestConfig]
+    base_stages: Callable[[Path], list[Stage]]  # made once, the same for every run
+    warm_start: Callable[[Path], RestConfig]
+    algorithms: Mapping[str, tuple[str, ...]]
+    sets: Callable[[Path], tuple[str, ...]]  # arguments of the evaluation
+    answers: int  # to each prompt of the evaluation
+    kept: Path | None = None  # where the small files of finished runs go; None: they stay in their run folders
+
+
+def smollm2_recipe(folder: Path) -> RestConfig:
+    """24 steps of 64 rollouts: 25 to 40 minutes of two cores."""
+    config = rest_smollm2.recipe(folder / "base", folder)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, prompts_per_step=8),
+        trainer=dataclasses.replace(config.trainer, steps=24),
+        checkpoint=dataclasses.replace(config.checkpoint, save_every=8),
+    )
+
+
+def toy_sets(base: Path) -> tuple[str, ...]:
+    heldout = ("--set", f"heldout={base / 'parts' / 'heldout'}", str(base / "test"))
+    parts = base / "fit-parts"
+    return ("--set", f"rl={parts / 'rl'}", "--set", f"seen={parts / 'seen'}", *heldout)
+
+
+SETUPS = {
+    "toy": Setup(
+        recipe=recipe,
+        base_stages=base_stages,
+        warm_start=warm_start_config,
+        algorithms=ALGORITHMS,
+        sets=toy_sets,
+        answers=8,
+    ),
+    "smollm2": Setup(
+        recipe=smollm2_recipe,
+        base_stages=lambda base: rest_smollm2.base_stages(base, rest_smollm2.GGUF),
+        warm_start=lambda folder: rest_smollm2.warm_start_config(smollm2_recipe(folder), folder / "base"),
+        algorithms=PRIMARY | SECONDARY,
+        sets=rest_smollm2.heldout_sets,
+        answers=rest_smollm2.ANSWERS,
+        kept=ROOT / "docs" / "results" / "smollm2",
+    ),
+}
+
+
+def configurations(folder: Path, seeds: int, setup: Setup = SETUPS["toy"]) -> dict[str, RestConfig]:
+    """Every run by its name, ``ALGORITHM/seed-N``; seed by seed, so that what is finished early can be compared."""
+    return {
+        f"{name}/seed-{seed}": load(
+            None,
+            [f"trainer.run_dir={folder / name / f'seed-{seed}'}", f"trainer.seed={seed}", *overrides],
+            base=resolve(setup.recipe(folder), world_size=1),
+        )
+        for seed in range(1, seeds + 1)
+        for name, overrides in setup.algorithms.items()
+    }
+
+
 def train_stage(name: str, config: RestConfig) -> Stage:
     """One run; the trainer goes on from a checkpoint it finds."""
     arguments = ("--config", str(Path(config.trainer.run_dir) / "run.yaml"))
     return Stage(name=name.replace("/", "-"), module="megatron_rest.trainer", arguments=arguments, ranks=1)
 
 
-def evaluate_stage(folder: Path, run_dirs: list[Path]) -> Stage:
+def evaluate_stage(folder: Path, setup: Setup, run_dirs: list[Path], name: str = "evaluate") -> Stage:
     """Every policy answers the same prompts; those that have are not asked again."""
-    base = folder / "base"
-    heldout = (f"heldout={base / 'parts' / 'heldout'}", str(base / "test"))
-    sets = (
-        "--set",
-        f"rl={base / 'fit-parts' / 'rl'}",
-        "--set",
-        f"seen={base / 'fit-parts' / 'seen'}",
-        "--set",
-        *heldout,
-    )
+    settings = ("--config", str(folder / "experiment.yaml"), "--samples", str(setup.answers))
     return Stage(
-        name="evaluate",
+        name=name,
         module="megatron_rest.eval.prompt_sets",
-        arguments=(
-            *map(str, [base / "warm-start", *run_dirs]),
-            *("--config", str(folder / "experiment.yaml"), "--samples", str(ANSWERS), *sets),
-        ),
+        arguments=(*map(str, run_dirs), *settings, *setup.sets(folder / "base")),
     )
+
+
+def keep_stage(setup: Setup, name: str, run_dir: Path) -> Stage:
+    """What the tables need of a judged run, for the repository."""
+    kept = setup.kept or run_dir
+    return Stage(
+        name=f"keep-{name.replace('/', '-')}",
+        module="megatron_rest.eval.keep",
+        arguments=(str(run_dir), str(kept / name)),
+        produces=kept / name,
+    )
+
+
+def run_stages_of(folder: Path, setup: Setup, due: Mapping[str, RestConfig]) -> list[Stage]:
+    """Training, and with a place to keep results also judging: run by run, so that nothing is lost between two."""
+    stages = []
+    for name, config in due.items():
+        stages.append(train_stage(name, config))
+        if setup.kept is not None:
+            run_dir = Path(config.trainer.run_dir)
+            stages.append(evaluate_stage(folder, setup, [run_dir], f"evaluate-{name.replace('/', '-')}"))
+            stages.append(keep_stage(setup, name, run_dir))
+    return stages
+
+
+def is_done(name: str, config: RestConfig, setup: Setup) -> bool:
+    """Whether a run has ended here, or its results are kept.  Ends the program if they are of other settings."""
+    if setup.kept is None:
+        return is_finished(config)
+    file = setup.kept / name / "config.yaml"
+    if not file.is_file():
+        return False
+    try:
+        kept = load(file, [f"trainer.run_dir={config.trainer.run_dir}", f"model.path={config.model.path}"])
+        kept = dataclasses.replace(kept, data=dataclasses.replace(kept.data, train=config.data.train))
+        is_same = dataclasses.replace(kept, warm_start=config.warm_start) == config
+    except ConfigError:
+        is_same = False
+    if not is_same:
+        stop(f"{file.parent} holds a run with other settings: take the folder away, or say what it was made with")
+    return True
 
 
 @run.cli.entrypoint(type="experiment", name="rest_experiment")
-def rest_experiment(ctx: run.cli.RunContext, seeds: int = 3, only: str = "", folder: str = "runs/experiment") -> None:
-    """Six algorithms, several seeds, one table.
+def rest_experiment(
+    ctx: run.cli.RunContext, about: str = "toy", seeds: int = 3, only: str = "", folder: str = ""
+) -> None:
+    """Several algorithms, several seeds, one table.
 
     Args:
         ctx: filled in by NeMo-Run.
+        about: toy = a random model of 2 M parameters; smollm2 = SmolLM2-135M-Instruct (docs/experiment_plan.md).
         seeds: runs of each algorithm.
-        only: names with commas between them: base, a run (paper/seed-1), evaluate, report; empty = all.
-        folder: where everything goes.
+        only: names with commas between them: base, an algorithm, a run (paper/seed-1), evaluate, report; empty = all.
+        folder: where everything goes; empty = runs/experiment, or runs/experiment-smollm2.
     """
-    root = Path(folder).absolute()
+    if about not in SETUPS:
+        stop(f"about={about} is unknown: {' or '.join(SETUPS)}")
+    setup = SETUPS[about]
+    root = Path(folder or ("runs/experiment" if about == "toy" else f"runs/experiment-{about}")).absolute()
     if not isinstance(ctx.executor, run.LocalExecutor):
         stop("the experiment runs on this machine only: leave out run.executor=")
     if any(item.startswith("trainer.run_dir=") for item in GIVEN.overrides):
         stop("trainer.run_dir is not for you to set here, every run has its own: give folder=")
-    runs = configurations(root, seeds)
-    wanted = only.split(",") if only else ["base", *runs, "evaluate", "report"]
-    unknown = sorted(set(wanted) - {"base", "evaluate", "report", *runs})
-    if unknown:
-        stop(f"only={unknown[0]} is unknown: known are base, evaluate, report, {', '.join(runs)}")
-    due = {name: config for name, config in runs.items() if name in wanted and not is_finished(config)}
-    stages = base_stages(root / "base") if "base" in wanted else []
-    stages += [train_stage(name, config) for name, config in due.items()]
-    if "evaluate" in wanted:
+    runs = configurations(root, seeds, setup)
+    wanted = _wanted(only, runs, setup)
+    due = {n: c for n, c in runs.items() if n in wanted and not is_done(n, c, setup)}
+    stages = setup.base_stages(root / "base") if "base" in wanted else []
+    if "base" in wanted and setup.kept is not None:
+        warm_start = root / "base" / "warm-start"
+        stages.append(evaluate_stage(root, setup, [warm_start], "evaluate-warm-start"))
+        stages.append(keep_stage(setup, "base/warm-start", warm_start))
+    stages += run_stages_of(root, setup, due)
+    if "evaluate" in wanted and setup.kept is None:
         there = [c for name, c in runs.items() if name in due or is_finished(c)]
-        stages.append(evaluate_stage(root, [Path(c.trainer.run_dir) for c in there]))
+        policies = [root / "base" / "warm-start", *(Path(c.trainer.run_dir) for c in there)]
+        stages.append(evaluate_stage(root, setup, policies))
     if "report" in wanted:
-        stages.append(Stage(name="report", module="megatron_rest.eval.experiment", arguments=(str(root),)))
+        arguments = (str(setup.kept or root),)
+        stages.append(Stage(name="report", module="megatron_rest.eval.experiment", arguments=arguments))
     if ctx.dryrun:
         show_stages(stages, root / "logs")
-        for name, overrides in ALGORITHMS.items():
+        for name, overrides in setup.algorithms.items():
             print(f"# {name}: {' '.join(overrides)}")
-        print(f"# ----- {root / 'experiment.yaml'} -----\n{as_yaml(resolve(recipe(root), world_size=1))}", end="")
+        print(f"# ----- {root / 'experiment.yaml'} -----\n{as_yaml(resolve(setup.recipe(root), world_size=1))}", end="")
         return
     for config in due.values():
         claim(config)
-    write_atomically(root / "base" / "warm-start.yaml", as_yaml(warm_start_config(root)))
-    write_atomically(root / "experiment.yaml", as_yaml(resolve(recipe(root), world_size=1)))
+    write_atomically(root / "base" / "warm-start.yaml", as_yaml(setup.warm_start(root)))
+    write_atomically(root / "experiment.yaml", as_yaml(resolve(setup.recipe(root), world_size=1)))
     for name in (name for name in wanted if name in runs and name not in due):
         print(f"==> {name}: done before", flush=True)
     run_stages("rest_experiment", stages, ctx.executor, root / "logs")
+
+
+def _wanted(only: str, runs: Mapping[str, RestConfig], setup: Setup) -> list[str]:
+    """``only=`` as names of runs and stages; an algorithm stands for all its runs."""
+    if not only:
+        return ["base", *runs, "evaluate", "report"]
+    found: list[str] = []
+    for item in only.split(","):
+        if item in setup.algorithms:
+            found += [name for name in runs if name.startswith(f"{item}/")]
+        elif item in ("base", "evaluate", "report", *runs):
+            found.append(item)
+        else:
+            stop(f"only={item} is unknown: known are base, evaluate, report, {', '.join([*setup.algorithms, *runs])}")
+    return found
 
 
 if __name__ == "__main__":

@@ -90,10 +90,9 @@ def warm_start_config(config: RestConfig, base: Path) -> RestConfig:
     )
 
 
-def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
-    """Everything from the model file to the report."""
-    run_dir = Path(config.trainer.run_dir)
-    model, rows, parts = base / "model", base / "rows", base / "parts"
+def base_stages(base: Path, gguf: Path) -> list[Stage]:
+    """From the model file to the warm-started model."""
+    model, rows = base / "model", base / "rows"
 
     def prompts(name: str, file: str) -> Stage:
         paths = ("--input", str(SAMPLES / file), "--output", str(rows / name), "--tokenizer", str(model))
@@ -111,14 +110,6 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
             produces=output,
         )
 
-    def heldout(name: str, *arguments: str) -> Stage:
-        # Both files are divided by the same hash of the tools' names, so their held-out parts are one.
-        sets = (f"heldout={parts / 'heldout'}", str(base / "test-parts" / "heldout"))
-        settings = ("--config", str(run_dir / "run.yaml"), "--samples", str(ANSWERS))
-        return Stage(
-            name=name, module="megatron_rest.eval.prompt_sets", arguments=(*arguments, *settings, "--set", *sets)
-        )
-
     return [
         Stage(
             name="model",
@@ -128,7 +119,7 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
         ),
         prompts("sft", "rlla_sft.json"),
         prompts("test", "test.parquet"),
-        divide("sft", parts),
+        divide("sft", base / "parts"),
         divide("test", base / "test-parts"),
         Stage(
             name="warm-start",
@@ -137,6 +128,28 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
             ranks=RANKS,
             produces=base / "warm-start",
         ),
+    ]
+
+
+def heldout_sets(base: Path) -> tuple[str, ...]:
+    """Both files are divided by the same hash of the tools' names, so their held-out parts are one."""
+    return ("--set", f"heldout={base / 'parts' / 'heldout'}", str(base / "test-parts" / "heldout"))
+
+
+def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
+    """Everything from the model file to the report."""
+    run_dir = Path(config.trainer.run_dir)
+
+    def heldout(name: str, *arguments: str) -> Stage:
+        settings = ("--config", str(run_dir / "run.yaml"), "--samples", str(ANSWERS))
+        return Stage(
+            name=name,
+            module="megatron_rest.eval.prompt_sets",
+            arguments=(*arguments, *settings, *heldout_sets(base)),
+        )
+
+    return [
+        *base_stages(base, gguf),
         heldout("before", str(base / "warm-start")),
         Stage(
             name="train",

@@ -638,8 +638,10 @@ class WeightingConfig:
         _one_of("weighting.entropy_rule", self.entropy_rule, ("score_bound", "inverse"))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ConfigError(f"weighting.{f.name} is {value}, expected a finite number >= 0")
+            is_slope = f.name.startswith("alpha_")  # a curriculum that runs backwards turns its sign
+            if isinstance(value, float) and not (math.isfinite(value) and (is_slope or value >= 0)):
+                wanted = "a finite number" if is_slope else "a finite number >= 0"
+                raise ConfigError(f"weighting.{f.name} is {value}, expected {wanted}")
         if not 0 < self.min_weight <= self.max_weight:
             raise ConfigError(
                 f"weighting.min_weight {self.min_weight} and max_weight {self.max_weight}: expected 0 < min <= max"

@@ -42,6 +42,13 @@ TITLES = {
     "reference_code": "ResT, published code's weights",
     "entropy_ema": "ResT, entropy-EMA",
     "variance_optimal": "ResT, variance-optimal",
+    "paper_still": "ResT, paper, no curriculum",
+    "paper_dr": "ResT, paper, on Dr. GRPO",
+    "paper_backwards": "ResT, paper, curriculum backwards",
+    "otb": "OTB",
+    "empg": "EMPG",
+    "entropy_mask": "80/20",
+    "gtpo": "GTPO",
 }
 
 
@@ -64,9 +71,23 @@ class Experiment:
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds that every algorithm has: what is compared."""
+        """Seeds that every algorithm has."""
         common = set.intersection(*({p.seed for p in ps} for ps in self.policies.values()))
         return sorted(common)
+
+    def seeds_of(self, algorithm: str) -> list[int]:
+        """Those that an algorithm shares with the baseline: what is compared."""
+        base, own = ({p.seed for p in self.policies[name]} for name in (BASELINE, algorithm))
+        return sorted(base & own)
+
+    def table(self, algorithm: str, prompts: str, measure: str, seeds: Sequence[int]) -> np.ndarray:
+        """float64 [seeds, prompts]."""
+        return np.array([p.scores[prompts][measure] for p in self.policies[algorithm] if p.seed in seeds])
+
+    @property
+    def sets(self) -> list[str]:
+        """Sets of prompts that were asked."""
+        return [name for name in SETS if name in self.start]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,8 +128,9 @@ def read_experiment(folder: str | Path) -> Experiment:
     if any(other != settings[0] for other in settings):
         raise ValueError(f"{root}: policies were asked different prompts or sampled differently: evaluate them again")
     experiment = Experiment(folder=root, start=prompt_scores(start), policies=policies)
-    if len(experiment.seeds) < 2:
-        raise ValueError(f"{root}: the algorithms have {len(experiment.seeds)} seeds in common, an interval needs 2")
+    for name in policies:
+        if len(shared := experiment.seeds_of(name)) < 2:
+            raise ValueError(f"{root}: {name} and {BASELINE} have {len(shared)} seeds in common, an interval needs 2")
     return experiment
 
 
@@ -119,16 +141,13 @@ def _stored(path: Path) -> dict[str, Any]:
 
 def outcomes(experiment: Experiment) -> list[Outcome]:
     """Every algorithm on every set by every measure."""
-    seeds = experiment.seeds
     found = []
-    for prompts in SETS:
+    for prompts in experiment.sets:
         for measure in MEASURES:
-            tables = {
-                name: np.array([p.scores[prompts][measure] for p in policies if p.seed in seeds])  # [seeds, prompts]
-                for name, policies in experiment.policies.items()
-            }
-            for name, table in tables.items():
-                over_seeds, over_prompts = paired_differences(tables[BASELINE], table)
+            for name in experiment.policies:
+                seeds = experiment.seeds_of(name)
+                base, table = (experiment.table(n, prompts, measure, seeds) for n in (BASELINE, name))
+                over_seeds, over_prompts = paired_differences(base, table)
                 is_base = name == BASELINE
                 found.append(
                     Outcome(
@@ -147,7 +166,8 @@ def outcomes(experiment: Experiment) -> list[Outcome]:
 def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]:
     """Markdown: one table a set and measure, then the training rewards."""
     lines: list[str] = []
-    for prompts, what in SETS.items():
+    for prompts in experiment.sets:
+        what = SETS[prompts]
         count = len(next(iter(experiment.start[prompts].values())))
         lines += [f"### {what[0].upper()}{what[1:]} ({count})", ""]
         for measure, title in MEASURES.items():
@@ -184,7 +204,7 @@ def _training_lines(experiment: Experiment) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name, policies in experiment.policies.items():
-        runs = [p.run for p in policies if p.seed in experiment.seeds]
+        runs = [p.run for p in policies if p.seed in experiment.seeds_of(name)]
         first = np.array([run.first("reward/static", window).mean for run in runs])
         last = np.array([run.last("reward/static", window).mean for run in runs])
         change = seed_interval(last - first)
@@ -200,9 +220,11 @@ def _training_lines(experiment: Experiment) -> list[str]:
 
 
 def pass_steps(experiment: Experiment) -> int:
-    """Steps in which every prompt of RL is asked once."""
+    """Steps in which every prompt of RL is asked once; a quarter of the run where these were not judged."""
     from megatron_rest.config import load
 
+    if "rl" not in experiment.start:
+        return max(1, len(experiment.policies[BASELINE][0].run.rows) // 4)
     prompts = len(next(iter(experiment.start["rl"].values())))
     run = experiment.policies[BASELINE][0].run
     return -(-prompts // load(run.run_dir / "config.yaml").data.prompts_per_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from megatron_rest.analysis.plots import DPI, GREY, REGION_COLOURS, REGION_TITLES, RUN_COLOURS, STYLE
 from megatron_rest.analysis.series import REGIONS
-from megatron_rest.eval.experiment import BASELINE, MEASURES, SETS, TITLES, Experiment, Outcome, pass_steps
+from megatron_rest.eval.experiment import BASELINE, MEASURES, TITLES, Experiment, Outcome, pass_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ _CURVES = {
     "reward/format_valid": "valid format (share)",
     "entropy/all": "entropy (nats)",
 }
-_COLOURS = dict(zip(TITLES, RUN_COLOURS, strict=False))
+_COLOURS = dict(zip(TITLES, cycle(RUN_COLOURS), strict=False))
 
 
 def plot_experiment(experiment: Experiment, results: Sequence[Outcome], output: Path) -> list[Path]:
@@ -48,14 +49,14 @@ def plot_experiment(experiment: Experiment, results: Sequence[Outcome], output: 
 
 
 def _training(experiment: Experiment) -> Figure:
-    """Mean over the common seeds, smoothed over one pass over the prompts; single seeds are thin."""
+    """Mean over the seeds shared with the baseline, smoothed over one pass over the prompts; single seeds are thin."""
     import matplotlib.pyplot as plt
 
     width = pass_steps(experiment)
     figure, grid = plt.subplots(2, 2, figsize=(11, 7))
     for axis, (metric, title) in zip(grid.flat, _CURVES.items(), strict=True):
         for name, policies in experiment.policies.items():
-            rows = [p.run.series(metric) for p in policies if p.seed in experiment.seeds]
+            rows = [p.run.series(metric) for p in policies if p.seed in experiment.seeds_of(name)]
             smooth = np.array([_trailing(values, width) for _, values in rows])
             for line in smooth:
                 axis.plot(rows[0][0], line, color=_COLOURS[name], alpha=0.25, linewidth=0.8)
@@ -65,7 +66,7 @@ def _training(experiment: Experiment) -> Figure:
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     figure.supxlabel(
-        f"thick: mean of seeds {', '.join(map(str, experiment.seeds))}; thin: each seed"
+        "thick: mean over seeds; thin: each seed"
         + (f"; mean of the last {width} steps, in which every prompt is asked once" if width > 1 else ""),
         fontsize=9, color=GREY,
     )  # fmt: skip
@@ -85,9 +86,10 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
     import matplotlib.pyplot as plt
 
     names = [name for name in experiment.policies if name != BASELINE]
-    figure, grid = plt.subplots(len(MEASURES), len(SETS), figsize=(13, 8), sharex="row", sharey=True, squeeze=False)
+    size = (len(MEASURES), len(experiment.sets))
+    figure, grid = plt.subplots(*size, figsize=(13, 8), sharex="row", sharey=True, squeeze=False)
     for row, (measure, title) in zip(grid, MEASURES.items(), strict=True):
-        for axis, prompts in zip(row, SETS, strict=True):
+        for axis, prompts in zip(row, experiment.sets, strict=True):
             axis.axvline(0, color=GREY, linewidth=1)
             for place, name in enumerate(names):
                 [found] = [r for r in results if (r.algorithm, r.prompts, r.measure) == (name, prompts, measure)]
@@ -103,7 +105,7 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
             axis.set_title(f"{title}, {prompts}")
     grid[0][0].invert_yaxis()
     figure.supxlabel(
-        f"difference to {TITLES[BASELINE]}, 95 %: solid over {len(experiment.seeds)} seeds, dotted over prompts",
+        f"difference to {TITLES[BASELINE]}, 95 %: solid over the seeds that both have, dotted over prompts",
         fontsize=9, color=GREY,
     )  # fmt: skip
     return figure
@@ -129,6 +131,6 @@ def _weights(experiment: Experiment) -> Figure:
 
 
 def _share(experiment: Experiment, name: str, prefix: str) -> np.ndarray:
-    runs = [p.run for p in experiment.policies[name] if p.seed in experiment.seeds]
+    runs = [p.run for p in experiment.policies[name] if p.seed in experiment.seeds_of(name)]
     shares = [run.shares(prefix) for run in runs]
     return 100 * np.array([np.mean(np.nan_to_num([s[region] for s in shares])) for region in REGIONS])

@@ -31,9 +31,14 @@ def region_gammas(config: WeightingConfig, progress: float) -> np.ndarray:
     raw[TokenRegion.TOOL_NAME] = config.gamma_name
     if config.gamma_format > 0:
         raw[TokenRegion.FORMAT] = max(config.min_weight, config.gamma_format - config.alpha_format * nu)
-    raw[TokenRegion.TOOL_ARGS] = min(config.max_args, config.gamma_args + config.alpha_args * nu)
-    raw[TokenRegion.THINK] = min(config.max_think, config.gamma_think + config.alpha_think * nu)
-    raw[TokenRegion.RESPONSE] = min(config.max_think, config.gamma_response + config.alpha_response * nu)
+    for region, gamma, alpha, cap in (
+        (TokenRegion.TOOL_ARGS, config.gamma_args, config.alpha_args, config.max_args),
+        (TokenRegion.THINK, config.gamma_think, config.alpha_think, config.max_think),
+        (TokenRegion.RESPONSE, config.gamma_response, config.alpha_response, config.max_think),
+    ):
+        raw[region] = min(cap, gamma + alpha * nu)
+        if gamma > 0:  # a slope below 0 lowers it, and does not switch it off
+            raw[region] = max(config.min_weight, raw[region])
     return clip_positive(raw, config)
 
 

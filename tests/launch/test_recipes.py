@@ -40,6 +40,10 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "no model file": (["rest_smollm2", "--yes", "gguf=nowhere.gguf"], {}),
     "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
     "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
+    "pretrained": (
+        ["rest_experiment", "--dryrun", "about=smollm2", "seeds=2", "only=base,otb,paper/seed-1,report"],
+        {},
+    ),
     "no such part": (["rest_experiment", "--dryrun", "only=paper/seed-4"], {}),
     "file": (["rest_8b", "--dryrun", "config=mine.yaml", "optimizer.lr=2e-6"], {}),
     "executor": (["rest_8b", "--dryrun", "run.executor.account=acct-7", "run.executor.time=01:00:00"], {}),
@@ -283,6 +287,11 @@ def test_experiment_dry_run_lists_every_run_and_starts_nothing(done: dict[str, D
     assert run.config.trainer.steps == 3
     assert len(re.findall(r"runs/experiment/\w+/seed-\d ", run.parts["evaluate"])) == 12, "every run is judged"
     assert list(done["a part"].parts)[:-1] == ["paper-seed-2", "report"]
+    parts = done["pretrained"].parts
+    names = ("otb-seed-1", "otb-seed-2", "paper-seed-1")
+    stages = [stage for name in names for stage in (name, f"evaluate-{name}", f"keep-{name}")]
+    assert list(parts)[6:-1] == ["evaluate-warm-start", "keep-base-warm-start", *stages, "report"]
+    assert parts["keep-otb-seed-2"].rstrip().endswith("docs/results/smollm2/otb/seed-2")
     assert done["no such part"].returncode == 2 and "known are base, evaluate" in done["no such part"].stderr
     assert not (folder / "runs").exists()
 

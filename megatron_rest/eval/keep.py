@@ -1,0 +1,75 @@
+"""What the tables need of a judged run, in a folder small enough for a repository: no weights, no texts.
+
+    python -m megatron_rest.eval.keep RUN_DIR FOLDER
+
+Copies ``config.yaml`` (or a warm start's ``run.yaml``), ``metrics.jsonl`` and the scores of ``prompt_sets.json`` by
+prompt, without prompts and answers; ``kept.json`` says which weights they belong to and has the digest of each file.
+``megatron_rest.eval.experiment`` reads such folders like those of runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rest.eval.scoring import write_json
+
+__all__ = ["keep", "main"]
+
+_SCORES = "prompt_sets.json"
+_FILES = (("config.yaml", "run.yaml"), ("metrics.jsonl",))
+_TEXTS = ("prompt", "answer", "first_answer_regions")
+
+
+def keep(run_dir: Path, folder: Path) -> list[Path]:
+    """Write ``folder``, whole or not at all; returns its files.
+
+    Raises FileNotFoundError if the run was not judged, FileExistsError if ``folder`` is there.
+    """
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there: take it away if it is to be made anew")
+    scores: dict[str, Any] = json.loads((run_dir / _SCORES).read_text(encoding="utf-8"))
+    for rows in scores["sets"].values():
+        for row in rows:
+            for name in _TEXTS:
+                row.pop(name, None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".keep-") as name:
+        partial = Path(name) / folder.name
+        partial.mkdir()
+        for names in _FILES:
+            found = next((run_dir / n for n in names if (run_dir / n).is_file()), None)
+            if found is not None:  # a warm start has no metrics.jsonl
+                shutil.copyfile(found, partial / names[0])
+        write_json(partial / _SCORES, scores)
+        digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.iterdir())}
+        write_json(partial / "kept.json", {"weights_sha256": scores["settings"]["weights_sha256"], "files": digests})
+        os.rename(partial, folder)
+    return sorted(folder.iterdir())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0, or 2 with one line that says what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="a finished run that eval.prompt_sets has judged, or a warm start")
+    parser.add_argument("folder", type=Path, help="where its small files go")
+    args = parser.parse_args(argv)
+    try:
+        files = keep(args.run_dir, args.folder)
+    except OSError as error:
+        print(f"megatron_rest.eval.keep: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1024:.0f} KiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The small files of a judged run: everything that the tables read, nothing else, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rest.eval.keep import keep, main
+from tests.analysis.runs import make_run
+
+
+def judged(folder: Path) -> Path:
+    run_dir = make_run(folder, 4)
+    (run_dir / "config.yaml").write_text("trainer: {steps: 4}\n")
+    row = {"prompt_id": "a", "prompt": "long", "answer": ["x"], "first_answer_regions": [["x", 1]], "reward": [1.0]}
+    stored = {"settings": {"weights_sha256": "abc"}, "sets": {"heldout": [row]}}
+    (run_dir / "prompt_sets.json").write_text(json.dumps(stored))
+    (run_dir / "hf").mkdir(exist_ok=True)
+    (run_dir / "hf" / "model.safetensors").write_bytes(b"weights")
+    return run_dir
+
+
+def test_scores_stay_and_texts_and_weights_do_not(tmp_path: Path) -> None:
+    run_dir, kept = judged(tmp_path / "run"), tmp_path / "kept" / "grpo" / "seed-1"
+    assert main([str(run_dir), str(kept)]) == 0
+    names = {p.name for p in kept.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "prompt_sets.json", "kept.json"}
+    [row] = json.loads((kept / "prompt_sets.json").read_text())["sets"]["heldout"]
+    assert row == {"prompt_id": "a", "reward": [1.0]}
+    said = json.loads((kept / "kept.json").read_text())
+    assert said["weights_sha256"] == "abc"
+    assert said["files"] == {n: hashlib.sha256((kept / n).read_bytes()).hexdigest() for n in names - {"kept.json"}}
+    assert (kept / "metrics.jsonl").read_bytes() == (run_dir / "metrics.jsonl").read_bytes()
+    assert sorted(p.name for p in kept.parent.iterdir()) == ["seed-1"], "nothing half-written is left"
+
+
+def test_a_run_that_was_not_judged_and_a_folder_that_is_there_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(make_run(tmp_path / "run", 2)), str(tmp_path / "kept")]) == 2
+    assert "prompt_sets.json" in capsys.readouterr().err and not (tmp_path / "kept").exists()
+    run_dir = judged(tmp_path / "judged")
+    keep(run_dir, tmp_path / "kept")
+    with pytest.raises(FileExistsError, match="take it away"):
+        keep(run_dir, tmp_path / "kept")
