@@ -134,7 +134,7 @@ def test_rows_that_ask_for_tags_stay_in_tags(trained: Path, tmp_path: Path) -> N
     manifest, [converted] = convert([row], folder, tmp_path, dialect="hermes")  # asked for: the list becomes tools
     assert converted["answer_text"].count('"arguments"') == 1
     assert "Available Tools" not in converted["messages"]
-    with pytest.raises(DataError, match="expected auto or one of"):
+    with pytest.raises(DataError, match="known are toolrl, hermes"):
         convert([row], folder, tmp_path, dialect="latin")
 
 

@@ -279,6 +279,7 @@ def test_the_frozen_lists_hold_what_works_and_leave_out_what_does_not(monkeypatc
             "gpu-source.txt",
         ),
         "smollm2.txt",
+        "site.txt",
     }
     paths = [path for path in paths if not path.name.startswith("gpu")]  # the image's: test_image.py
     lists = {path.name: {pin.name.lower().replace("_", "-"): pin for pin in resolve.read(path)} for path in paths}

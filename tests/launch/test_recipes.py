@@ -68,7 +68,7 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
 WRONG = {
     "optimizer.lrr=1": "did you mean optimizer.lr?",
     "optimzer.lr=1": "did you mean optimizer?",
-    "steps=3": "did you mean trainer.steps?",
+    "steps=3": "did you mean trainer.steps or profile.steps?",
     "baselin=grpo": "did you mean baseline=...?",
     "baseline=gpro": "known are rest, grpo",
     "parallel.tensor_parallel=3": "world size 8 does not fit",
@@ -288,7 +288,7 @@ def test_experiment_dry_run_lists_every_run_and_starts_nothing(done: dict[str, D
     assert len(re.findall(r"runs/experiment/\w+/seed-\d ", run.parts["evaluate"])) == 12, "every run is judged"
     assert list(done["a part"].parts)[:-1] == ["paper-seed-2", "report"]
     parts = done["pretrained"].parts
-    names = ("otb-seed-1", "otb-seed-2", "paper-seed-1")
+    names = ("paper-seed-1", "otb-seed-1", "otb-seed-2")
     stages = [stage for name in names for stage in (name, f"evaluate-{name}", f"keep-{name}")]
     assert list(parts)[6:-1] == ["evaluate-warm-start", "keep-base-warm-start", *stages, "report"]
     assert parts["keep-otb-seed-2"].rstrip().endswith("docs/results/smollm2/otb/seed-2")

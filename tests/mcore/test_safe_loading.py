@@ -106,7 +106,7 @@ def attack(rank: int, world_size: int, model: str, folder: str) -> dict[str, Any
         said = outcome_of(lambda bad=bad: checkpoint.load(bad, policy))
         results[make.__name__] = (said, canary.exists())
         if make in UNLIMITED:
-            state = checkpoint._sharded_state(policy, is_loading=True)
+            state = checkpoint._sharded_state(policy, is_loading=True, form=checkpoint.ANY_LAYOUT)
             outcome_of(lambda bad=bad, state=state: dist_checkpointing.load(state, str(bad)))
             results[f"unlimited {make.__name__}"] = canary.exists()
     for name in ("cut", "empty"):

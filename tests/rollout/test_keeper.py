@@ -117,8 +117,7 @@ def test_what_dead_runs_left_goes_when_the_next_one_starts(tmp_path: Path, monke
     monkeypatch.setattr(keeper.tempfile, "gettempdir", lambda: str(tmp_path))
     dead, living = Setting(tmp_path), Setting(tmp_path)
     kill(dead, dead.keeper, dead.owner.pid, dead.worker)
-    until(lambda: not start_of(dead.worker))
-    assert len(dead.left()) == 3, "a process, a folder and shared memory"
+    until(lambda: len(dead.left()) == 3)  # a process, a folder and shared memory
     strange = tmp_path / "engine-of-somebody"
     strange.mkdir()
     keeper.sweep()
