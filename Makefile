@@ -76,7 +76,7 @@ test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every op
 test-all: $(STAMP) ## all tests: the same paths over more layouts, seeds, kills and fuzz cases, too
 	@$(BIN)/python -m pytest $(WORKERS) $(TEST_ARGS)
 
-faults: $(STAMP) ## break the code in 25 places, one at a time: which of them does make test notice?
+faults: $(STAMP) ## break the code in 26 places, one at a time: which of them does make test notice?
 	@$(BIN)/python -m benchmarks.seeded_faults
 
 HOST_VERSION := 0.19.2
