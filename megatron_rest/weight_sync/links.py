@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import socket
 import threading
@@ -314,7 +315,16 @@ def new_token() -> str:
 
 
 def _gloo_group(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) -> Any:
-    return dist.ProcessGroupGloo(store, rank, world_size, timeout=timedelta(seconds=timeout_seconds))
+    """Connected at once, whatever ``TORCH_GLOO_LAZY_INIT`` says: it is set for the trainer's ranks and not for engines
+    on other machines, and two ends that differ in it read each other's addresses wrong (a crash inside gloo)."""
+    gloo = dist.ProcessGroupGloo
+    interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface=name, lazy_init=False) for name in interfaces] or [
+        gloo.create_default_device(lazy_init=False)
+    ]
+    options._timeout = timedelta(seconds=timeout_seconds)
+    return gloo(store, rank, world_size, options)
 
 
 def _nccl_communicator(store: dist.Store, name: str, rank: int, world_size: int, device: torch.device) -> Any:

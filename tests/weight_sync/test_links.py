@@ -6,6 +6,8 @@ the call.  What is tested is ours: deadline, news of a loss, abort, and that oth
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rest.network import listen
 from megatron_rest.weight_sync.layouts import (
     EngineLayout,
     TrainingLayout,
@@ -21,9 +24,10 @@ from megatron_rest.weight_sync.layouts import (
     engine_workers,
     training_shards,
 )
-from megatron_rest.weight_sync.links import NcclLink
+from megatron_rest.weight_sync.links import NcclLink, open_link
 from megatron_rest.weight_sync.plan import make_plan
 from megatron_rest.weight_sync.slices import SliceSender
+from tests.helpers.distributed import run_distributed
 from tests.weight_sync.test_plan import _dense, full_state, shards_of
 
 CPU = torch.device("cpu")
@@ -122,3 +126,21 @@ def test_engines_whose_link_holds_get_all_of_theirs() -> None:
     assert set(sender.broken) == {0} and "was not done after" in str(sender.broken[0])
     assert fine.asked == count and sum(engine == 1 for engine, _ in digests) == count
     assert lost.asked < count, "the lost one gets nothing more"
+
+
+def lazy_and_not(rank: int, world_size: int, address: tuple[str, int]) -> list[int]:
+    """Ends of a link whose environments differ, as a trainer's and that of an engine on another machine do."""
+    os.environ["TORCH_GLOO_LAZY_INIT"] = str(1 - rank)
+    listener = listen(*address) if rank == 0 else None
+    link = open_link("gloo", *address, rank, world_size, 60, CPU, "token", None, listener)
+    data = torch.arange(5, dtype=torch.uint8) if rank == 0 else torch.zeros(5, dtype=torch.uint8)
+    work = link.send(data, 1) if rank == 0 else link.receive(data, 0)
+    work.wait()
+    return data.tolist()
+
+
+def test_ends_of_a_gloo_link_need_not_have_the_same_environment() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    assert run_distributed(lazy_and_not, 2, address) == [[0, 1, 2, 3, 4]] * 2
