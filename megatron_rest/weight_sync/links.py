@@ -317,7 +317,7 @@ def new_token() -> str:
 def _gloo_group(store: dist.Store, rank: int, world_size: int, timeout_seconds: int) -> Any:
     """Connected at once, whatever ``TORCH_GLOO_LAZY_INIT`` says: it is set for the trainer's ranks and not for engines
     on other machines, and two ends that differ in it read each other's addresses wrong (a crash inside gloo)."""
-    gloo = dist.ProcessGroupGloo
+    gloo: Any = dist.ProcessGroupGloo
     interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     options = gloo._Options()
     options._devices = [gloo.create_device(interface=name, lazy_init=False) for name in interfaces] or [

@@ -54,7 +54,7 @@ def test_a_killed_run_continues_byte_by_byte(checked):
 def test_the_checkpoint_holds_the_rollouts_of_the_next_step(checked):
     """One step off they are sampled while the step before trains, by weights that no engine will hold again."""
     values = run_diff.checkpoint_values(checked[0] / "killed" / "checkpoints" / "step_000001")
-    assert values["rollout queue", "queue.integers"].numel() > 24
+    assert values["rollout queue", "queue.rollouts"].numel() > 24
     assert len([name for part, name in values if part == "data order"]) == 6
     states = {name: v for (part, name), v in values.items() if part == "random streams" and "model-parallel" in name}
     assert len(states) == 2 and not torch.equal(*states.values()), "one a rank, and TP ranks differ"
