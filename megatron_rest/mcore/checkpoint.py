@@ -44,7 +44,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_rest.config import CheckpointConfig, ConfigError
+from megatron_rest.config import CheckpointConfig, ConfigError, RestConfig
 from megatron_rest.errors import RunError
 from megatron_rest.mcore import checkpoint_files as files
 from megatron_rest.mcore import rng
@@ -69,6 +69,7 @@ __all__ = [
     "latest",
     "load",
     "load_model",
+    "named_or_latest",
     "newest_intact",
 ]
 
@@ -254,6 +255,16 @@ def _write_late(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def named_or_latest(config: RestConfig) -> Path:
+    """``checkpoint.load``, or the newest complete checkpoint of the run folder; ConfigError if there is neither."""
+    if config.checkpoint.load:
+        return Path(config.checkpoint.load)
+    found = latest(Path(config.trainer.run_dir) / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{config.trainer.run_dir} has no complete checkpoint: name one with checkpoint.load=")
+    return found
 
 
 def newest_intact(folder: str | Path) -> tuple[Path | None, list[str]]:

@@ -165,12 +165,13 @@ class _Packed:
     report: PackingReport
 
 
-def _pack(
-    config: RestConfig, world_size: int, samples: Sequence[DrawnSample], cost: RowCost, is_sharing: bool
-) -> _Packed:
+def deal_as_configured(
+    config: RestConfig, world_size: int, samples: Sequence[DrawnSample], cost: RowCost, *, is_sharing: bool
+) -> tuple[list[list[list[Part]]], PackingReport]:
+    """The microbatches of each replica, and the report, of one update as the trainer would deal it."""
     p = config.parallel
     alignment = packing_alignment(config.precision.recipe, p)
-    replicas, report = deal(
+    return deal(
         samples,
         max_rows=round_up(config.trainer.max_tokens_per_microbatch, alignment.sequence),
         dp_size=p.data_parallel(world_size),
@@ -180,6 +181,13 @@ def _pack(
         is_sharing=is_sharing,
         cost=cost,
     )
+
+
+def _pack(
+    config: RestConfig, world_size: int, samples: Sequence[DrawnSample], cost: RowCost, is_sharing: bool
+) -> _Packed:
+    replicas, report = deal_as_configured(config, world_size, samples, cost, is_sharing=is_sharing)
+    alignment = packing_alignment(config.precision.recipe, config.parallel)
     useful = sum(part.cost for bins in replicas for parts in bins for part in parts)
     head = cost.loss_row * sum(int(s.loss_mask.sum()) for s in samples)
     time, bubble, padding = max(_replica_time(config, bins, cost, alignment.total) for bins in replicas)

@@ -10,10 +10,11 @@ import numpy as np
 
 from megatron_rest.config import RestConfig
 from megatron_rest.data.alignment import packing_alignment, round_up
-from megatron_rest.data.packing import Part, RowCost, deal
+from megatron_rest.data.packing import Part, RowCost
 from megatron_rest.model_map import ModelShape
-from megatron_rest.passes import least_microbatches, microbatches_multiple, shares_prompts
+from megatron_rest.passes import shares_prompts
 from megatron_rest.planner.lengths import DrawnSample, Lengths
+from megatron_rest.planner.work import deal_as_configured
 from megatron_rest.simulate.pipeline import pipeline_seconds
 
 __all__ = ["RLLA_PROMPTS", "Balance", "long_tailed", "simulate_balance"]
@@ -90,16 +91,7 @@ def simulate_balance(
     seen = []
     for seed in range(draws):
         samples: list[DrawnSample] = lengths.draw(size, group_size=group_size, seed=seed)
-        replicas, report = deal(
-            samples,
-            max_rows=round_up(config.trainer.max_tokens_per_microbatch, alignment.sequence),
-            dp_size=p.data_parallel(world_size),
-            multiple=microbatches_multiple(p),
-            min_bins=least_microbatches(p),
-            row_multiple=alignment.sequence,
-            is_sharing=is_sharing,
-            cost=cost,
-        )
+        replicas, report = deal_as_configured(config, world_size, samples, cost, is_sharing=is_sharing)
         useful = sum(part.cost for bins in replicas for parts in bins for part in parts)
         times = [_replica(config, bins, cost, alignment.total) for bins in replicas]
         stages = p.pipeline_parallel

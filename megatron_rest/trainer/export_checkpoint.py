@@ -17,7 +17,7 @@ import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from megatron_rest.config import ConfigError, ParallelConfig, RestConfig  # noqa: E402
+from megatron_rest.config import ParallelConfig, RestConfig  # noqa: E402
 from megatron_rest.trainer.entry import worker_main  # noqa: E402
 
 __all__ = ["export_checkpoint", "main"]
@@ -31,9 +31,7 @@ def export_checkpoint(config: RestConfig) -> None:
     from megatron_rest.trainer.setup import build_bare_policy, set_threads, weight_source
 
     run_dir = Path(config.trainer.run_dir)
-    path = Path(config.checkpoint.load) if config.checkpoint.load else checkpoint.latest(run_dir / "checkpoints")
-    if path is None:
-        raise ConfigError(f"{run_dir} has no complete checkpoint: name one with checkpoint.load=")
+    path = checkpoint.named_or_latest(config)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         config = _on_one_rank(config)
     set_threads(config)

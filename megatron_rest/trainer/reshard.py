@@ -18,7 +18,7 @@ import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from megatron_rest.config import ConfigError, RestConfig  # noqa: E402
+from megatron_rest.config import RestConfig  # noqa: E402
 from megatron_rest.trainer.entry import worker_main  # noqa: E402
 
 __all__ = ["main", "reshard"]
@@ -31,9 +31,7 @@ def reshard(config: RestConfig) -> None:
     from megatron_rest.trainer.setup import build_policy, set_threads
 
     run_dir = Path(config.trainer.run_dir)
-    path = Path(config.checkpoint.load) if config.checkpoint.load else checkpoint.latest(run_dir / "checkpoints")
-    if path is None:
-        raise ConfigError(f"{run_dir} has no complete checkpoint: name one with checkpoint.load=")
+    path = checkpoint.named_or_latest(config)
     set_threads(config)
     updates = config.trainer.steps * config.optimizer.updates_per_step
     parts = build_policy(config, optimizer=config.optimizer, num_updates=updates)
