@@ -61,6 +61,7 @@ def _step_lines(step: Mapping[str, Any]) -> list[str]:
         f"{step['num_groups']} prompts, all {step['num_parameters']:,} parameters of {step['model']}",
         f"(+- one standard error, prompts as the independent units; mean |log-prob - rollout's| of these weights: "
         f"{step['mean_abs_log_ratio']:.2g} nats)",
+        *([f"(estimated from sketches of {step['sketch']:,} numbers a gradient)"] if step.get("sketch") else []),
         *table_lines(header, rows),
         "",
         *table_lines(columns, regions),

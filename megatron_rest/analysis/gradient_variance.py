@@ -20,6 +20,7 @@ from megatron_rest.types import TokenRegion
 from megatron_rest.weighting import RestWeighting
 
 __all__ = [
+    "GradientSketch",
     "RegionGram",
     "WeightingVariance",
     "compare_weightings",
@@ -104,6 +105,42 @@ class RegionGram:
         :meth:`RestWeighting.update` takes for ``variance_optimal`` (cross terms inside a region are counted in)."""
         norms = np.diag(self.gram).reshape(self.num_sequences, _REGIONS)
         return (np.asarray(scale)[:, None] ** 2 * norms).sum(axis=0), np.asarray(region_counts).sum(axis=0)
+
+
+class GradientSketch:
+    """Random signed sums of a gradient's numbers, whose inner products estimate the gradients' own, without bias.
+
+        S x = [sum over i with i mod k = j of s_i x_i  for j < k],   s_i = +1 or -1 at random;   E <S x, S y> = <x, y>
+
+    Feature hashing (Weinberger et al., arXiv 0902.2206): the standard deviation of ``||S x||^2`` is about
+    ``sqrt(2 / k) ||x||^2`` where no few numbers hold most of the norm.  What does not fit into memory whole, a
+    gradient for every sequence and region of 135 M parameters, is small in this form.
+
+    Args:
+        parameters: in the order in which gradients will come.
+        columns: k.  A prime keeps the columns of matrices from falling onto each other.
+        seed: of the signs.  All gradients to be compared need the same.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, columns: int, seed: int = 0) -> None:
+        if columns < 1:
+            raise ValueError(f"columns is {columns}, expected 1 or more")
+        generator = torch.Generator().manual_seed(seed)
+        self.columns = columns
+        self._signs = [
+            torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8).mul_(2).sub_(1) for p in parameters
+        ]
+
+    def __call__(self, parts: Sequence[Tensor]) -> Array:
+        """float32 ``[k]`` of one gradient, given as a tensor for each parameter, on the CPU."""
+        result = torch.zeros(self.columns)
+        start = 0  # column of the tensor's first number
+        for part, signs in zip(parts, self._signs, strict=True):
+            signed = part.detach().flatten().float() * signs
+            signed = torch.nn.functional.pad(signed, (start, -(start + len(signed)) % self.columns))
+            result += signed.view(-1, self.columns).sum(dim=0)
+            start = (start + part.numel()) % self.columns
+        return result.numpy()
 
 
 def region_gradients(
