@@ -106,6 +106,21 @@ class RegionGram:
         norms = np.diag(self.gram).reshape(self.num_sequences, _REGIONS)
         return (np.asarray(scale)[:, None] ** 2 * norms).sum(axis=0), np.asarray(region_counts).sum(axis=0)
 
+    def by_region(self, scale: Array, region_counts: Array) -> dict[str, dict[str, float]]:
+        """How much of the squared gradients, ``sum_i scale_i^2 ||G_ir||^2``, and of the tokens each region has, 0 to 1.
+
+        Only sequences with an advantage count.  Products between regions are in none of them.
+        """
+        squares, tokens = self.beta(scale, np.asarray(region_counts) * (np.asarray(scale) != 0)[:, None])
+        return {
+            region.name.lower(): {
+                "of_squares": float(squares[region] / max(squares.sum(), 1e-300)),
+                "of_tokens": float(tokens[region] / max(tokens.sum(), 1)),
+            }
+            for region in TokenRegion
+            if tokens[region]
+        }
+
 
 class GradientSketch:
     """Random signed sums of a gradient's numbers, whose inner products estimate the gradients' own, without bias.
@@ -210,7 +225,7 @@ def entropy_against_score(entropy: Array, score_norm: Array, region_ids: Array) 
     """Entropy (nats) and squared score norm by region, and their correlation over tokens.
 
     Arrays ``[T]`` over valid tokens; ``score_norm`` is ``1 - sum p^2`` or the exact last-layer ``||h||^2 (1 - sum
-    p^2)``.
+    p^2)``.  ``tenths``: mean entropy and score norm of the tenth of the tokens with the least entropy, and so on.
     """
     by_region = {}
     for region in TokenRegion:
@@ -222,8 +237,10 @@ def entropy_against_score(entropy: Array, score_norm: Array, region_ids: Array) 
                 "score_norm": float(np.mean(score_norm[chosen])),
             }
     varies = np.std(entropy) > 0 and np.std(score_norm) > 0
+    tenths = [part for part in np.array_split(np.argsort(entropy, kind="stable"), 10) if len(part)]
     return {
         "regions": by_region,
+        "tenths": [[float(np.mean(entropy[part])), float(np.mean(score_norm[part]))] for part in tenths],
         "correlation": float(np.corrcoef(entropy, score_norm)[0, 1]) if varies else None,
     }
 

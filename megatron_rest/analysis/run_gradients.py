@@ -116,6 +116,7 @@ def _measure_step(
         "sketch": measured.sketch,
         "mean_abs_log_ratio": float(np.abs(measured.log_ratio).mean()),
         "variance": [asdict(row) for row in variances(measured, config.weighting)],
+        "gradient": measured.gram.by_region(measured.scale, measured.region_counts),
         "entropy": entropy_against_score(measured.entropy, measured.score_norm, measured.region_ids),
         "last_layer": entropy_against_score(measured.entropy, measured.beta, measured.region_ids),
     }

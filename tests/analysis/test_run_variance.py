@@ -86,6 +86,17 @@ def test_gram_holds_the_gradients_of_the_weighted_objective(run_dir, block_bytes
     stacked = torch.stack(gradients).numpy()
     inner = stacked @ stacked.T
     np.testing.assert_allclose(measured.gram._inner(coefficients), inner, rtol=1e-4, atol=1e-6 * inner.max())
+    squares = {}
+    for region in (r for r in TokenRegion if r):
+        parts = [
+            measured.scale[i]
+            * direct_gradient(model, rollouts, at, np.where(rollouts.region_ids[at] == region, 1.0, 0.0))
+            for i, at in enumerate(rollouts.slices[:4])
+        ]
+        squares[region.name.lower()] = sum(float(part.double().square().sum()) for part in parts)
+    shares = measured.gram.by_region(measured.scale, measured.region_counts)
+    for name, share in shares.items():
+        assert share["of_squares"] == pytest.approx(squares[name] / sum(squares.values()), rel=1e-3)
     lengths = [int(rollouts.loss_mask[at].sum()) for at in rollouts.slices[:4]]
     np.testing.assert_allclose(measured.scale, rollouts.advantages[:4] / lengths)
     assert measured.scale[1] == 0
@@ -140,8 +151,12 @@ def test_command_writes_json_and_figures_and_the_report_shows_them(run_dir, caps
     assert all(row["ratio"] > 0 and row["ratio_standard_error"] >= 0 for row in first["variance"])
     assert set(first["entropy"]["regions"]) == {r.name.lower() for r in TokenRegion if r}
     assert -1 <= first["entropy"]["correlation"] <= 1
+    assert [x for x, _ in first["entropy"]["tenths"]] == sorted(x for x, _ in first["entropy"]["tenths"])
+    for share in ("of_squares", "of_tokens"):
+        assert sum(region[share] for region in first["gradient"].values()) == pytest.approx(1)
     for step in (1, 3):
-        assert (run_dir / "plots" / f"variance_step_{step:06d}.png").stat().st_size > 5000
+        for figure in ("variance", "entropy"):
+            assert (run_dir / "plots" / f"{figure}_step_{step:06d}.png").stat().st_size > 5000
     lines, _ = write_report([run_dir], run_dir / "plots")
     for line in (*printed.splitlines()[:12],):
         assert line in lines
