@@ -150,7 +150,7 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
     if stages.warm_start:
         folder = f"{config.trainer.run_dir}/warm-start"
         warm = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=folder))
-        module = "megatron_rest.trainer.warm_start"
+        module = "megatron_rest.commands.warm_start"
         add("warm-start", (rank_script(warm, module, **settings), ranks))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=f"{folder}/hf"))
     script = rank_script(config, "megatron_rest.trainer", **settings)
