@@ -38,12 +38,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos_rank import ENGINE, WORKER, Life
+from megatron_rest.commands.resume_check import kill_tree
+from megatron_rest.commands.run_diff import Difference, compare_runs
+from megatron_rest.commands.tiny import RANKS, make_base, tiny_settings
 from megatron_rest.mcore import checkpoint_files
 from megatron_rest.processes import my_processes, variable_of
 from megatron_rest.rollout.keeper import FOLDER
-from megatron_rest.trainer.resume_check import kill_tree
-from megatron_rest.trainer.run_diff import Difference, compare_runs
-from megatron_rest.trainer.tiny import RANKS, make_base, tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 END = ("rank killed", "job killed", "asked to stop", "no room for a checkpoint", "no room for metrics")

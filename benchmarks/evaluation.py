@@ -63,7 +63,7 @@ def generation(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, fl
     tokenizer = str(folder / "tokenizer")
     call("data_tools", "train-tokenizer", str(SAMPLE), "--vocab-size", "2048", "--output", tokenizer)
     shape = ("--heads", "4", "--kv-heads", "2", "--max-length", str(CONTEXT))
-    call("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, "--output", str(folder / "model"), *shape)
+    call("megatron_rest.commands.init_model", "--tokenizer", tokenizer, "--output", str(folder / "model"), *shape)
     from transformers import AutoTokenizer
 
     interviewer = Interviewer(

@@ -74,7 +74,7 @@ FAULTS = (
     ),
     Fault(
         "entropy gradient without its sign",
-        "megatron_rest/ops/row_blocks.py",
+        "megatron_rest/ops/row_statistics.py",
         "-(g + h * (entropy - log_sum)) * scale",
         "-(g - h * (entropy - log_sum)) * scale",
         "tests/ops",

@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ import torch.multiprocessing as mp  # noqa: E402
 
 from megatron_rest.config import RolloutConfig, WeightSyncConfig  # noqa: E402
 from megatron_rest.model_map import ModelShape, hf_shapes, parameter_map, shard_shape, to_hf  # noqa: E402
-from megatron_rest.weight_sync.broadcast import bucket_ranges  # noqa: E402
 from megatron_rest.weight_sync.links import join_group  # noqa: E402
 from megatron_rest.weight_sync.plan import Message, SyncPlan  # noqa: E402
 from megatron_rest.weight_sync.slices import pack  # noqa: E402
@@ -82,6 +81,18 @@ def model_config(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
+
+
+def bucket_ranges(sizes: Sequence[int], limit: int) -> Iterator[range]:
+    """Ranges of consecutive tensors, closed once they reach ``limit`` bytes; both ends cut alike."""
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        total += size
+        if total >= limit:
+            yield range(start, index + 1)
+            start, total = index + 1, 0
+    if start < len(sizes):
+        yield range(start, len(sizes))
 
 
 def worker_extension() -> type:

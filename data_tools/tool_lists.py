@@ -199,11 +199,6 @@ def tools_of_system(system: str) -> tuple[list[Tool], str]:
     return tools, _without_instructions(system[:start], system[end:])
 
 
-def has_foreign_instructions(system: str) -> bool:
-    """Whether a system message asks for calls in another form than ToolRL's."""
-    return TOOL_LIST not in system and bool(_ASKS.search(system))
-
-
 def without_list(system: str) -> str:
     """A system message beside a ``tools`` column: a second list and instructions for another format are left out."""
     if TOOL_LIST in system:

@@ -128,25 +128,49 @@ def _recipes() -> Iterator[str]:
     yield from _item("`section.key=value`", "[configuration](configuration.md)")
     yield from _item("`run.executor=NAME`, `run.executor.KEY=value`", "NeMo-Run's executor and its fields")
     for path in sorted((ROOT / "launch").glob("rest_*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        entry = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == path.stem)
+        what, arguments = _recipe(path)
         yield f"\n### launch/{path.name}\n"
-        yield from _paragraph(_escape(" ".join((ast.get_docstring(entry) or "").partition("\n\n")[0].split())))
-        described = dict(re.findall(r"^\s*(\w+): (.+?)\.?$", ast.get_docstring(entry) or "", re.MULTILINE))
-        names = entry.args.args[-len(entry.args.defaults) :] if entry.args.defaults else []
-        constants = {
-            n.targets[0].id: n.value
-            for n in tree.body
-            if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
-        }
-        for argument, default in zip(names, entry.args.defaults, strict=True):
-            text = described.get(argument.arg)
-            if text is None:
-                raise SystemExit(f"{path}: the docstring of {entry.name} does not describe {argument.arg}")
-            value = constants.get(default.id, default) if isinstance(default, ast.Name) else default
-            shown = {"True": "true", "False": "false"}.get(ast.unparse(value), ast.unparse(value).strip("'"))
-            yield from _item(f"`{argument.arg}={shown}`", _escape(text))
+        yield from _paragraph(_escape(what))
+        for name, shown, text in arguments:
+            yield from _item(f"`{name}={shown}`", _escape(text))
     yield ""
+
+
+def _recipe(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
+    """What a launch file is for; name, default and meaning of each of its arguments.  Read, not imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    values = {
+        n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)
+    }
+
+    def shown(node: ast.expr) -> str:
+        value = ast.unparse(values.get(node.id, node) if isinstance(node, ast.Name) else node)
+        return {"True": "true", "False": "false"}.get(value, value.strip("'"))
+
+    made = values.get(path.stem)
+    if isinstance(made, ast.Call):  # by cluster_recipe, of which all have the same arguments
+        from launch.stages import HELP, Stages
+
+        given = {word.arg: word.value for word in made.keywords}
+        rows = [
+            (field.name, shown(ast.Constant(field.default)), HELP[field.name])
+            for field in dataclasses.fields(Stages)
+            if field.name in HELP
+        ]
+        rows.insert(0, ("nodes", shown(given["nodes"]), ast.literal_eval(given["nodes_help"])))
+        if "families" in given:
+            recipes = values[made.args[2].id] if isinstance(made.args[2], ast.Name) else made.args[2]
+            assert isinstance(recipes, ast.Dict)
+            rows.append(("family", ast.literal_eval(recipes.keys[0]), ast.literal_eval(given["families"])))
+        return ast.literal_eval(made.args[1]), [(name, default, text.rstrip(".")) for name, default, text in rows]
+    entry = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == path.stem)
+    text = ast.get_docstring(entry) or ""
+    described = dict(re.findall(r"^\s*(\w+): (.+?)\.?$", text, re.MULTILINE))
+    names = [argument.arg for argument in entry.args.args[len(entry.args.args) - len(entry.args.defaults) :]]
+    if missing := [name for name in names if name not in described]:
+        raise SystemExit(f"{path}: the docstring of {entry.name} does not describe {missing[0]}")
+    rows = [(name, shown(default), described[name]) for name, default in zip(names, entry.args.defaults, strict=True)]
+    return " ".join(text.partition("\n\n")[0].split()), rows
 
 
 def _command(name: str, module: str) -> Iterator[str]:

@@ -30,6 +30,7 @@ from typing import Any
 
 from launch.compat import ensure_nemo_run_importable
 from megatron_rest.config import ConfigError, RestConfig, load
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.scripts import recipe_file
 
 __all__ = ["main", "run_recipe"]
@@ -116,7 +117,7 @@ def run_recipe(recipe: Callable[..., Any], executor: str) -> None:
     if "--yes" in theirs:
         run.dryrun_fn = lambda *args, **kwargs: None  # the table to look at before answering the question
     elif not sys.stdin.isatty():
-        _fail("no terminal to confirm on: say --yes to start, or --dryrun to look")
+        _fail("no terminal to confirm on: say --yes to start, or --dryrun to look" + see(Topic.NO_START))
     sys.argv = [sys.argv[0], *theirs]
     _repair_exit_status()
     try:

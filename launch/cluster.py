@@ -6,9 +6,11 @@ heterogeneous jobs.  What a rank needs to know, Slurm says.
 """
 
 import dataclasses
+import inspect
 import os
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from launch.recipe import (
 from launch.script import command_script, host_script, rank_script
 from launch.secrets import refuse_secrets
 from launch.shipping import digests, user_packages
+from launch.stages import HELP, Stages
 from launch.trainjob import launch_on_kubernetes
 from megatron_rest.code_version import code_version
 from megatron_rest.config import RestConfig
@@ -38,7 +41,7 @@ from megatron_rest.rollout.devices import without_expandable_segments
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["Stages", "launch_training"]
+__all__ = ["cluster_recipe", "launch_training"]
 
 # Address of the first node as Slurm's own daemons reach it from everywhere.  What the node's name resolves to on itself
 # (NeMo-Run: hostname --ip-address) is a loopback address on Debian and Ubuntu.
@@ -52,18 +55,6 @@ _POLL_SECONDS = 5  # how late the job's script notices that a group has ended; N
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
-    """What runs around the training; the arguments of a recipe."""
-
-    nodes: int
-    links: int = 1
-    requeue: int = 0
-    baseline: str = ""
-    warm_start: bool = False
-    evaluate: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Job:
     """A script on its executor; several of both are the groups of one heterogeneous job."""
 
@@ -71,6 +62,49 @@ class _Job:
     scripts: tuple[str, ...]
     executors: tuple[run.SlurmExecutor, ...]
     waits_for: str = ""  # name of the job before it
+
+
+def cluster_recipe(
+    name: str,
+    what: str,
+    recipe: RestConfig | Mapping[str, RestConfig],
+    *,
+    nodes: int,
+    nodes_help: str,
+    families: str = "",
+) -> Callable[..., None]:
+    """The entry point of a launch file: ``nemo-run launch/NAME.py nodes=... links=... section.key=value``.
+
+    Args:
+        name: of the experiment and its jobs.
+        what: one sentence, the first line of ``--help``.
+        recipe: the configuration; of several the argument ``family`` chooses one by its key, the first if it is absent.
+        nodes: default; ``nodes_help`` says what may be given, ``families`` likewise of ``family``.
+    """
+    recipes = recipe if isinstance(recipe, Mapping) else {"": recipe}
+
+    def launch(ctx: run.cli.RunContext, family: str = next(iter(recipes)), **arguments: Any) -> None:
+        if family not in recipes:
+            stop(f"family={family} is unknown: known are {', '.join(recipes)}")
+        launch_training(ctx, name, recipes[family], Stages(**arguments))
+
+    def parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=default)
+
+    texts = {"ctx": "filled in by NeMo-Run.", "nodes": nodes_help, **HELP}
+    stages = {field.name: field for field in dataclasses.fields(Stages)}
+    defaults = {name: field.default for name, field in stages.items()} | {"nodes": nodes}
+    asked = [parameter("ctx", run.cli.RunContext)]
+    asked += [parameter(name, field.type, defaults[name]) for name, field in stages.items()]
+    if families:
+        texts["family"] = families
+        asked.append(parameter("family", str, next(iter(recipes))))
+    # NeMo-Run reads name, module, parameters and their descriptions from the function.
+    launch.__name__ = launch.__qualname__ = name
+    launch.__signature__ = inspect.Signature(asked)  # type: ignore[attr-defined]
+    launch.__doc__ = "\n".join([what, "", "Args:", *(f"    {key}: {text}" for key, text in texts.items())])
+    entry: Callable[..., None] = run.cli.entrypoint(type="experiment", name=name)(launch)
+    return entry
 
 
 def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, stages: Stages) -> None:
@@ -150,7 +184,7 @@ def _jobs(executor: run.SlurmExecutor, config: RestConfig, stages: Stages) -> li
     if stages.warm_start:
         folder = f"{config.trainer.run_dir}/warm-start"
         warm = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, run_dir=folder))
-        module = "megatron_rest.trainer.warm_start"
+        module = "megatron_rest.commands.warm_start"
         add("warm-start", (rank_script(warm, module, **settings), ranks))
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=f"{folder}/hf"))
     script = rank_script(config, "megatron_rest.trainer", **settings)

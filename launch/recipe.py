@@ -15,6 +15,7 @@ import yaml
 
 from megatron_rest import run_folder
 from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.plan import make_plan
 from megatron_rest.planner.report import as_text
@@ -132,7 +133,10 @@ def refuse_folder_in_use(config: RestConfig) -> None:
     """A run that is under way keeps its folder; two would overwrite each other's checkpoints."""
     owner = run_folder.owner_of(config.trainer.run_dir)
     if owner is not None:
-        stop(f"trainer.run_dir={config.trainer.run_dir} belongs to {owner}: wait for it, stop it, or choose another")
+        stop(
+            f"trainer.run_dir={config.trainer.run_dir} belongs to {owner}: wait for it, stop it, or choose another"
+            f"{see(Topic.NO_START)}"
+        )
 
 
 def evaluate_arguments(config: RestConfig) -> list[str]:

@@ -4,8 +4,7 @@ nemo-run launch/rest_30b_a3b.py --dryrun model.path=/models/Qwen3-30B-A3B data.t
 """
 
 from launch.cli import run_recipe
-from launch.cluster import Stages, launch_training
-from launch.compat import ensure_nemo_run_importable
+from launch.cluster import cluster_recipe
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -19,11 +18,8 @@ from megatron_rest.config import (
     WeightSyncConfig,
 )
 
-ensure_nemo_run_importable()
-import nemo_run as run  # noqa: E402
-
 NODES = 2
-GPUS = NODES * 8
+GPUS = NODES * 8  # what megatron-rest plan and simulate take the recipe for
 
 RECIPE = RestConfig(
     model=ModelConfig(
@@ -67,7 +63,7 @@ RECIPE = RestConfig(
         updates_per_step=8,  # authors: mini-batches of 64 prompts
     ),
     weight_sync=WeightSyncConfig(
-        transport="nccl_p2p",  # every worker of an engine gets its slices from the ranks that hold them, over NCCL
+        transport="nccl",  # every worker of an engine gets its slices from the ranks that hold them, over NCCL
         bucket_bytes=256 << 20,  # an expert's matrices are 9 MB: thousands travel in a hundred messages
     ),
     checkpoint=CheckpointConfig(save_every=15, keep_last=2),  # authors save every 15 steps; 430 GB each
@@ -80,32 +76,13 @@ RECIPE = RestConfig(
 )
 
 
-@run.cli.entrypoint(type="experiment", name="rest_30b_a3b")
-def rest_30b_a3b(
-    ctx: run.cli.RunContext,
-    nodes: int = NODES,
-    links: int = 1,
-    requeue: int = 0,
-    baseline: str = "",
-    warm_start: bool = False,
-    evaluate: bool = False,
-) -> None:
-    """ResT on a 30B mixture of experts, 3 H100 nodes.
-
-    Args:
-        ctx: filled in by NeMo-Run.
-        nodes: nodes of ranks, a multiple of 2; those of the engines are rollout.nodes.
-        links: jobs one after the other, each continues where the last one stopped.
-        requeue: times a job goes back into the queue when it fails, loses a node or is stopped by its time limit.
-        baseline: grpo = uniform token weights.
-        warm_start: train on the reference answers first.
-        evaluate: score API-Bank and BFCL when training is finished.
-    """
-    stages = Stages(
-        nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start, evaluate=evaluate
-    )
-    launch_training(ctx, "rest_30b_a3b", RECIPE, stages)
-
+rest_30b_a3b = cluster_recipe(
+    "rest_30b_a3b",
+    "ResT on a 30B mixture of experts, 3 H100 nodes.",
+    RECIPE,
+    nodes=NODES,
+    nodes_help="nodes of ranks, a multiple of 2; those of the engines are rollout.nodes.",
+)
 
 if __name__ == "__main__":
     run_recipe(rest_30b_a3b, executor="slurm")

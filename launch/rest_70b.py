@@ -8,9 +8,7 @@ nemo-run launch/rest_70b.py family=qwen ...                 Qwen2.5-72B
 import dataclasses
 
 from launch.cli import run_recipe
-from launch.cluster import Stages, launch_training
-from launch.compat import ensure_nemo_run_importable
-from launch.recipe import stop
+from launch.cluster import cluster_recipe
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,11 +24,8 @@ from megatron_rest.config import (
     WeightSyncConfig,
 )
 
-ensure_nemo_run_importable()
-import nemo_run as run  # noqa: E402
-
 NODES = 8  # of ranks; a multiple of 4 (TP 8 x PP 4 = 32 GPUs a replica)
-GPUS = NODES * 8
+GPUS = NODES * 8  # what megatron-rest plan and simulate take the recipe for
 
 RECIPE = RestConfig(
     model=ModelConfig(
@@ -79,7 +74,7 @@ RECIPE = RestConfig(
         updates_per_step=8,  # authors: mini-batches of 64 prompts
     ),
     weight_sync=WeightSyncConfig(
-        transport="nccl_p2p",  # every worker of an engine gets its slices from the ranks that hold them, over NCCL
+        transport="nccl",  # every worker of an engine gets its slices from the ranks that hold them, over NCCL
         bucket_bytes=512 << 20,  # large enough to fill a link, small beside the 2.1 GB of the embedding
     ),
     checkpoint=CheckpointConfig(
@@ -103,36 +98,14 @@ QWEN = dataclasses.replace(
 FAMILIES = {"llama": RECIPE, "qwen": QWEN}
 
 
-@run.cli.entrypoint(type="experiment", name="rest_70b")
-def rest_70b(
-    ctx: run.cli.RunContext,
-    nodes: int = NODES,
-    links: int = 1,
-    requeue: int = 0,
-    baseline: str = "",
-    warm_start: bool = False,
-    evaluate: bool = False,
-    family: str = "llama",
-) -> None:
-    """ResT on a 70B model, 12 H100 nodes.
-
-    Args:
-        ctx: filled in by NeMo-Run.
-        nodes: nodes of ranks, a multiple of 4; those of the engines are rollout.nodes.
-        links: jobs one after the other, each continues where the last one stopped.
-        requeue: times a job goes back into the queue when it fails, loses a node or is stopped by its time limit.
-        baseline: grpo = uniform token weights.
-        warm_start: train on the reference answers first.
-        evaluate: score API-Bank and BFCL when training is finished.
-        family: llama = Llama-3.3-70B, qwen = Qwen2.5-72B.
-    """
-    if family not in FAMILIES:
-        stop(f"family={family} is unknown: known are {', '.join(FAMILIES)}")
-    stages = Stages(
-        nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start, evaluate=evaluate
-    )
-    launch_training(ctx, "rest_70b", FAMILIES[family], stages)
-
+rest_70b = cluster_recipe(
+    "rest_70b",
+    "ResT on a 70B model, 12 H100 nodes.",
+    FAMILIES,
+    nodes=NODES,
+    nodes_help="nodes of ranks, a multiple of 4; those of the engines are rollout.nodes.",
+    families="llama = Llama-3.3-70B, qwen = Qwen2.5-72B.",
+)
 
 if __name__ == "__main__":
     run_recipe(rest_70b, executor="slurm")

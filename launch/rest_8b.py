@@ -4,8 +4,7 @@ nemo-run launch/rest_8b.py --dryrun model.path=/models/Qwen3-8B data.train=/data
 """
 
 from launch.cli import run_recipe
-from launch.cluster import Stages, launch_training
-from launch.compat import ensure_nemo_run_importable
+from launch.cluster import cluster_recipe
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -18,11 +17,8 @@ from megatron_rest.config import (
     TrainerConfig,
 )
 
-ensure_nemo_run_importable()
-import nemo_run as run  # noqa: E402
-
 NODES = 1
-GPUS = NODES * 8
+GPUS = NODES * 8  # what megatron-rest plan and simulate take the recipe for
 
 RECIPE = RestConfig(
     model=ModelConfig(
@@ -69,32 +65,13 @@ RECIPE = RestConfig(
 )
 
 
-@run.cli.entrypoint(type="experiment", name="rest_8b")
-def rest_8b(
-    ctx: run.cli.RunContext,
-    nodes: int = NODES,
-    links: int = 1,
-    requeue: int = 0,
-    baseline: str = "",
-    warm_start: bool = False,
-    evaluate: bool = False,
-) -> None:
-    """ResT on an 8B model, one H100 node.
-
-    Args:
-        ctx: filled in by NeMo-Run.
-        nodes: nodes of 8 GPUs; more nodes are more data parallelism.
-        links: jobs one after the other, each continues where the last one stopped.
-        requeue: times a job goes back into the queue when it fails, loses a node or is stopped by its time limit.
-        baseline: grpo = uniform token weights.
-        warm_start: train on the reference answers first.
-        evaluate: score API-Bank and BFCL when training is finished.
-    """
-    stages = Stages(
-        nodes=nodes, links=links, requeue=requeue, baseline=baseline, warm_start=warm_start, evaluate=evaluate
-    )
-    launch_training(ctx, "rest_8b", RECIPE, stages)
-
+rest_8b = cluster_recipe(
+    "rest_8b",
+    "ResT on an 8B model, one H100 node.",
+    RECIPE,
+    nodes=NODES,
+    nodes_help="nodes of 8 GPUs; more nodes are more data parallelism.",
+)
 
 if __name__ == "__main__":
     run_recipe(rest_8b, executor="slurm")

@@ -122,7 +122,7 @@ def plan(base: Path, config: RestConfig, *, evaluate: bool = False) -> list[Stag
         ),
         Stage(
             name="model",
-            module="megatron_rest.trainer.init_model",
+            module="megatron_rest.commands.init_model",
             arguments=(
                 *("--tokenizer", str(tokenizer), "--output", str(model)),
                 *("--heads", "4", "--kv-heads", "2", "--max-length", "512"),
@@ -131,7 +131,7 @@ def plan(base: Path, config: RestConfig, *, evaluate: bool = False) -> list[Stag
         ),
         Stage(
             name="warm-start",
-            module="megatron_rest.trainer.warm_start",
+            module="megatron_rest.commands.warm_start",
             arguments=("--config", str(base / "warm-start.yaml")),
             ranks=WARM_START_RANKS,
             produces=base / "warm-start",

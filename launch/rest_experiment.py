@@ -131,13 +131,13 @@ def base_stages(base: Path) -> list[Stage]:
         split("fit-parts", base / "parts" / "fit", ("rl=0.3", "seen=0.7"), seed=3),
         Stage(
             name="model",
-            module="megatron_rest.trainer.init_model",
+            module="megatron_rest.commands.init_model",
             arguments=("--tokenizer", str(tokenizer), "--output", str(model), *shape),
             produces=model,
         ),
         Stage(
             name="warm-start",
-            module="megatron_rest.trainer.warm_start",
+            module="megatron_rest.commands.warm_start",
             arguments=("--config", str(base / "warm-start.yaml")),
             ranks=2,
             produces=base / "warm-start",

@@ -123,7 +123,7 @@ def base_stages(base: Path, gguf: Path) -> list[Stage]:
         divide("test", base / "test-parts"),
         Stage(
             name="warm-start",
-            module="megatron_rest.trainer.warm_start",
+            module="megatron_rest.commands.warm_start",
             arguments=("--config", str(base / "warm-start.yaml")),
             ranks=RANKS,
             produces=base / "warm-start",

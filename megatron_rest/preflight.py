@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_rest.config import ConfigError, RestConfig
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.network import check_port
 from megatron_rest.user_code import check_shipped
 
@@ -37,7 +38,7 @@ def check_machine(config: RestConfig, *, trains: bool = True, environ: Mapping[s
         if path and Path(path).is_absolute() and not Path(path).is_dir():
             raise MachineError(
                 f"{key}={path} is not a folder on {socket.gethostname()}: is the storage that holds it mounted there "
-                "(in a container: REST_MOUNTS)?"
+                f"(in a container: REST_MOUNTS)?{see(Topic.NO_START)}"
             )
     if environ.get("RANK") == "0" and "MASTER_PORT" in environ and "TORCHELASTIC_RUN_ID" not in environ:
         check_port(int(environ["MASTER_PORT"]))  # torchrun listens there itself
@@ -62,7 +63,7 @@ def check_gpus(expected: int, environ: Mapping[str, str] | None = None) -> None:
     if torch.version.cuda is None:
         raise MachineError(
             f"{where} should use {expected} GPUs, and PyTorch {torch.__version__} there was built without CUDA: name "
-            "an interpreter or image that has the CUDA build (REST_PYTHON, REST_IMAGE)"
+            f"an interpreter or image that has the CUDA build (REST_PYTHON, REST_IMAGE){see(Topic.NO_START)}"
         )
     if seen == 0 or not torch.cuda.is_available():
         shown = environ.get("CUDA_VISIBLE_DEVICES")
@@ -71,11 +72,13 @@ def check_gpus(expected: int, environ: Mapping[str, str] | None = None) -> None:
             f"none{_why_none()}"
             + (f"; CUDA_VISIBLE_DEVICES is {shown!r}" if shown is not None else "")
             + ": compare nvidia-smi there with docs/launch.md (driver), and what the job asks for (gpus_per_node)"
+            + see(Topic.NO_START)
         )
     if seen < expected:
         raise MachineError(
             f"{where} should show {expected} GPUs to every process, and shows {seen}: ask for whole nodes "
             "(run.executor.gpus_per_node), without binding GPUs to tasks (--gpus-per-task, --gpu-bind)"
+            f"{see(Topic.NO_START)}"
         )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from megatron_rest.config import RESOLVED, ConfigError, RestConfig, load, to_dict
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.processes import space, start_of
 from megatron_rest.user_code import recorded
 
@@ -153,6 +154,7 @@ def claim(config: RestConfig) -> Path:
             what = f"differs in {', '.join(changed)}" if changed else "cannot be read"
             raise ConfigError(
                 f"{folder} holds a run whose run.yaml {what}: choose another trainer.run_dir=, or remove it"
+                f"{see(Topic.NO_START)}"
             )
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
     if code := recorded(config):
@@ -268,6 +270,7 @@ def _take_from_the_dead(path: Path, say: Callable[[str], None]) -> None:
         if _touched(path) != first_seen or _is_visible(owner):
             raise ConfigError(
                 f"{path.parent} belongs to {owner}: wait for it to end, stop it, or choose another trainer.run_dir"
+                f"{see(Topic.NO_START)}"
             )
         time.sleep(_POLL_SECONDS)
         owner = _read(path)

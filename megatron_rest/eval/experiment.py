@@ -4,163 +4,35 @@ python -m megatron_rest.eval.experiment runs/experiment
 
 Reads ``ALGORITHM/seed-N/{config.yaml, metrics.jsonl, prompt_sets.json}`` of every finished run and
 ``base/warm-start/prompt_sets.json``; writes ``results.md``, ``results.json`` and ``plots/*.png`` into the same folder.
-Two kinds of noise are kept apart: what another training seed would have done (intervals over seeds, paired by seed) and
-what other prompts would have asked (intervals over prompts, each averaged over the seeds first).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megatron_rest.analysis.groups import paired_differences, prompt_scores
-from megatron_rest.analysis.series import MetricsFileError, RunMetrics, load_runs
+from megatron_rest.analysis.series import MetricsFileError
 from megatron_rest.analysis.statistics import Interval, seed_interval
-from megatron_rest.eval.prompt_sets import RESULT_FILE
+from megatron_rest.eval.experiment_plots import plot_experiment
+from megatron_rest.eval.outcomes import (
+    BASELINE,
+    MEASURES,
+    SETS,
+    TITLES,
+    Experiment,
+    Outcome,
+    outcomes,
+    pass_steps,
+    read_experiment,
+)
 from megatron_rest.eval.scoring import write_json, write_text
 
-__all__ = ["BASELINE", "Experiment", "Outcome", "main", "outcomes", "pass_steps", "read_experiment", "table_lines"]
-
-BASELINE = "grpo"
-MEASURES = {"reward": "reward", "accuracy": "accuracy", "format_valid": "valid format"}
-SETS = {
-    "rl": "prompts of RL",
-    "seen": "prompts of the warm start that RL does not use",
-    "heldout": "prompts that no training has seen",
-}
-TITLES = {
-    "grpo": "GRPO",
-    "dr_grpo": "Dr. GRPO",
-    "paper": "ResT, paper",
-    "reference_code": "ResT, published code's weights",
-    "entropy_ema": "ResT, entropy-EMA",
-    "variance_optimal": "ResT, variance-optimal",
-    "paper_still": "ResT, paper, no curriculum",
-    "paper_dr": "ResT, paper, on Dr. GRPO",
-    "paper_backwards": "ResT, paper, curriculum backwards",
-    "otb": "OTB",
-    "empg": "EMPG",
-    "entropy_mask": "80/20",
-    "gtpo": "GTPO",
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
-    """One trained policy: its run, and its mean score on every prompt of every set."""
-
-    seed: int
-    run: RunMetrics
-    scores: Mapping[str, Mapping[str, np.ndarray]]  # set -> measure -> float64 [prompts], the mean over answers
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experiment:
-    """All policies by algorithm; those of one algorithm by seed."""
-
-    folder: Path
-    start: Mapping[str, Mapping[str, np.ndarray]]  # the warm start's scores
-    policies: Mapping[str, Sequence[Policy]]
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seeds that every algorithm has."""
-        common = set.intersection(*({p.seed for p in ps} for ps in self.policies.values()))
-        return sorted(common)
-
-    def seeds_of(self, algorithm: str) -> list[int]:
-        """Those that an algorithm shares with the baseline: what is compared."""
-        base, own = ({p.seed for p in self.policies[name]} for name in (BASELINE, algorithm))
-        return sorted(base & own)
-
-    def table(self, algorithm: str, prompts: str, measure: str, seeds: Sequence[int]) -> np.ndarray:
-        """float64 [seeds, prompts]."""
-        return np.array([p.scores[prompts][measure] for p in self.policies[algorithm] if p.seed in seeds])
-
-    @property
-    def sets(self) -> list[str]:
-        """Sets of prompts that were asked."""
-        return [name for name in SETS if name in self.start]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """One algorithm on one set by one measure, over the common seeds."""
-
-    algorithm: str
-    prompts: str
-    measure: str
-    start: float
-    by_seed: tuple[float, ...]
-    difference_over_seeds: Interval | None  # to the baseline, paired by seed; None of the baseline itself
-    difference_over_prompts: Interval | None
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.by_seed))
-
-
-def read_experiment(folder: str | Path) -> Experiment:
-    """Every finished and evaluated run.  Raises ValueError naming what is missing when there is nothing to compare."""
-    root = Path(folder)
-    policies: dict[str, list[Policy]] = {}
-    settings = []
-    for name in TITLES:
-        for path in sorted((root / name).glob("seed-*"), key=lambda p: int(p.name.removeprefix("seed-"))):
-            if not (path / "config.yaml").is_file() or not (path / RESULT_FILE).is_file():
-                continue  # still training, or not yet evaluated
-            stored = _stored(path)
-            settings.append({k: v for k, v in stored["settings"].items() if k != "weights_sha256"})
-            [run] = load_runs([path])
-            seed = int(path.name.removeprefix("seed-"))
-            policies.setdefault(name, []).append(Policy(seed=seed, run=run, scores=prompt_scores(stored)))
-    if BASELINE not in policies or len(policies) < 2:
-        raise ValueError(f"{root} holds no finished and evaluated runs of {BASELINE} and another algorithm")
-    start = _stored(root / "base" / "warm-start")
-    settings.append({k: v for k, v in start["settings"].items() if k != "weights_sha256"})
-    if any(other != settings[0] for other in settings):
-        raise ValueError(f"{root}: policies were asked different prompts or sampled differently: evaluate them again")
-    experiment = Experiment(folder=root, start=prompt_scores(start), policies=policies)
-    for name in policies:
-        if len(shared := experiment.seeds_of(name)) < 2:
-            raise ValueError(f"{root}: {name} and {BASELINE} have {len(shared)} seeds in common, an interval needs 2")
-    return experiment
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads((path / RESULT_FILE).read_text(encoding="utf-8"))
-    return stored
-
-
-def outcomes(experiment: Experiment) -> list[Outcome]:
-    """Every algorithm on every set by every measure."""
-    found = []
-    for prompts in experiment.sets:
-        for measure in MEASURES:
-            for name in experiment.policies:
-                seeds = experiment.seeds_of(name)
-                base, table = (experiment.table(n, prompts, measure, seeds) for n in (BASELINE, name))
-                over_seeds, over_prompts = paired_differences(base, table)
-                is_base = name == BASELINE
-                found.append(
-                    Outcome(
-                        algorithm=name,
-                        prompts=prompts,
-                        measure=measure,
-                        start=float(experiment.start[prompts][measure].mean()),
-                        by_seed=tuple(float(v) for v in table.mean(axis=1)),
-                        difference_over_seeds=None if is_base else over_seeds,
-                        difference_over_prompts=None if is_base else over_prompts,
-                    )
-                )
-    return found
+__all__ = ["main", "table_lines"]
 
 
 def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]:
@@ -219,17 +91,6 @@ def _training_lines(experiment: Experiment) -> list[str]:
     return lines
 
 
-def pass_steps(experiment: Experiment) -> int:
-    """Steps in which every prompt of RL is asked once; a quarter of the run where these were not judged."""
-    from megatron_rest.config import load
-
-    if "rl" not in experiment.start:
-        return max(1, len(experiment.policies[BASELINE][0].run.rows) // 4)
-    prompts = len(next(iter(experiment.start["rl"].values())))
-    run = experiment.policies[BASELINE][0].run
-    return -(-prompts // load(run.run_dir / "config.yaml").data.prompts_per_step)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,8 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MetricsFileError) as error:
         print(f"megatron_rest.eval.experiment: {error}", file=sys.stderr)
         return 2
-    from megatron_rest.eval.experiment_plots import plot_experiment
-
     results = outcomes(experiment)
     lines = table_lines(experiment, results)
     write_json(args.folder / "results.json", {"seeds": experiment.seeds, "outcomes": [asdict(r) for r in results]})

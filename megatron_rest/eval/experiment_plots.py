@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_rest.analysis.plots import DPI, GREY, REGION_COLOURS, REGION_TITLES, RUN_COLOURS, STYLE
 from megatron_rest.analysis.series import REGIONS
-from megatron_rest.eval.experiment import BASELINE, MEASURES, TITLES, Experiment, Outcome, pass_steps
+from megatron_rest.eval.outcomes import BASELINE, MEASURES, TITLES, Experiment, Outcome, pass_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -151,7 +151,7 @@ def _export(run_dir: Path, config: Path, checkpoint: Path) -> Path:
     """HF folder of a checkpoint, made in a process of its own (this one must not become a rank of Megatron's)."""
     output = run_dir / f"hf_{checkpoint.name}"
     if not _is_fresh(output, checkpoint):
-        arguments = ["megatron_rest.trainer.export_checkpoint", "--config", str(config)]
+        arguments = ["megatron_rest.commands.export", "--config", str(config)]
         arguments += [f"trainer.run_dir={run_dir}", f"checkpoint.load={checkpoint}"]
         done = subprocess.run([sys.executable, "-m", *arguments], check=False)
         if done.returncode:

@@ -15,6 +15,7 @@ policy.py       the policy the trainer sees: score, update, shards
 optimizer_state.py   the state of torch's Adam under the distributed optimiser
 checkpoint.py   Megatron distributed checkpoints, asynchronous if asked
 hf.py           HF safetensors into Megatron shards
+dry.py          any rank of a layout on the meta device; tensor_memory.py counts the bytes
 """
 
 import logging

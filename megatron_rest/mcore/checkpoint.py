@@ -46,6 +46,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_rest.config import CheckpointConfig, ConfigError, RestConfig
 from megatron_rest.errors import RunError
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.mcore import checkpoint_files as files
 from megatron_rest.mcore import rng
 from megatron_rest.mcore.checkpoint_files import latest
@@ -292,6 +293,7 @@ def newest_intact(folder: str | Path) -> tuple[Path | None, list[str]]:
             f"no checkpoint in {folder} is intact, so there is nothing to continue from:\n  "
             + "\n  ".join(notes)
             + "\nrestore one from a backup, or move that folder away to start from the beginning"
+            + see(Topic.NO_START)
         )
     return None, notes
 
@@ -400,7 +402,7 @@ def _on_rank_0(action: Callable[[], object], path: Path) -> None:
             outcome = [f"{path}: {error.strerror or error}"]
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
-        raise CheckpointError(f"a checkpoint could not be written: {outcome[0]}")
+        raise CheckpointError(f"a checkpoint could not be written: {outcome[0]}{see(Topic.DISK_FULL)}")
 
 
 def _write(transforms: list[Any], rank: int, buckets: list[Any], results: _ResultFile) -> None:
@@ -568,7 +570,8 @@ def _failures_named(path: Path) -> Iterator[None]:
         lines = [f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items())]
         lines = lines or ["another rank says why"]  # Megatron tells rank 0 alone
         more = f" and {len(lines) - 3} more ranks" if len(lines) > 3 else ""
-        raise CheckpointError(f"a checkpoint in {path} could not be written: {'; '.join(lines[:3])}{more}") from error
+        what = f"{'; '.join(lines[:3])}{more}{see(Topic.DISK_FULL)}"
+        raise CheckpointError(f"a checkpoint in {path} could not be written: {what}") from error
 
 
 class _ResultFile:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -22,12 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_rest.config import RestConfig
 from megatron_rest.errors import RunError
 from megatron_rest.mcore import cpu
+from megatron_rest.mcore.tensor_memory import TensorMemory
 from megatron_rest.model_map import ModelShape
 from megatron_rest.types import BatchTotals, MicroBatch, TokenRegion, TrainSample
 
@@ -46,7 +44,6 @@ class DryRank:
     gradients: int
     optimizer: int  # masters and moments
     update: int  # more at the peak of an update's passes
-    microbatch_rows: int
     saving: int  # more at the peak of describing a checkpoint that is written as it lies
 
 
@@ -78,7 +75,7 @@ def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: in
         context = replace(build.initialize(config), device=_META)
         settings = build.transformer_config(shape, config)
         settings.use_cpu_initialization, settings.perform_initialization = False, False
-        memory = _Memory()
+        memory = TensorMemory("meta")
         with memory:
             with _META:
                 chunks = build.build_chunks(shape, config, context, settings)
@@ -115,7 +112,6 @@ def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: in
         gradients=gradients,
         optimizer=optimizer,
         update=update,
-        microbatch_rows=rows,
         saving=saving,
     )
 
@@ -136,41 +132,6 @@ def _samples(config: RestConfig) -> list[TrainSample]:
         )
         for i in range(count)
     ]
-
-
-class _Memory(TorchDispatchMode):
-    """Bytes of live meta storages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def mark(self) -> int:
-        """Forget the peak so far; returns what is alive."""
-        self.peak = self.alive
-        return self.alive
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor) and value.device.type == "meta":
-                self._count(value.untyped_storage())
-        return out
-
-    def _count(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        num_bytes = storage.nbytes()
-        self.alive += num_bytes
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key, num_bytes)
-
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._known.discard(key)
-        self.alive -= num_bytes
 
 
 # Stand-ins ---------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from megatron_rest.config import ConfigError, Fp8Recipe, PrecisionConfig, RestConfig
 from megatron_rest.fp8_support import REQUIREMENTS, Machine, why_not
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.model_map import ModelShape, ParameterKind, parameter_map, shard_shape
 
 __all__ = [
@@ -81,7 +82,7 @@ def require(recipe: Fp8Recipe, machine: Machine) -> None:
     if obstacle is not None:
         raise ConfigError(
             f"precision.recipe={recipe} cannot run here: {obstacle}. Set precision.recipe=none to train in BF16, or "
-            "see `megatron-rest doctor`"
+            f"see `megatron-rest doctor`{see(Topic.FP8_CERTIFICATE)}"
         )
 
 

@@ -29,15 +29,9 @@ from megatron_rest.ops.projection import (
     new_block,
     project,
 )
-from megatron_rest.ops.row_blocks import (
-    GradientRule,
-    Scratch,
-    compute_dtype,
-    fold_partials,
-    write_gradient,
-    write_partials,
-)
+from megatron_rest.ops.row_blocks import Scratch, write_gradient, write_partials
 from megatron_rest.ops.row_route import RowRoute
+from megatron_rest.ops.row_statistics import GradientRule, compute_dtype, fold_partials
 from megatron_rest.ops.sharding import VocabShard
 from megatron_rest.ops.vocab_parallel import (
     TokenLogProbs,

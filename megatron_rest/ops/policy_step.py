@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rest.ops.fused_linear import LogitBlocks, WeightGradient, check_linear_arguments
-from megatron_rest.ops.row_blocks import GradientRule, compute_dtype, fold_partials
+from megatron_rest.ops.row_statistics import GradientRule, compute_dtype, fold_partials
 from megatron_rest.ops.vocab_parallel import refuse_second_order
 
 __all__ = ["ClippedTokenLoss", "PolicyStep", "TokenLoss", "policy_step"]

@@ -1,62 +1,28 @@
-"""Row arithmetic of the policy head: partial statistics of a block of logits, their fold, and the way back.
+"""The passes over a block of logits: statistics of its rows, and their gradient written in its place.
 
-Over any set of columns (a shard, a tile), with x the logits and T the temperature:
-
-    m = max x     Z = sum e^((x-m)/T)     U = sum ((x-m)/T) e^((x-m)/T)     Q = sum e^(2(x-m)/T)     t = x_label or 0
-
-Sets merge exactly, in any number, with d_i = (m_i - m)/T:
-
-    Z = sum e^d_i Z_i     U = sum e^d_i (U_i + d_i Z_i)     Q = sum e^(2 d_i) Q_i     t = sum t_i
-
-and finish as  log p(label) = (t - m)/T - log Z,   H = log Z - U/Z,   sum p^2 = Q / Z^2.
-
-Two choices keep fp32 exact.  ``U`` is centred (the uncentred sum x e^x loses 3e-4 nats when logits sit near 1000), and
-``m`` and ``t`` stay unscaled, so that the temperature multiplies a small difference and never a large logit.
-
-The gradient needs m, log Z and H of a row only (12 bytes), g = dL/dlog_probs and h = dL/dentropy:
-
-    dL/dx_j = (g 1{j = label} - p_j (g + h (log p_j + H))) / T  =  g 1{j = label} / T + e_j (slope a_j + intercept)
-
-where a_j = (x_j - m)/T, e_j = e^(a_j), slope = -h / (Z T), intercept = -(g + h (H - log Z)) / (Z T).
-
-Exponentials are taken as 2^(a log2 e).  On CPU torch hands ``exp`` to MKL, whose speed depends on who made the
-processor (0.8 ns an element on an AMD EPYC), and ``exp2`` to vector code that does not (0.3 ns); the factor log2 e
-joins 1/T, and its rounding moves an exponential by 1e-6 at most where e^a counts at all.
+``row_statistics`` has the formulas.  Exponentials are taken as 2^(a log2 e).  On CPU torch hands ``exp`` to MKL, whose
+speed depends on who made the processor (0.8 ns an element on an AMD EPYC), and ``exp2`` to vector code that does not
+(0.3 ns); the factor log2 e joins 1/T, and its rounding moves an exponential by 1e-6 at most where e^a counts at all.
 
 The work goes in tiles, a few rows of a part of the columns, small enough that every pass but the first hits the cache,
-large enough that calling an operator (about 2 us) is small beside it; passes write into two scratch tiles.  Sources:
-online softmax (arXiv 1805.02867) for the merge; the entropy terms follow by differentiation.
+large enough that calling an operator (about 2 us) is small beside it; passes write into two scratch tiles.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_rest.ops.row_statistics import FLOOR, GradientRule, merge_partials
 from megatron_rest.ops.sharding import VocabShard
 
-__all__ = [
-    "GradientRule",
-    "RowStatistics",
-    "Scratch",
-    "compute_dtype",
-    "fold_partials",
-    "write_gradient",
-    "write_partials",
-]
-
-# Stands for the maximum of columns that are all -inf or absent.  Finite, because -inf - -inf is NaN; far below any
-# logit, because e^(floor - m) must vanish; far above -3.4e38, because temperatures down to 1e-6 divide it.
-_FLOOR = -1.0e30
+__all__ = ["Scratch", "write_gradient", "write_partials"]
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -67,11 +33,6 @@ _LN_2 = math.log(2.0)
 _CPU_TILE_ELEMENTS = 1 << 18
 _GPU_TILE_ELEMENTS = 1 << 24
 _TILE_COLUMNS = 1 << 15
-
-
-def compute_dtype(storage: torch.dtype) -> torch.dtype:
-    """fp32 for every storage dtype, except that float64 stays float64 (references, gradient checks)."""
-    return torch.float64 if storage == torch.float64 else torch.float32
 
 
 def _column_tiles(num_columns: int) -> list[slice]:
@@ -101,7 +62,9 @@ def _kernels_for(logits: Tensor) -> ModuleType | None:
 def _import_kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    return importlib.import_module("megatron_rest.ops.triton")
+    from megatron_rest.ops import triton
+
+    return triton
 
 
 class Scratch:
@@ -120,16 +83,6 @@ class Scratch:
         return self._views
 
 
-class RowStatistics(NamedTuple):
-    """What a row needs for its results and its gradient, each ``[n]``, the same on every rank."""
-
-    max_logit: Tensor  # m, unscaled
-    log_sum: Tensor  # log Z, relative to m
-    entropy: Tensor  # H in nats
-    log_probs: Tensor  # of the labels, nats
-    collision: Tensor | None  # sum of p^2
-
-
 def write_partials(
     logits: Tensor, labels: Tensor, shard: VocabShard, inverse_temperature: float, out: Tensor, scratch: Scratch
 ) -> bool:
@@ -145,7 +98,7 @@ def write_partials(
     on_cpu = logits.device.type == "cpu"
     tiles = _column_tiles(shard.num_columns)
     parts = torch.zeros(max(1, len(tiles)), *out.shape, dtype=out.dtype, device=out.device)
-    parts[:, 0] = _FLOOR
+    parts[:, 0] = FLOOR
     work = [
         (logits[at, columns], part[:, at])
         for part, columns in zip(parts, tiles, strict=False)  # a shard of padding has one part and no tile
@@ -158,7 +111,7 @@ def write_partials(
         for x, part in work:
             if bool(part[2].isnan().any()):
                 _tile_partials(x, inverse_temperature, part, scratch, guard=True)
-    out.copy_(_merge_partials(parts, inverse_temperature))
+    out.copy_(merge_partials(parts, inverse_temperature))
     if tiles:
         column, is_local = shard.local_columns(labels)
         out[3] = torch.where(is_local, _pick(logits, column).to(out.dtype), 0.0)
@@ -170,7 +123,7 @@ def _tile_partials(x: Tensor, inverse_temperature: float, out: Tensor, scratch: 
     a, e = scratch.of(x)
     if x.dtype != a.dtype:
         x = a.copy_(x)  # reducing the widened copy is much faster than reducing bf16 on CPU
-    m = torch.amax(x, -1).clamp_(min=_FLOOR)
+    m = torch.amax(x, -1).clamp_(min=FLOOR)
     _binary_exponents(x, m, inverse_temperature, a, guard=guard)
     torch.exp2(a, out=e)
     out[0] = m
@@ -190,90 +143,11 @@ def _binary_exponents(
         out.copy_(x).sub_(max_logit[:, None])
     out.mul_(inverse_temperature * _LOG2_E)
     if guard:
-        out.clamp_(min=_FLOOR)
+        out.clamp_(min=FLOOR)
 
 
 def _pick(logits: Tensor, column: Tensor) -> Tensor:
     return logits.gather(1, column[:, None])[:, 0]
-
-
-def _merge_partials(parts: Tensor, inverse_temperature: float) -> Tensor:
-    """``[S, K, n]`` of S disjoint sets of columns, in their order -> ``[K, n]`` of their union."""
-    if len(parts) == 1:
-        return parts[0]
-    m = parts[:, 0].amax(0)
-    d = (parts[:, 0] - m) * inverse_temperature
-    w = d.exp()
-    z = (w * parts[:, 1]).sum(0)
-    u = (w * (parts[:, 2] + d * parts[:, 1])).sum(0)
-    merged = [m, z, u, parts[:, 3].sum(0)]
-    if parts.shape[1] == 5:
-        merged.append((w.square() * parts[:, 4]).sum(0))
-    return torch.stack(merged)
-
-
-def fold_partials(gathered: Tensor, inverse_temperature: float) -> RowStatistics:
-    """Results of ``[TP, K, n]`` partials in rank order: the same bits on every rank."""
-    m, z, u, label_logit, *q = _merge_partials(gathered, inverse_temperature)
-    log_sum = z.log()
-    return RowStatistics(
-        max_logit=m.clone(),  # kept for the backward pass, without the rest of the partials
-        log_sum=log_sum,
-        entropy=log_sum - u / z,
-        log_probs=(label_logit - m) * inverse_temperature - log_sum,
-        collision=q[0] / z.square() if q else None,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GradientRule:
-    """How the gradient of a row follows from its exponents a: ``g 1{label} / T + e^a (slope a + intercept)``."""
-
-    max_logit: Tensor  # [n]
-    slope: Tensor | None  # [n]; None where the entropy has no gradient
-    intercept: Tensor  # [n]
-    at_label: Tensor  # [n], g / T
-    is_active: Tensor  # bool [n]; False = exactly zero gradient whatever the logits hold, NaN included
-    is_finite: bool = False  # no logit is -inf, as ``write_partials`` found
-
-    @classmethod
-    def create(
-        cls,
-        *,
-        max_logit: Tensor,
-        log_sum: Tensor,
-        entropy: Tensor,
-        grad_log_probs: Tensor,
-        grad_entropy: Tensor | None,
-        inverse_temperature: float,
-        is_finite: bool = False,
-    ) -> GradientRule:
-        """From row statistics, g = dL/dlog_probs and h = dL/dentropy (None = no such term), each ``[n]``."""
-        g, h = grad_log_probs, grad_entropy
-        scale = torch.exp(-log_sum) * inverse_temperature  # 1 / (Z T)
-        slope = None if h is None else -h * scale
-        intercept = -g * scale if h is None else -(g + h * (entropy - log_sum)) * scale
-        is_active = g != 0 if h is None else (g != 0) | (h != 0)
-        if is_finite and slope is not None:  # a is above -3.5e38: a larger slope could take it to -inf after all
-            is_finite = bool((slope.abs() <= 1.0).all())
-        return cls(
-            max_logit=max_logit,
-            slope=slope,
-            intercept=intercept,
-            at_label=g * inverse_temperature,
-            is_active=is_active,
-            is_finite=is_finite,
-        )
-
-    def __getitem__(self, at: slice) -> GradientRule:
-        return GradientRule(
-            max_logit=self.max_logit[at],
-            slope=None if self.slope is None else self.slope[at],
-            intercept=self.intercept[at],
-            at_label=self.at_label[at],
-            is_active=self.is_active[at],
-            is_finite=self.is_finite,
-        )
 
 
 def write_gradient(

@@ -4,7 +4,7 @@ The forward pass reads the local logits once and keeps four numbers a row: maxim
 sum (for the entropy) and the label's logit.  One all-gather of these (16 bytes per token and rank) makes every rank
 fold the same numbers in the same order, so the results agree bit for bit within the group.  Nothing vocabulary-sized is
 saved: the backward pass recomputes the softmax from the logits, which the caller has anyway, and from 12 bytes a token.
-It needs no collective.  ``row_blocks`` holds the formulas.
+It needs no collective.  ``row_statistics`` has the formulas.
 
 The trade taken: exp is computed twice, and in exchange memory traffic falls to one read in the forward pass and one
 read and one write in the backward pass.  With ``consume=True`` the gradient is written over the logits, so that the
@@ -24,14 +24,8 @@ from torch import Tensor
 
 from megatron_rest.ops.agreement import check_first_call
 from megatron_rest.ops.distributed_tensor import local_logits
-from megatron_rest.ops.row_blocks import (
-    GradientRule,
-    Scratch,
-    compute_dtype,
-    fold_partials,
-    write_gradient,
-    write_partials,
-)
+from megatron_rest.ops.row_blocks import Scratch, write_gradient, write_partials
+from megatron_rest.ops.row_statistics import GradientRule, compute_dtype, fold_partials
 from megatron_rest.ops.sharding import VocabShard
 
 __all__ = ["TokenLogProbs", "vocab_parallel_log_probs_and_entropy"]

@@ -283,7 +283,7 @@ def _engine_work(config: RestConfig, shape: ModelShape) -> int:
 
 def _syncing(config: RestConfig, shape: ModelShape, held: StageParameters) -> tuple[Item, ...]:
     """A bucket as gathered, what was made of it, and this rank's part of it; or the messages of slices under way."""
-    if config.weight_sync.transport in ("gloo", "nccl_p2p"):
+    if config.weight_sync.transport != "local":
         message = min(config.weight_sync.bucket_bytes, PACKED_BYTES)
         num_bytes = MESSAGES_UNDER_WAY * message
         why = f"{MESSAGES_UNDER_WAY} packed messages of slices under way, {message >> 20} MiB each"

@@ -28,6 +28,7 @@ from megatron_rest.data.chat_template import (
     shipped_templates,
     template_of,
 )
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.regions import HERMES, TOOLRL, Dialect, TokenRegion, label_regions, read_turn, token_bytes_table
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.environments.base import Message
@@ -87,7 +88,9 @@ def certify(
     try:
         table = token_bytes_table(tokenizer)
     except ValueError as error:
-        raise CertificationError(f"the tokenizer is not fit for token-in, token-out training: {error}") from error
+        raise CertificationError(
+            f"the tokenizer is not fit for token-in, token-out training: {error}{see(Topic.TEMPLATE_REFUSED)}"
+        ) from error
     samples = _samples(chat.reads)
     reasons = [*_round_trip(tokenizer, table, samples), *_regions(tokenizer, table, samples, chat.reads)]
     if stop_token_ids:
@@ -102,7 +105,7 @@ def certify(
         reasons += _parser(tokenizer, samples, chat.reads)
     if reasons:
         what = "the tokenizer or its chat template is not fit for token-in, token-out training:"
-        raise CertificationError("\n  - ".join([what, *dict.fromkeys(reasons)]))
+        raise CertificationError("\n  - ".join([what, *dict.fromkeys(reasons)]) + see(Topic.TEMPLATE_REFUSED))
 
 
 def serving_notes(tokenizer: Any, chat: ChatSettings) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rest.config import RolloutConfig, to_dict
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
@@ -63,7 +64,7 @@ class RemoteEngine:
         model_path: HF folder with ``config.json``; weights come by transfer only.
         config: sampling, memory and time limits.
         seed, max_model_len, stop_token_ids, chat: as for :class:`~megatron_rest.rollout.vllm_engine.VllmEngine`.
-        transport: weight-transfer backend.
+        transport: how weights come (``weight_sync.transport``).
         devices: GPUs of the process, indices with commas among those that its starter sees; None: all of them.
         host: another node that starts the process; None starts it here.
 
@@ -439,6 +440,7 @@ class _Process:
             self.kill()
             raise self._lost(
                 f"gave no sign of life for {timeout:g} s during {kind} and was ended (rollout.engine_timeout_seconds)"
+                f"{see(Topic.ENGINES_RESTART)}"
             ) from None
 
     def _lost(self, how: str) -> EngineLostError:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_rest.config import RolloutConfig, RolloutQuantization
+from megatron_rest.config import RolloutConfig, RolloutQuantization, vllm_backend
 from megatron_rest.hf_folder import refuse_remote_code
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.conversations import exam_conversation
@@ -48,7 +48,6 @@ __all__ = ["VllmEngine"]
 
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 gives prompts below 128 tokens no prefix cache at all
 _WORKER_EXTENSION = "megatron_rest.weight_sync.vllm_plugin.WorkerExtension"
-_TRANSPORTS_IN_PROCESS = ("local",)
 _DROPS_WEIGHTS = 2  # vLLM's sleep level that does
 
 _live_engines = 0
@@ -63,7 +62,7 @@ class VllmEngine:
         seed: seed of vLLM's own state; sampling is seeded per rollout.
         max_model_len: longest prompt + response in tokens.
         stop_token_ids: a sampled one ends the rollout and is its last token.
-        transport: weight-transfer backend of the engine.
+        transport: how weights come (``weight_sync.transport``).
         in_process: the engine lives in this process, or with ``tensor_parallel`` n in those of n ranks in a row, which
             must then make the same calls.  Else vLLM starts processes (and needs the caller's module to be importable:
             ``if __name__ == "__main__"``).  Default: with ``local`` it lives here.
@@ -108,7 +107,7 @@ class VllmEngine:
                 "random_weights=True and transfer them (a WeightSync quantises), or set rollout.quantization=none"
             )
         self._vocab_size = int(model["vocab_size"])
-        in_process = transport in _TRANSPORTS_IN_PROCESS if in_process is None else in_process
+        in_process = transport == "local" if in_process is None else in_process
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if in_process and num_ranks % config.tensor_parallel:
             raise ValueError(
@@ -408,7 +407,7 @@ def _make_llm(
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        "weight_transfer_config": {"backend": transport},
+        "weight_transfer_config": {"backend": vllm_backend(transport)},
         "worker_extension_cls": _WORKER_EXTENSION,
     }
     if config.quantization is not RolloutQuantization.NONE:

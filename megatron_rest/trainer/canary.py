@@ -35,6 +35,7 @@ from megatron_rest.config import RestConfig, RolloutQuantization
 from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.errors import RunError
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.rollout.engine import EngineLostError
 from megatron_rest.trainer.fleet import Singers
@@ -245,7 +246,7 @@ class Sentry:
             self._leave_note(version, song)
             raise CanaryError(
                 f"{self._text(song)}, also after everything was sent again: a tensor is in the wrong place, or "
-                "the two sides round very differently (then raise weight_sync.canary_tolerance)",
+                f"the two sides round very differently (then raise weight_sync.canary_tolerance){see(Topic.MISMATCH)}",
                 song,
             )
         self._compare(song)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from megatron_rest.config import ConfigError
 from megatron_rest.data.prompts import PromptDataset
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.step_metrics import REGION_NAMES
 from megatron_rest.types import MicroBatch, Rollout, RolloutGroup, StopReason, TrainSample
 
-__all__ = ["MismatchCertificate", "PrecisionMismatchError", "RegionMismatch", "canary_samples", "certify"]
+__all__ = ["MismatchCertificate", "PrecisionMismatchError", "RegionMismatch", "canary_samples", "measure_mismatch"]
 
 
 class PrecisionMismatchError(ConfigError):
@@ -65,11 +66,11 @@ class MismatchCertificate:
                 f"({worst.num_tokens} tokens, largest {worst.largest:.4g}), more than "
                 f"precision.max_mismatch={max_mismatch:g}. Choose a finer recipe (mxfp8, blockwise, tensorwise, "
                 "delayed is the order), keep layers in BF16 (precision.bf16_layers_start, "
-                "precision.bf16_layers_end) or, knowing what it costs, raise the bound"
+                f"precision.bf16_layers_end) or, knowing what it costs, raise the bound{see(Topic.FP8_CERTIFICATE)}"
             )
 
 
-def certify(
+def measure_mismatch(
     name: str,
     microbatches: Sequence[MicroBatch],
     log_probs: Sequence[Tensor],

@@ -17,6 +17,7 @@ import psutil
 
 from megatron_rest.config import ConfigError, RestConfig, load, validate
 from megatron_rest.errors import RunError
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.preflight import MachineError, check_machine, say_in_job_log
 from megatron_rest.rollout.keeper import end_all
 from megatron_rest.run_folder import STALE_SECONDS, claim, hold, job_name, wait_for_owner
@@ -92,9 +93,14 @@ def worker_main(
         status = _INTERRUPTED
     except Exception as error:  # noqa: BLE001  the end of the process: everything that is left is reported
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            _say_from_here(f"error: {error}: nothing can be written there; make room and start again")
+            _say_from_here(
+                f"error: {error}: nothing can be written there; make room and start again{see(Topic.DISK_FULL)}"
+            )
         else:
-            print(f"rank {_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            text = f"rank {_rank()} failed:\n{traceback.format_exc()}"
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported by now
+                text += f"out of memory{see(Topic.OUT_OF_MEMORY)}"
+            print(text, file=sys.stderr, flush=True)
         status = 1
     _leave(status)
 

@@ -15,6 +15,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from megatron_rest.help_topics import Topic, see
+
 __all__ = ["Pace", "Straggler"]
 
 _log = logging.getLogger(__name__)
@@ -74,8 +76,8 @@ class Pace:
                 if self._rank == 0:
                     _log.warning(
                         "step %d: rank %d on %s is slow, and all ranks with it: %s takes %.3g s there, %.1f times as "
-                        "long as on the median rank, %d steps in a row",
-                        step, rank, self._hosts[rank], kind, column[rank], factor, _STEPS,
+                        "long as on the median rank, %d steps in a row%s",
+                        step, rank, self._hosts[rank], kind, column[rank], factor, _STEPS, see(Topic.HANG),
                     )  # fmt: skip
 
     def _probe(self) -> float:

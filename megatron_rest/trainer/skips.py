@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from megatron_rest.errors import RunError
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.mcore.policy import UpdateReport
 
 __all__ = ["NonFiniteError", "SkipCount"]
@@ -40,7 +41,13 @@ class SkipCount:
             raise NonFiniteError(
                 f"{where}: not finite: {what}; {self.in_a_row} updates in a row were skipped (optimizer.max_skipped "
                 f"{self.limit}). Weights are those of the last update that was not; lower optimizer.lr or look at the "
-                "data of this step, then start again from a checkpoint"
+                f"data of this step, then start again from a checkpoint{see(Topic.NOT_FINITE)}"
             )
         if self._is_reporting:
-            _log.warning("%s skipped, weights unchanged (%d in a row): not finite: %s", where, self.in_a_row, what)
+            _log.warning(
+                "%s skipped, weights unchanged (%d in a row): not finite: %s%s",
+                where,
+                self.in_a_row,
+                what,
+                see(Topic.NOT_FINITE),
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 
+from megatron_rest.help_topics import Topic, see
 from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError
 from megatron_rest.rollout.remote import RemoteEngine
 
@@ -67,7 +68,7 @@ class Station:
         if self._in_a_row > self._max_restarts:
             self.error = EngineLostError(
                 f"engines were lost {self._in_a_row} times in a row while {under_way} (rollout.max_restarts "
-                f"{self._max_restarts}); last here: {error}"
+                f"{self._max_restarts}); last here: {error}{see(Topic.ENGINES_RESTART)}"
             )
             self.error.__cause__ = error
             return False

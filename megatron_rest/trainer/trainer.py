@@ -29,7 +29,7 @@ from megatron_rest.mcore.policy import Scores, UpdateReport
 from megatron_rest.mcore.reference import ReferencePolicy
 from megatron_rest.passes import is_scored, keeps_zero_groups
 from megatron_rest.trainer.canary import Canary, Sentry, Song, canary_prompt, canary_tolerance
-from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, certify
+from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, measure_mismatch
 from megatron_rest.trainer.credit import check_rule, give_credit
 from megatron_rest.trainer.exchange import all_token_scores
 from megatron_rest.trainer.fleet import EngineFleet, Singers
@@ -423,7 +423,7 @@ class RestTrainer:
             [s.log_probs for s in self.policy.score(microbatches, in_bf16=in_bf16)] for in_bf16 in (False, True)
         )
         name = f"{self.config.precision.recipe} against bf16"
-        return certify(name, microbatches, log_probs, reference, group=self.context.dp_group)
+        return measure_mismatch(name, microbatches, log_probs, reference, group=self.context.dp_group)
 
     def canary_batch(self) -> TrainBatch:
         """This replica's share of what precision is judged on."""

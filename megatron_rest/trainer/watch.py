@@ -28,6 +28,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rest.help_topics import Topic, see
+
 __all__ = ["Sign", "Watch", "describe", "where_it_failed"]
 
 _log = logging.getLogger(__name__)
@@ -140,6 +142,7 @@ class Watch:
             self._warned_of = (step, phase)
             lines = describe(signs, now=now, world_size=self._world_size, but=self._rank)
             head = f"step {step} is in {phase} for {seconds:.0f} s; a collective that takes {self._limit:.0f} s ends it"
+            head += see(Topic.HANG)
             _log.warning("\n  ".join([head, *lines]))
 
 

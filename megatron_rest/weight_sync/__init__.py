@@ -8,12 +8,11 @@ engine_side.py  what a running engine takes, in which data types
 plan.py         who sends which bytes to whom, as data
 fp8.py          matrices in FP8, with scales, quantised before they are sent
 slices.py       a plan carried out: packing, sending, receiving, putting together
-sliced.py       transports gloo and nccl_p2p: layouts -> plans -> groups -> transfers by slices
+sliced.py       transports gloo and nccl: layouts -> plans -> groups -> transfers by slices
 links.py        bytes between two processes
 
 source.py       Megatron shards -> full HF tensors on every rank, in layer order
-stream.py       transport local, and what it shares with broadcast: whole tensors
-broadcast.py    transport broadcast: everything to every worker
+stream.py       transport local: whole tensors, by reference
 
 limits.py       how fast it can be, from the rates of links (command plan-sync; no torch)
 digest.py       128 bits that change when any byte does

@@ -22,9 +22,9 @@ from torch import Tensor
 from megatron_rest.model_map import hf_shapes, resolve_name
 from megatron_rest.weight_sync.layouts import Fp8Form, Placement, training_placements
 from megatron_rest.weight_sync.plan import region
-from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
+from megatron_rest.weight_sync.source import MegatronWeightSource
 
-__all__ = ["E4M3_MAX", "QuantisedShards", "quantise", "quantised_metadata", "quantised_stream"]
+__all__ = ["E4M3_MAX", "QuantisedShards", "quantise", "quantised_stream"]
 
 E4M3_MAX = 448.0
 _CHUNK_CPU, _CHUNK_GPU = 1 << 17, 1 << 26  # elements
@@ -58,21 +58,6 @@ def quantised_stream(
             non_finite.append(name)
         yield name, quantised
         yield form.scale_name(name), scale
-
-
-def quantised_metadata(metadata: Sequence[TensorMeta], form: Fp8Form) -> list[TensorMeta]:
-    """What :func:`quantised_stream` yields, from what its argument yields."""
-    result: list[TensorMeta] = []
-    for meta in metadata:
-        if meta.name not in form.names:
-            result.append(meta)
-            continue
-        grid = form.grid((0, 0), meta.shape)[1]
-        result += [
-            TensorMeta(name=meta.name, dtype=torch.float8_e4m3fn, shape=meta.shape),
-            TensorMeta(name=form.scale_name(meta.name), dtype=torch.float32, shape=grid),
-        ]
-    return result
 
 
 class QuantisedShards(Mapping[str, Tensor]):

@@ -1,57 +1,32 @@
-"""Whole tensors: the source's stream on every rank, handed to an engine by reference or broadcast to its workers."""
+"""Whole tensors: the source's stream on every rank, handed by reference to an engine in its process."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from megatron_rest.weight_sync.digest import digest
 from megatron_rest.weight_sync.engine_side import fp8_form, introductions
-from megatron_rest.weight_sync.fp8 import quantised_metadata, quantised_stream
+from megatron_rest.weight_sync.fp8 import quantised_stream
 from megatron_rest.weight_sync.layouts import Fp8Form
-from megatron_rest.weight_sync.source import MegatronWeightSource, TensorMeta
+from megatron_rest.weight_sync.source import MegatronWeightSource
 from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper
 
-__all__ = ["LocalSender", "StreamTransport"]
-
-
-class Sender(Protocol):
-    """How a stream of tensors reaches an engine's workers."""
-
-    def connect(self, engine: SyncTarget) -> None: ...
-
-    def close(self) -> None: ...
-
-    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
-        """Let the engine receive and load the whole stream, which is what ``metadata`` says."""
-        ...
-
-
-class LocalSender:
-    """The engine lives in this process: it pulls the tensors from the stream, by reference."""
-
-    def connect(self, engine: SyncTarget) -> None:
-        engine.init_weight_transfer({})
-
-    def send(self, engine: SyncTarget, stream: Iterator[tuple[str, Tensor]], metadata: list[TensorMeta]) -> None:
-        engine.update_weights({"weights": stream})
-
-    def close(self) -> None:
-        """Nothing is connected."""
+__all__ = ["StreamTransport"]
 
 
 class StreamTransport:
-    """Every rank iterates the source; each rank with an engine sends to it.
+    """Transport ``local``: every rank iterates the source; an engine pulls the tensors from the stream of its rank.
 
     A rank whose engine fails goes on iterating, because the gathers are collectives.
     """
 
-    def __init__(self, source: MegatronWeightSource, sender: Sender) -> None:
-        self._source, self._sender = source, sender
+    def __init__(self, source: MegatronWeightSource) -> None:
+        self._source = source
         self._form: Fp8Form | None = None  # what the engines hold in FP8; all of them alike
 
     def connect(self, engine: SyncTarget | None) -> None:
@@ -63,14 +38,11 @@ class StreamTransport:
             raise ValueError("some engines hold matrices in FP8 and others do not: give all the same rollout config")
         self._form = next(iter(forms), None)
         if engine is not None:
-            self._sender.connect(engine)
+            engine.init_weight_transfer({})
 
     def attempt(self, engine: SyncTarget | None, *, detailed: bool, tamper: Tamper | None) -> Outcome:
         """Digests are taken of every tensor anyway: ``detailed`` changes nothing."""
         sent = _Pass(self._source, self._form, tamper)
-        metadata = self._source.metadata()
-        if self._form is not None:
-            metadata = quantised_metadata(metadata, self._form)
         stream = iter(sent)
         outcome = Outcome()
         received: list[dict[str, Any]] = []
@@ -79,7 +51,7 @@ class StreamTransport:
             if engine is not None:
                 engine.start_weight_update()
                 started = time.perf_counter()
-                self._sender.send(engine, stream, metadata)
+                engine.update_weights({"weights": stream})
                 outcome.transfer_seconds = time.perf_counter() - started
                 engine.finish_weight_update()
                 received = engine.received_weights()
@@ -100,7 +72,7 @@ class StreamTransport:
         return outcome
 
     def close(self) -> None:
-        self._sender.close()
+        """Nothing is connected."""
 
 
 class _Pass:

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rest.config import WeightSyncConfig
-from megatron_rest.weight_sync.broadcast import BroadcastSender
 from megatron_rest.weight_sync.sliced import SliceTransport
 from megatron_rest.weight_sync.source import MegatronWeightSource
-from megatron_rest.weight_sync.stream import LocalSender, StreamTransport
+from megatron_rest.weight_sync.stream import StreamTransport
 from megatron_rest.weight_sync.transport import Outcome, SyncTarget, Tamper, Transport
 
 __all__ = ["SyncReport", "SyncTarget", "WeightSync", "WeightSyncError", "make_transport"]
@@ -60,12 +59,10 @@ def make_transport(source: MegatronWeightSource, config: WeightSyncConfig) -> Tr
     """The way that ``weight_sync.transport`` names."""
     match config.transport:
         case "local":
-            return StreamTransport(source, LocalSender())
-        case "broadcast":
-            return StreamTransport(source, BroadcastSender(bucket_bytes=config.bucket_bytes))
+            return StreamTransport(source)
         case "gloo":
             return SliceTransport(source, message_bytes=config.bucket_bytes, backend="gloo")
-        case "nccl_p2p":
+        case "nccl":
             return SliceTransport(source, message_bytes=config.bucket_bytes, backend="nccl")
     raise AssertionError(config.transport)  # WeightSyncConfig refuses every other name
 
@@ -74,8 +71,8 @@ class WeightSync:
     """Transfers a source's weights into engines.
 
     Every rank of the source makes one, with the engine that it owns or ``None``.  Transport ``local``: an engine in
-    every rank's process.  The others: engines in processes of their own, owned by any of the ranks; ``gloo`` and
-    ``nccl_p2p`` send each worker its slices from all ranks, ``broadcast`` sends everything from the rank that owns it.
+    every rank's process.  The others: engines in processes of their own, owned by any of the ranks; each worker
+    gets its slices from all ranks.
 
     Collectives: those of connecting and of one or two attempts of the transport, and two all-reduces of one integer on
     each group of the source.  Raises ConnectionError when an engine cannot be asked or reached,

@@ -34,13 +34,12 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from megatron_rest.weight_sync.broadcast import bucket_ranges, num_bytes
+from megatron_rest.config import TRANSPORTS, vllm_backend
 from megatron_rest.weight_sync.digest import digest
-from megatron_rest.weight_sync.links import join_group, open_link
+from megatron_rest.weight_sync.links import open_link
 from megatron_rest.weight_sync.slices import MessageDigests, SliceReceiver, receive_schedule
 
 __all__ = [
-    "BroadcastWeightTransferEngine",
     "LocalWeightTransferEngine",
     "SliceWeightTransferEngine",
     "WorkerExtension",
@@ -115,63 +114,6 @@ class LocalWeightTransferEngine(_ReloadEngine):
 
     def receive_weights(self, update_info: LocalUpdateInfo) -> None:
         self.load(update_info.weights)
-
-
-@dataclass(kw_only=True)
-class BroadcastInitInfo(WeightTransferInitInfo):
-    master_address: str
-    master_port: int
-    rank_offset: int  # ranks before the first worker: the sender
-    world_size: int
-    bucket_bytes: int
-    timeout_seconds: int
-    token: str  # of this group alone
-
-
-@dataclass
-class BroadcastUpdateInfo(WeightTransferUpdateInfo):
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-
-
-class BroadcastWeightTransferEngine(_ReloadEngine):
-    """Buckets of whole tensors, broadcast over a group of its own."""
-
-    init_info_cls = BroadcastInitInfo
-    update_info_cls = BroadcastUpdateInfo
-    group: Any = None
-    bucket_bytes = 0
-
-    def init_transfer_engine(self, init_info: BroadcastInitInfo) -> None:
-        rank = init_info.rank_offset + _worker_index(self)
-        self.bucket_bytes = init_info.bucket_bytes
-        self.group = join_group(
-            init_info.master_address,
-            init_info.master_port,
-            rank,
-            init_info.world_size,
-            init_info.timeout_seconds,
-            token=init_info.token,
-        )
-
-    def receive_weights(self, update_info: BroadcastUpdateInfo) -> None:
-        if self.group is None:
-            raise RuntimeError("the broadcast engine is not connected: init_weight_transfer_engine comes first")
-        dtypes = [getattr(torch, name) for name in update_info.dtype_names]
-        sizes = [num_bytes(shape, dtype) for shape, dtype in zip(update_info.shapes, dtypes, strict=True)]
-        for indices in bucket_ranges(sizes, self.bucket_bytes):
-            # Fresh memory every time: vLLM keeps views of it until a layer is complete.
-            buffer = torch.empty(sum(sizes[i] for i in indices), dtype=torch.uint8)
-            self.group.broadcast(buffer, 0).wait()
-            parts = buffer.split([sizes[i] for i in indices])
-            self.load(
-                (update_info.names[i], _typed(part, dtypes[i], update_info.shapes[i]).to(self.device))
-                for i, part in zip(indices, parts, strict=True)
-            )
-
-    def shutdown(self) -> None:
-        self.group = None
 
 
 @dataclass(kw_only=True)
@@ -297,14 +239,10 @@ class WorkerExtension:
 def register() -> None:
     """Let vLLM know our backends by name.  Called when this module is imported; again, it does nothing."""
     known = WeightTransferEngineFactory._registry
-    engines = {
-        "local": LocalWeightTransferEngine,
-        "broadcast": BroadcastWeightTransferEngine,
-        "gloo": SliceWeightTransferEngine,
-        "nccl_p2p": SliceWeightTransferEngine,  # "nccl" is vLLM's own: whole tensors from one rank
-    }
-    for name, engine in engines.items():
+    for transport in TRANSPORTS:
+        name = vllm_backend(transport)
         if name not in known:
+            engine = LocalWeightTransferEngine if transport == "local" else SliceWeightTransferEngine
             WeightTransferEngineFactory.register_engine(name, engine)
 
 
@@ -349,12 +287,6 @@ def _loadable(model: torch.nn.Module) -> Iterator[tuple[str, list[int], str]]:
         names = [n for n, p in module._parameters.items() if p is not None and (not before or n == "bias")]
         for name, parameter in [*before.items(), *((n, module._parameters[n]) for n in names if n not in before)]:
             yield f"{prefix}.{name}", list(parameter.shape), str(parameter.dtype).removeprefix("torch.")
-
-
-def _typed(part: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if part.storage_offset() % dtype.itemsize:
-        part = part.clone()  # a float behind an odd number of half floats cannot be viewed in place
-    return part.view(dtype).view(shape)
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:

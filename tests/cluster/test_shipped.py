@@ -66,7 +66,7 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     style = ("--prompt-style", "slim", "--max-think-words", 6, "--processes", 1)
     call("data_tools", "convert", "--input", SAMPLE, "--output", data, "--tokenizer", tokenizer, *style)
     shape = ("--hidden-size", 64, "--layers", 2, "--heads", 2, "--kv-heads", 2, "--ffn-size", 160)
-    call("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, "--output", model, "--max-length", 512, *shape)
+    call("megatron_rest.commands.init_model", "--tokenizer", tokenizer, "--output", model, "--max-length", 512, *shape)
     common = (
         f"data.train={data}", "model.max_sequence_length=352", "data.max_prompt_tokens=256",
         "rollout.max_response_tokens=32", "trainer.max_tokens_per_microbatch=1024", "data.prompts_per_step=4",
@@ -74,7 +74,7 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     )  # fmt: skip
     warm, run = tmp_path / "warm", tmp_path / "run"
     call(
-        "megatron_rest.trainer.warm_start", *common, f"model.path={model}", f"trainer.run_dir={warm}",
+        "megatron_rest.commands.warm_start", *common, f"model.path={model}", f"trainer.run_dir={warm}",
         "warm_start.epochs=1", "warm_start.lr=5e-3",
     )  # fmt: skip
     settings = (

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rest.trainer.tiny import make_base
+from megatron_rest.commands.tiny import make_base
 from tests.cluster.slurm import Slurm, started, why_not
 from tests.helpers.shipped import bare_python
 

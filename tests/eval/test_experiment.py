@@ -14,7 +14,8 @@ import yaml
 from matplotlib.image import imread
 
 from megatron_rest.config import RestConfig, RewardConfig, to_dict
-from megatron_rest.eval.experiment import SETS, TITLES, main, outcomes, pass_steps, read_experiment
+from megatron_rest.eval.experiment import main
+from megatron_rest.eval.outcomes import SETS, TITLES, outcomes, pass_steps, read_experiment
 from megatron_rest.eval.prompt_sets import RESULT_FILE, judge_group
 from megatron_rest.rewards import tool_call_reward
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason

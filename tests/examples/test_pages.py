@@ -20,6 +20,7 @@ from launch.cli import _ALWAYS, _FLAGS
 from megatron_rest import cli
 from megatron_rest.analysis import compare, report
 from megatron_rest.config import load, validate
+from megatron_rest.help_topics import Topic
 from megatron_rest.rollout.environments.base import Answer, Observation
 from megatron_rest.rollout.environments.calls import parse_calls
 from megatron_rest.rollout.environments.guest import checked_observation, checked_reward
@@ -48,7 +49,11 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+    return docs_module("make_reference")
+
+
+def docs_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -101,7 +106,7 @@ def check(words: list[str], reference: ModuleType) -> None:
         case "megatron-rest-data":
             reference._parser_of("data_tools.cli").parse_args(rest)
         case "nemo-run":
-            check_recipe(*rest)
+            check_recipe(*rest, reference=reference)
         case "torchrun":
             assert importlib.util.find_spec(rest[rest.index("-m") + 1]), words
         case "export":
@@ -119,11 +124,9 @@ def check_make(words: list[str]) -> None:
         assert f"$({name})" in makefile if equals else f"\n{name}: " in makefile, word
 
 
-def check_recipe(file: str, *words: str) -> None:
-    tree = ast.parse((ROOT / file).read_bytes()) if (ROOT / file).is_file() else None
-    assert tree is not None, f"no recipe {file}"
-    [recipe] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == Path(file).stem]
-    own = {argument.arg for argument in recipe.args.args} | set(_ALWAYS)
+def check_recipe(file: str, *words: str, reference: ModuleType) -> None:
+    assert (ROOT / file).is_file(), f"no recipe {file}"
+    own = {name for name, _, _ in reference._recipe(ROOT / file)[1]} | set(_ALWAYS)
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals:
@@ -135,6 +138,18 @@ def check_recipe(file: str, *words: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- guides
+
+EXECUTED = {"own_reward": 2, "read_a_run": 1}  # Python blocks of each guide that a test below executes
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("guides/*.md")), ids=lambda page: page.stem)
+def test_every_block_is_run_or_the_guide_says_why_not(page):
+    """Commands are read by the real parsers (above); what runs and what does not, a guide says at its end."""
+    text = page.read_text(encoding="utf-8")
+    languages = re.findall(r"^\s*```(\S*)$", text, re.MULTILINE)[::2]
+    assert set(languages) <= {"bash", "python", "text"} and len(languages) > 2
+    assert languages.count("python") == EXECUTED.get(page.stem, 0)
+    assert re.search(r"\btests?\b", text.rstrip().split("\n\n")[-1]), "the last paragraph says what is tested"
 
 
 def test_the_first_own_data_set(tmp_path, monkeypatch, capsys):
@@ -204,6 +219,26 @@ def test_links_of_the_top_pages(page):
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_lines_are_within_the_width():
+    wrap = docs_module("wrap")
+    pages = {page: page.read_text(encoding="utf-8") for page in wrap.pages()}
+    assert len(pages) > 30
+    assert {page.name: wrap.too_long(text) for page, text in pages.items() if wrap.too_long(text)} == {}
+
+
+def test_what_the_wrapping_breaks_and_what_it_leaves():
+    wrap = docs_module("wrap")
+    sentence = "word " * 40
+    table = f"| a | b | c |\n| - | - | - |\n| `x` | y | {sentence.strip()} |\n"
+    code = f"```\n{sentence}\n```"
+    narrow = "| a | b |\n| - | - |\n| c | d |"
+    text = f"# A\n\n{sentence}\n\n* {sentence}\n\n{code}\n\n    {sentence}\n\n{narrow}\n\n{table}"
+    new = wrap.wrapped(text)
+    assert len(wrap.too_long(text)) == 3 and wrap.too_long(new) == [] and wrap.wrapped(new) == new
+    assert new.split() == [*text.replace(table, "").split(), *f"* `x`: _b_: y; _c_: {sentence}".split()]
+    assert code in new and f"    {sentence}\n" in new and narrow in new and "\n  word" in new
+
+
 def test_the_reference_is_current():
     done = run_module("docs.make_reference", "--check")
     assert done.returncode == 0, done.stderr
@@ -214,10 +249,50 @@ def test_messages_are_those_of_the_program():
     strings = "\n".join(ours())
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     lines = [line for block in blocks(DOCS / "troubleshooting.md", "text") for line in block.splitlines()]
-    lines += re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE)
-    quoted = [line for line in lines if not line.startswith("torch.")]
-    missing = [line for line in quoted if longest_piece(line) not in strings]
-    assert len(quoted) > 15 and not missing, missing
+    lines += listed(page)
+    messages = [line for line in lines if not line.startswith("torch.")]
+    missing = [line for line in messages if longest_piece(line) not in strings]
+    assert len(messages) > 15 and not missing, missing
+
+
+SYMPTOMS = {"flat-reward", "growing-answers", "zero-groups"}  # seen in metrics; nothing is printed
+
+
+def test_every_name_that_a_message_ends_with_is_a_heading():
+    """And every heading but those of symptoms is such a name, which the messages quoted below it end with."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    named = {section.partition("\n")[0].lower().replace(" ", "-"): section for section in sections}
+    assert {*Topic, *SYMPTOMS} == set(named) and not SYMPTOMS & set(Topic)
+    functions = list(functions_of("megatron_rest", "launch"))
+    for topic in Topic:
+        texts = [text for text in functions if f"Topic.{topic.name}" in text]
+        assert texts, f"nothing ends with [help: {topic}]"
+        for line in quoted(named[topic]):
+            assert any(longest_piece(line) in text for text in texts), f"no message with [help: {topic}] says: {line}"
+
+
+def quoted(section: str) -> list[str]:
+    """First lines of the messages that a section quotes, PyTorch's own left out."""
+    lines = [line for block in re.findall(r"```text\n(.*?)```", section, re.DOTALL) for line in block.splitlines()]
+    lines += listed(section)
+    return [line for line in lines if not line.startswith(("torch.", "  "))]
+
+
+def listed(text: str) -> list[str]:
+    """Messages at the head of the items of a list."""
+    return [" ".join(message.split()) for message in re.findall(r"^\* `([^`]+)`:", text, re.MULTILINE)]
+
+
+def functions_of(*packages: str) -> Iterator[str]:
+    """Each function with its strings in one piece; a value that is put in ends a piece."""
+    for package in packages:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                if isinstance(node, ast.FunctionDef):
+                    inside = list(ast.walk(node))
+                    pieces = [n.value for n in inside if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                    yield "\n".join([*pieces, *(f"Topic.{n.attr}" for n in inside if isinstance(n, ast.Attribute))])
 
 
 def longest_piece(line: str) -> str:

@@ -39,7 +39,7 @@ def train(name: str, folder: Path) -> Path:
     model = write_model(FAMILIES[name], folder / "model")
     convert(ROWS, model, folder / "train")
     learn = ["warm_start.epochs=160", "warm_start.batch_size=8", "warm_start.lr=5e-3", "warm_start.target_loss=0.02"]
-    call("megatron_rest.trainer.warm_start", *arguments(model, folder / "train", folder / "warm"), *learn, ranks=1)
+    call("megatron_rest.commands.warm_start", *arguments(model, folder / "train", folder / "warm"), *learn, ranks=1)
     run = ["data.prompts_per_step=4", "rollout.rollouts_per_prompt=4", "trainer.steps=2", "optimizer.lr=1e-4"]
     run += ["loss.entropy_coef=0.01", "trainer.save_rollouts_every=1"]
     call("megatron_rest.trainer", *arguments(folder / "warm" / "hf", folder / "train", folder / "run"), *run, ranks=1)

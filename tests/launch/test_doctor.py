@@ -125,7 +125,7 @@ def test_what_the_trainer_finds_is_what_is_printed() -> None:
     assert torch is not None
     if not torch["gpus"]:  # whichever build it is
         assert by_name["fused Adam"].detail == "torch AdamW"
-        gpu_only = [n for n in by_name if n.startswith(("fused", "FP8", "NCCL"))] + ["weight transfer nccl_p2p"]
+        gpu_only = [n for n in by_name if n.startswith(("fused", "FP8", "NCCL"))] + ["weight transfer nccl"]
         assert {by_name[name].state for name in gpu_only} == {doctor.OFF}
 
 
@@ -155,11 +155,11 @@ def test_transports_of_other_machines() -> None:
 
     ok, off = doctor.OK, doctor.OFF
     gpus = states(gloo=True, nccl=True, gpus=["H100"] * 8)
-    assert (gpus["NCCL"], gpus["nccl_p2p"], gpus["gloo"], gpus["local"]) == (ok, ok, ok, ok)
+    assert (gpus["NCCL"], gpus["nccl"], gpus["gloo"], gpus["local"]) == (ok, ok, ok, ok)
     cpu = states(gloo=True, nccl=True, gpus=[])
-    assert (cpu["NCCL"], cpu["nccl_p2p"], cpu["gloo"], cpu["broadcast"], cpu["local"]) == (off, off, ok, ok, ok)
+    assert (cpu["NCCL"], cpu["nccl"], cpu["gloo"], cpu["local"]) == (off, off, ok, ok)
     bare = states(gloo=False, nccl=False, gpus=[])
-    assert (bare["gloo"], bare["broadcast"], bare["local"]) == (off, off, ok)
+    assert (bare["gloo"], bare["local"]) == (off, ok)
 
 
 def test_megatron_without_psutil_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

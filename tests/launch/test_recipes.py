@@ -440,7 +440,7 @@ def test_a_whole_experiment_converts_warms_up_and_trains_what_came_out(done: dic
     assert "#SBATCH --nodes=1\n" in run.parts["preprocess_sbatch.sh"]
     assert "#SBATCH --ntasks-per-node=1\n" in run.parts["preprocess_sbatch.sh"]
     warm, train = (run.parts[f"{name}/scripts/{name}.sh"] for name in ("warm-start", "train-1"))
-    assert "-m megatron_rest.trainer.warm_start --config" in warm
+    assert "-m megatron_rest.commands.warm_start --config" in warm
     assert "  run_dir: /runs/rest_8b/warm-start\n" in warm
     assert "  path: /models/Qwen3-8B\n" in warm
     assert "  path: /runs/rest_8b/warm-start/hf\n" in train

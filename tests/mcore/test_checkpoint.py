@@ -389,7 +389,7 @@ def resharded(rank: int, world_size: int, model: str, folder: str, run_dir: str)
     from megatron_rest.rollout.process import prepare_process
 
     prepare_process(allow_late=True)
-    from megatron_rest.trainer.reshard import reshard
+    from megatron_rest.commands.reshard import reshard
 
     overrides = (f"checkpoint.load={folder}/as it lies/step_000003", f"trainer.run_dir={run_dir}")
     reshard(layout_config(model, pp=2, **DISTRIBUTED, overrides=overrides))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from megatron_rest.config import ConfigError, Fp8Recipe
 from megatron_rest.fp8_support import REQUIREMENTS, why_not
 from megatron_rest.mcore import accelerations, precision
-from megatron_rest.trainer.certificate import certify
+from megatron_rest.trainer.certificate import measure_mismatch
 from megatron_rest.types import LossInputs, LossOutput
 from tests.helpers.policies import batch_of, layout_config, make_policy, random_samples
 from tests.helpers.tiny_model import build_tiny_model
@@ -137,7 +137,7 @@ def settle_and_certify(parts: Any, recipe: str) -> Any:
     fp8, reference = (
         [s.log_probs for s in parts.policy.score(microbatches, in_bf16=in_bf16)] for in_bf16 in (False, True)
     )
-    return certify(f"{recipe} against bf16", microbatches, fp8, reference, group=parts.context.dp_group)
+    return measure_mismatch(f"{recipe} against bf16", microbatches, fp8, reference, group=parts.context.dp_group)
 
 
 def test_transformer_engine_in_bf16_scores_like_transformers(model: Path) -> None:

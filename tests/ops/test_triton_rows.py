@@ -42,7 +42,7 @@ def compare_with_eager() -> None:
     """Every input of ``cases``, both halves of a split vocabulary, gradient in place and beside the logits."""
     import torch
 
-    from megatron_rest.ops import row_blocks
+    from megatron_rest.ops import row_blocks, row_statistics, sharding
     from megatron_rest.ops.triton import row_kernels
     from tests.ops.cases import CASE_NAMES, head_case
 
@@ -59,7 +59,7 @@ def compare_with_eager() -> None:
         halves = []
         for logits, start in zip(whole.chunk(2, dim=1), (0, local), strict=True):  # rows keep the stride of the whole
             num_columns = min(max(vocab_size - start, 0), local)
-            shard = row_blocks.VocabShard(start=start, local_size=local, num_columns=num_columns, vocab_size=vocab_size)
+            shard = sharding.VocabShard(start=start, local_size=local, num_columns=num_columns, vocab_size=vocab_size)
             scratch = row_blocks.Scratch(torch.float32, logits.device)
             halves.append((logits, shard, scratch))
         partials = torch.empty(2, 5, n)
@@ -71,9 +71,9 @@ def compare_with_eager() -> None:
             torch.testing.assert_close(actual[:, :n][:, has_loss], expected[:, has_loss], atol=1e-5, rtol=2e-6)
             assert actual[1, :n][~has_loss].isnan().all(), "NaN logits must not look like a distribution"
             assert (actual[:, n:] == 7.0).all(), "wrote beyond its columns of the partials"
-        stats = row_blocks.fold_partials(partials, inverse)
+        stats = row_statistics.fold_partials(partials, inverse)
         for grad_entropy in (None, entropy_gradient):
-            rule = row_blocks.GradientRule.create(
+            rule = row_statistics.GradientRule.create(
                 max_logit=stats.max_logit,
                 log_sum=stats.log_sum,
                 entropy=stats.entropy,

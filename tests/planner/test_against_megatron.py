@@ -11,13 +11,13 @@ import torch
 
 from megatron_rest.algorithms import rest_policy_loss
 from megatron_rest.config import RestConfig, load
+from megatron_rest.mcore.tensor_memory import TensorMemory
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.parameters import count_stages
 from megatron_rest.planner.plan import make_plan
 from megatron_rest.trainer.setup import make_batch
 from megatron_rest.types import TokenRegion, TrainSample
 from tests.helpers.distributed import run_distributed
-from tests.helpers.memory import TensorMemory
 from tests.helpers.policies import make_policy
 from tests.helpers.tiny_model import build_tiny_model
 
@@ -85,7 +85,7 @@ def measure(config: RestConfig) -> dict[str, float]:
         batch = type(batch)(microbatches=tuple(weighed), totals=batch.totals)
         loss = partial(rest_policy_loss, config=config.loss)
         parts.policy.update(batch, loss)  # makes the optimiser's moments
-        memory.reset_peak()
+        memory.mark()
         report = parts.policy.update(batch, loss)
     return {
         "stage": parts.context.pp_rank,

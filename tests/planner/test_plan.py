@@ -125,7 +125,7 @@ def test_an_option_changes_its_own_line(override, item):
 
 def test_engines_in_fp8_take_half_and_senders_keep_a_copy_while_they_send():
     def plan(*overrides: str):
-        engines = ("rollout.replicas=4", "weight_sync.transport=nccl_p2p", "loss.tis_cap=2.0", *overrides)
+        engines = ("rollout.replicas=4", "weight_sync.transport=nccl", "loss.tis_cap=2.0", *overrides)
         return make_plan(configuration(*engines), HARDWARE["h200"], world_size=128)
 
     plain, shape = plan(), plan().shape

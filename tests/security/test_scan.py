@@ -24,7 +24,6 @@ ALLOWED: dict[tuple[str, str], tuple[int, str]] = {
     ("megatron_rest/cli.py", "importlib.import_module"): (2, OWN_NAME),
     ("megatron_rest/scripts.py", "importlib.import_module"): (3, "our own entries, by literals"),
     ("megatron_rest/mcore/precision.py", "importlib.import_module"): (3, "Transformer Engine, by a literal"),
-    ("megatron_rest/ops/row_blocks.py", "importlib.import_module"): (1, "our kernels, by a literal"),
     ("megatron_rest/rollout/environments/bfcl.py", "importlib.import_module"): (3, "names from the package bfcl-eval"),
     ("megatron_rest/eval/bfcl_multi_turn.py", "exec_module"): (1, "a second copy of a module of the package bfcl-eval"),
     ("megatron_rest/user_code.py", "importlib.import_module"): (

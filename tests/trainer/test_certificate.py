@@ -22,7 +22,7 @@ from data_tools.train_tokenizer import texts_of, train_and_save
 from megatron_rest.config import AdvantageConfig, ConfigError, RewardConfig, load
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.data.prompts import PromptDataset
-from megatron_rest.trainer.certificate import PrecisionMismatchError, canary_samples, certify
+from megatron_rest.trainer.certificate import PrecisionMismatchError, canary_samples, measure_mismatch
 from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.step_metrics import REGION_NAMES
 from megatron_rest.types import MicroBatch, TokenRegion
@@ -46,7 +46,7 @@ def microbatch(regions: list[int], mask: list[bool]) -> MicroBatch:
 def test_means_and_maxima_by_hand() -> None:
     first = microbatch([FORMAT, FORMAT, ARGS, ARGS], [True, True, True, False])
     second = microbatch([ARGS, FORMAT], [True, False])
-    certificate = certify(
+    certificate = measure_mismatch(
         "a against b",
         [first, second],
         [torch.tensor([-1.0, -2.0, -3.0, math.nan]), torch.tensor([-1.0, math.nan])],
@@ -68,14 +68,16 @@ def test_means_and_maxima_by_hand() -> None:
 
 def test_not_a_number_is_above_every_bound() -> None:
     one = microbatch([FORMAT, ARGS], [True, True])
-    certificate = certify("x", [one], [torch.tensor([-1.0, math.nan])], [torch.tensor([-1.0, -1.0])], group=None)
+    certificate = measure_mismatch(
+        "x", [one], [torch.tensor([-1.0, math.nan])], [torch.tensor([-1.0, -1.0])], group=None
+    )
     with pytest.raises(PrecisionMismatchError, match="region args differ by inf nats"):
         certificate.check(1e9)
 
 
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no token of the canary batch"):
-        certify("x", [microbatch([0], [False])], [torch.zeros(1)], [torch.zeros(1)], group=None)
+        measure_mismatch("x", [microbatch([0], [False])], [torch.zeros(1)], [torch.zeros(1)], group=None)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def compare(rank: int, world_size: int, tokenizer: str, data: str, model: str) -
         scores[dtype] = [s.log_probs for s in parts.policy.score(batch.microbatches)]
         if dtype == "bfloat16":
             parallel_state.destroy_model_parallel()
-    certificate = certify(
+    certificate = measure_mismatch(
         "bf16 against fp32", batch.microbatches, scores["bfloat16"], scores["float32"], group=parts.context.dp_group
     )
     same = [s.log_probs for s in parts.policy.score(batch.microbatches, in_bf16=True)]

@@ -39,6 +39,6 @@ def test_the_slow_rank_is_named() -> None:
     named, *others = run_distributed(slow_rank, 3)
     assert named == [
         f"step 3: rank 2 on {socket.gethostname()} is slow, and all ranks with it: judging takes 4 s there, 4.0 times "
-        "as long as on the median rank, 3 steps in a row"
+        "as long as on the median rank, 3 steps in a row [help: hang]"
     ]
     assert others == [[], []]

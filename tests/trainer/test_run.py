@@ -86,7 +86,7 @@ def settings(base: Path, run_dir: Path, model: Path) -> list[str]:
 def warm(base) -> tuple[Path, str]:
     run_dir = base / "warm-start"
     overrides = ["warm_start.epochs=3", "warm_start.batch_size=8", "warm_start.lr=5e-3"]
-    done = call("megatron_rest.trainer.warm_start", *settings(base, run_dir, base / "model"), *overrides, ranks=2)
+    done = call("megatron_rest.commands.warm_start", *settings(base, run_dir, base / "model"), *overrides, ranks=2)
     return run_dir / "hf", done.stdout
 
 

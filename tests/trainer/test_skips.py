@@ -91,7 +91,7 @@ def test_the_run_ends_after_too_many_in_a_row(caplog: pytest.LogCaptureFixture) 
             skips.note(outcome, where="step 4, update 1")
     assert skips.in_a_row == 2
     assert [r.getMessage() for r in caplog.records][-1] == (
-        "step 4, update 1 skipped, weights unchanged (2 in a row): not finite: 3 of 4 gradients of w"
+        "step 4, update 1 skipped, weights unchanged (2 in a row): not finite: 3 of 4 gradients of w [help: not-finite]"
     )
     with pytest.raises(NonFiniteError, match=r"step 5, update 1: not finite: loss; 3 updates .*max_skipped 2"):
         skips.note(report("loss"), where="step 5, update 1")

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_rest.ops.row_blocks import GradientRule
+from megatron_rest.ops.row_statistics import FLOOR, GradientRule
 from megatron_rest.ops.sharding import VocabShard
 
 __all__ = ["gradient_kernel", "statistics_kernel", "write_gradient", "write_partials"]
 
-_FLOOR = tl.constexpr(-1.0e30)  # stands for the maximum of no columns; finite, as in row_blocks
+_FLOOR = tl.constexpr(FLOOR)
 _MAX_TILE = 4096
 _NUM_WARPS = 8
 
@@ -76,7 +76,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,  # [n, local_size]
     out_ptr,  # [n, local_size], may be the logits
     labels_ptr,  # int64 [n], global ids
-    max_logit_ptr,  # fp32 [n] and so on: row_blocks.GradientRule
+    max_logit_ptr,  # fp32 [n] and so on: row_statistics.GradientRule
     slope_ptr,
     intercept_ptr,
     at_label_ptr,

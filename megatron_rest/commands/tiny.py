@@ -26,7 +26,7 @@ def make_base(folder: Path) -> Path:
         ("data_tools", "train-tokenizer", sample, "--vocab-size", "1001", "--output", tokenizer),
         ("data_tools", "convert", "--input", sample, "--output", str(folder / "train"),
          "--tokenizer", tokenizer, *style),
-        ("megatron_rest.trainer.init_model", "--tokenizer", tokenizer, "--output", str(folder / "model"),
+        ("megatron_rest.commands.init_model", "--tokenizer", tokenizer, "--output", str(folder / "model"),
          "--max-length", "512", *shape),
     ):  # fmt: skip
         run_command(*arguments)

@@ -1,6 +1,6 @@
 """A run's checkpoint again in the form that loads at any layout, on the ranks and the layout that saved it:
 
-torchrun ... -m megatron_rest.trainer.reshard --config RUN/run.yaml [checkpoint.load=RUN/checkpoints/step_000010]
+torchrun ... -m megatron_rest.commands.reshard --config RUN/run.yaml [checkpoint.load=RUN/checkpoints/step_000010]
 
 Checkpoints of a run that goes on hold the distributed optimiser's state as it lies (``checkpoint.any_layout``).  Writes
 ``RUN/any_layout/step_000010``, from the newest complete checkpoint if none is named; ``checkpoint.load=`` that in a run

@@ -1,6 +1,6 @@
 """A small Qwen3-architecture model with random weights as an HF folder: what the CPU demo starts from.
 
-python -m megatron_rest.trainer.init_model --tokenizer DIR --output DIR [--hidden-size 256 --layers 4 ...]
+python -m megatron_rest.commands.init_model --tokenizer DIR --output DIR [--hidden-size 256 --layers 4 ...]
 """
 
 from __future__ import annotations

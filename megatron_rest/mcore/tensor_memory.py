@@ -13,21 +13,27 @@ __all__ = ["TensorMemory"]
 
 
 class TensorMemory(TorchDispatchMode):
-    """Inside the ``with`` block: ``alive`` and ``peak`` bytes of storages made there, views counted once."""
+    """Inside the ``with`` block: ``alive`` and ``peak`` bytes of storages made there, views counted once.
 
-    def __init__(self) -> None:
+    Args:
+        device_type: count those of one kind of device only, e.g. ``meta``.
+    """
+
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
-        self.alive = 0
-        self.peak = 0
+        self.alive = self.peak = 0
+        self._device_type = device_type
         self._known: set[int] = set()
 
-    def reset_peak(self) -> None:
+    def mark(self) -> int:
+        """Forget the peak so far; returns what is alive."""
         self.peak = self.alive
+        return self.alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and self._device_type in (None, value.device.type):
                 self._count(value.untyped_storage())
         return result
 

@@ -1,6 +1,6 @@
 """A Megatron checkpoint of a run as an HF folder, on one rank or on torchrun's:
 
-python -m megatron_rest.trainer.export_checkpoint --config RUN/run.yaml [checkpoint.load=RUN/checkpoints/step_000010]
+python -m megatron_rest.commands.export --config RUN/run.yaml [checkpoint.load=RUN/checkpoints/step_000010]
 
 Writes ``RUN/hf_step_000010``, from the newest complete checkpoint if none is named.  One rank holds the whole model;
 torchrun's ranks share it as the configuration says.  Only the model is read: no optimiser, no engine.

@@ -40,13 +40,13 @@ from typing import Any
 import psutil
 import yaml
 
+from megatron_rest.commands.run_diff import RunDiff, compare_checkpoints, compare_runs
+from megatron_rest.commands.tiny import RANKS, make_base, tiny_settings
 from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
 from megatron_rest.mcore.checkpoint_files import SUMS_FILE
 from megatron_rest.trainer.console import Console
 from megatron_rest.trainer.metrics import METRICS_FILE
-from megatron_rest.trainer.run_diff import RunDiff, compare_checkpoints, compare_runs
 from megatron_rest.trainer.starts import STARTS_FILE
-from megatron_rest.trainer.tiny import RANKS, make_base, tiny_settings
 
 __all__ = ["HARDEST", "kill_tree", "main"]
 

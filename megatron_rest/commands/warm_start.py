@@ -1,4 +1,4 @@
-"""Supervised warm start: ``torchrun ... -m megatron_rest.trainer.warm_start --config run.yaml``.
+"""Supervised warm start: ``torchrun ... -m megatron_rest.commands.warm_start --config run.yaml``.
 
 Cross-entropy on the reference answers (prompt tokens carry no loss) through the same policy, schedule and optimiser
 as RL, at any layout; the result is an HF folder ``<trainer.run_dir>/hf`` that the RL run starts from.

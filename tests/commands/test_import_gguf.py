@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_rest.commands.import_gguf import import_gguf, main
 from megatron_rest.config import ConfigError
-from megatron_rest.trainer.import_gguf import import_gguf, main
 from tests.helpers.tiny_model import build_tiny_model
 
 gguf = pytest.importorskip("gguf", reason="the library gguf is not installed (requirements/cpu.txt has it)")
