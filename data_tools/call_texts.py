@@ -198,7 +198,7 @@ _SPELLINGS = (
     _Spelling("objects in tags", r"</?(?:tool_calls|function_calls?|functions)>", (_OBJECTS,)),
     _Spelling("mistral", r"\[TOOL_CALLS\]", (_whole(MISTRAL),)),
     _Spelling("deepseek", r"<｜tool▁call", (_whole(DEEPSEEK), _whole(DEEPSEEK_V31))),
-    _Spelling("harmony", r"<\|channel\|>|\bto=functions\.", (_whole(HARMONY),)),
+    _Spelling("harmony", r"<\|(?:start|channel|constrain|message)\|>|\bto=functions\.", (_whole(HARMONY),)),
     _Spelling(
         "llama3.1",
         r"<function=|</function>",
@@ -416,7 +416,7 @@ _CLOSING_END = re.compile(r"(?<![:;=])[\]}][\"'`\s]*$")
 
 def _looks_like_calls(body: str, tools: list[Tool]) -> bool:
     names = {tool["name"] for tool in tools}
-    if _REMAINS.search(body) or body.strip("`'\"[]()") in names:
+    if _REMAINS.search(body) or _NAMED_OBJECT.search(body) or body.strip("`'\"[]()") in names:
         return True
     if body.startswith(("{", "[{", '["', "['", "[[", '"{', '"[')):
         value = parsed(body)
@@ -448,7 +448,7 @@ def _is_near_call(item: dict[str, Any], names: set[str]) -> bool:
     if _NEAR_ARGUMENT_KEYS & keys and set(NAME_KEYS) & keys:
         return True
     others = [value for key, value in item.items() if str(key).lower() not in NAME_KEYS]
-    return bool(names) and len(others) < len(item) and all(isinstance(value, dict) for value in others)
+    return bool(names or others) and len(others) < len(item) and all(isinstance(value, dict) for value in others)
 
 
 FEWEST_PROSE_WORDS = 6  # that an answer has which ends in brackets and quotes by chance
@@ -461,6 +461,11 @@ _CODE = re.compile(r"```(?!tool).*?(?:```|$)", re.DOTALL)
 _LINE_CALLS = re.compile(r"^[ \t]*\[[A-Za-z_][\w.]*\([^\n]*\)\][ \t]*$", re.MULTILINE)
 _FENCED_CALL = re.compile(r"```\w*\s*\[\s*[^\s\[\](){}=,;:'\"][^\[\](){}=,;'\"\n]*\(\s*(?:\w+\s*=|\))")
 _PYTHON_ARGUMENT = re.compile(r"[(,]\s*\w+\s*=\s*[\"'\[{]")
+# A name and then an object, under whatever key: one of both keys may be damaged, or nobody's.
+_NAMED_OBJECT = re.compile(
+    rf"\{{\s*[\"'](?:{'|'.join((*NAME_KEYS, 'func', 'fn', 'method', 'call'))})[\"']\s*:\s*[\"'][^\"'\n]*[\"']\s*,"
+    r"\s*[^\n:{}]{1,40}:\s*\{"
+)
 # What is left of a call's marks where some of them are damaged.
 _REMAINS = re.compile(
     r"tool_?calls?>|toolcall>|</?tool[_ ]?call|functioncall|function_calls?>|arg_key>|arg_value>|</?parameter|<function"

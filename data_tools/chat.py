@@ -136,6 +136,11 @@ class ChatTokenizer:
         text = {*TOOLRL.tags(), *self.dialect.tags()}
         return tuple(sorted(token.content for token in added if token.special and token.content not in text))
 
+    @cached_property
+    def _control_beginnings(self) -> set[str]:
+        """Llama 3 has 256 control tokens, which begin alike."""
+        return {token[:2] for token in self.control_tokens}
+
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """The prompt as text, generation prompt included."""
         for message in messages:
@@ -156,6 +161,8 @@ class ChatTokenizer:
 
     def check_text(self, text: str, written_in: Dialect | None = None) -> None:
         """Refuse text that holds control tokens; an answer may hold those of the dialect it is ``written_in``."""
+        if not any(beginning in text for beginning in self._control_beginnings):
+            return
         allowed = written_in.control_tokens if written_in is not None else ()
         for token in self.control_tokens:
             if token in text and token not in allowed:

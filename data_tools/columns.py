@@ -59,9 +59,9 @@ class Columns:
     """Reference thought."""
     reference: str = "last"
     """last, each (a row for every turn of the assistant), last-call, or the place of a message, messages or calls."""
-    message: dict[str, str] = field(default_factory=dict)
+    message: dict[str, str] = field(default_factory=dict, hash=False)
     """Keys of a message: ``{role: from, content: value}``."""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict, hash=False)
     """The set's roles: ``{human: user, machine: assistant, run: call, seen: tool}``."""
     calls_in_text: str = "auto"
     """auto, none, or the one dialect that texts may make calls in."""

@@ -79,10 +79,30 @@ class MessageForm:
     calls_in_text: str = "auto"
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A conversation of which the leading system messages are read: the tools that the rest needs may be in them."""
+
+    said: list[Turn]
+    rest: list[Any]
+
+    @property
+    def system(self) -> str:
+        """What they say."""
+        return "\n\n".join(dict.fromkeys(turn.text for turn in self.said if turn.text.strip()))
+
+
 def read_messages(value: Any, tools: list[Tool], form: MessageForm) -> list[Turn]:
     """Turns of a list of messages (or of its JSON text), or of one user text."""
+    return read_on(opening_of(value, form), tools, form)
+
+
+def read_on(opening: Opening, tools: list[Tool], form: MessageForm) -> list[Turn]:
+    """All turns of a conversation whose opening is read."""
     turns: list[Turn] = []
-    for message in _messages_of(value, form):
+    for turn in opening.said:
+        _append(turns, turn)
+    for message in opening.rest:
         read = [message] if isinstance(message, Turn) else _turns_of(_opened(message, form), tools, form)
         for turn in read:
             _append(turns, turn)
@@ -93,15 +113,16 @@ def read_messages(value: Any, tools: list[Tool], form: MessageForm) -> list[Turn
     return _with_results_in_order(turns)
 
 
-def leading_system(value: Any, form: MessageForm) -> str:
-    """Text of the system messages that a conversation begins with: the list of its tools may be in it."""
-    texts = []
-    for message in _messages_of(value, form):
+def opening_of(value: Any, form: MessageForm) -> Opening:
+    """The system messages that a conversation begins with, read, and the messages behind them."""
+    said: list[Turn] = []
+    messages = _messages_of(value, form)
+    for at, message in enumerate(messages):
         message = {} if isinstance(message, Turn) else _opened(message, form)
         if _known_role(message, form) != "system" or _item(message):
-            break
-        texts += [turn.text for turn in _turns_of(message, [], form) if turn.text.strip()]
-    return "\n\n".join(dict.fromkeys(texts))
+            return Opening(said, messages[at:])
+        said += _turns_of(message, [], form)
+    return Opening(said, [])
 
 
 def _messages_of(value: Any, form: MessageForm) -> list[Any]:

@@ -15,10 +15,12 @@ from data_tools.checks import UNREAD, problems_of
 from data_tools.columns import FIRST_STEPS, REFERENCES, TOOL_PATHS, Columns, Row, look_up, missing
 from data_tools.conversation import (
     Conversation,
+    Opening,
     Turn,
     assistant_turn,
-    leading_system,
+    opening_of,
     read_messages,
+    read_on,
     user_turn,
     without_stop,
 )
@@ -116,8 +118,7 @@ def _examples(row: Row, reading: Reading) -> Iterator[Example]:
     metadata, note = metadata_of(row, layout.where, read=layout.read, wanted=wanted)
     for shaped in layout.reshape(row) if layout.reshape else [row]:
         for conversation in _conversations(shaped, layout, reading.reference):
-            example = _build(conversation, layout.name)
-            yield replace(example, metadata_json=metadata, notes=(*example.notes, *([note] if note else [])))
+            yield _build(conversation, layout.name, metadata, [note] if note else [])
 
 
 def _over(where: Columns, own: Columns) -> Columns:
@@ -140,8 +141,8 @@ def _conversations(row: Row, layout: Layout, wanted: str) -> Iterator[Conversati
     given = look_up(row, where.system)
     if given is not None and not isinstance(given, str):
         raise RowError(f"the system message is {type(given).__name__}, expected text")
-    raw = _raw_messages(row, where)
-    first_said = leading_system(raw, where.form) if where.messages else ""
+    opening = opening_of(_raw_messages(row, where), where.form) if where.messages else None
+    first_said = opening.system if opening else ""
     system = "\n\n".join(dict.fromkeys(text for text in (given or "", first_said) if text.strip()))
     notes: list[str] = []
     if tools:
@@ -150,7 +151,7 @@ def _conversations(row: Row, layout: Layout, wanted: str) -> Iterator[Conversati
         tools, plain = tools_of_system(system)
     if plain != system:
         notes.append(_RELISTED)
-    turns = [turn for turn in _turns(row, raw, tools, where) if turn.text or turn.role != "system"]
+    turns = [turn for turn in _turns(row, opening, tools, where) if turn.text or turn.role != "system"]
     while turns and turns[0].role == "system":
         turns = turns[1:]
     column = wanted if wanted and wanted not in REFERENCES else ""
@@ -213,8 +214,6 @@ def _tools(row: Row, where: Columns) -> list[Tool]:
 
 
 def _raw_messages(row: Row, where: Columns) -> Any:
-    if not where.messages:
-        return None
     value = look_up(row, where.messages)
     if value is None:
         raise (
@@ -225,9 +224,9 @@ def _raw_messages(row: Row, where: Columns) -> Any:
     return value
 
 
-def _turns(row: Row, raw: Any, tools: list[Tool], where: Columns) -> list[Turn]:
-    if where.messages:
-        return read_messages(raw, tools, where.form)
+def _turns(row: Row, opening: Opening | None, tools: list[Tool], where: Columns) -> list[Turn]:
+    if opening is not None:
+        return read_on(opening, tools, where.form)
     text = look_up(row, where.user)
     if text is None and not any(path in row for path in where.user):
         raise missing(row, "user", where.user)
@@ -396,7 +395,7 @@ def _chosen(turns: list[Turn], how: str, first: int) -> list[int]:
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def _build(conversation: Conversation, layout: str) -> Example:
+def _build(conversation: Conversation, layout: str, metadata_json: str, more_notes: list[str]) -> Example:
     reference = conversation.reference
     calls, response = list(reference.calls), reference.text if reference.text.strip() else None
     think = reference.thought
@@ -427,8 +426,9 @@ def _build(conversation: Conversation, layout: str) -> Example:
         system=system,
         turns=conversation.turns,
         layout=layout,
-        notes=conversation.notes,
+        notes=(*conversation.notes, *more_notes),
         problems=conversation.problems,
+        metadata_json=metadata_json,
     )
 
 

@@ -6,6 +6,9 @@ import datetime
 import decimal
 import json
 import math
+import re
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from data_tools.columns import TOOL_PATHS, Columns, Row
@@ -20,6 +23,32 @@ _TOO_LONG = f"metadata of more than {MAX_CHARACTERS} characters was left out"
 _NO_JSON = "columns that JSON cannot hold (bytes, deep nesting) were left out of the metadata"
 
 
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What of a row's columns is read for something else."""
+
+    whole: frozenset[str]
+    keys: dict[str, set[str]]  # of objects: column -> keys
+    lists: frozenset[str]  # columns of which items are read
+
+
+@lru_cache(maxsize=64)
+def _taken(where: Columns, wanted: str) -> _Taken:
+    whole = frozenset({*where.places, *TOOL_PATHS, wanted})
+    keys: dict[str, set[str]] = {}
+    lists: set[str] = set()
+    for place in whole:
+        for at, character in enumerate(place):
+            if character == ".":
+                keys.setdefault(place[:at], set()).add(_FIRST_KEY.match(place, at + 1)[0])  # type: ignore[index]
+            elif character == "[":
+                lists.add(place[:at])
+    return _Taken(whole, keys, frozenset(lists))
+
+
+_FIRST_KEY = re.compile(r"[^.\[]*")
+
+
 def metadata_of(row: Row, where: Columns, *, read: frozenset[str] = frozenset(), wanted: str = "") -> tuple[str, str]:
     """JSON object of the columns that are read for nothing else, and a note of what was left out.
 
@@ -29,20 +58,19 @@ def metadata_of(row: Row, where: Columns, *, read: frozenset[str] = frozenset(),
         read: columns that the layout reads in a way of its own.
         wanted: the column of ``--reference``.
     """
-    places = {*where.places, *TOOL_PATHS, wanted}
+    taken = _taken(where, wanted)
     kept: dict[str, Any] = {}
     note = ""
     for name, value in row.items():
-        if name in places or name in read or name == "_row":
+        if name in taken.whole or name in read or name == "_row":
             continue
-        inside_it = (place.removeprefix(f"{name}.") for place in places if place.startswith(f"{name}."))
-        inner = {place.partition(".")[0].partition("[")[0] for place in inside_it}
+        inner = taken.keys.get(name)
         inside = parsed(value) if inner else value
         if inner and isinstance(inside, dict):
             value = {key: one for key, one in inside.items() if key not in inner}
             if not value:
                 continue
-        elif any(place.startswith(f"{name}[") for place in places):
+        elif name in taken.lists:
             continue
         try:
             if value is not None:

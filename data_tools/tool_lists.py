@@ -291,7 +291,7 @@ def toolrl_list(system: str) -> list[Tool]:
         return []
     tools: list[Tool] = []
     for line in rest.partition("\n**")[0].splitlines():
-        entry = _ENTRY.match(line)
+        entry = _ENTRY.match(line) if line[:1].isdecimal() else None
         if entry and int(entry.group(1)) == len(tools) + 1:
             name, description = entry.group(3), ""
             if not entry.group(2):

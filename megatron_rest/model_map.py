@@ -184,6 +184,7 @@ class ModelShape:
         if model_type not in ARCHITECTURES:
             raise ValueError(f"model_type {model_type!r} has no mapping to Megatron; known: {', '.join(ARCHITECTURES)}")
         _refuse_unmapped(config, model_type)
+        _refuse_contradictions(config)
         config = {**_DEFAULTS[model_type], **config}
         if quantization := config.get("quantization_config") or config.get("compression_config"):
             method = dict(quantization).get("quant_method", "unknown")
@@ -249,6 +250,22 @@ def _refuse_unmapped(config: Mapping[str, Any], model_type: str) -> None:
             f"architectures names {', '.join(map(str, heads))}: only {ARCHITECTURES[model_type]} is a policy that "
             "engines sample from"
         )
+
+
+def _refuse_contradictions(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where transformers 4's spelling of an option and 5's say different things: who adds a model
+    card's ``rope_scaling`` to a file of transformers 5 means that, and not every reader follows it."""
+    new, old = (dict(config.get(name) or {}) for name in ("rope_parameters", "rope_scaling"))
+    bases = {rope.pop("rope_theta", None) for rope in (new, old)} | {config.get("rope_theta")}
+    scalings = [{"rope_type" if key == "type" else key: value for key, value in rope.items()} for rope in (new, old)]
+    experts = {config.get("num_experts"), config.get("num_local_experts")}
+    for names, differ in {
+        "rope_parameters and rope_scaling": all(scalings) and scalings[0] != scalings[1],
+        "rope_theta and that of the rotary parameters": len(bases - {None}) > 1,
+        "num_experts and num_local_experts": len(experts - {None}) > 1,
+    }.items():
+        if differ:
+            raise ValueError(f"{names} in config.json differ: keep the one that is meant")
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

@@ -179,3 +179,20 @@ def test_rotary_parameters_of_both_transformers_generations() -> None:
         with pytest.raises(ValueError, match="not those that Megatron computes with"):
             ModelShape.from_hf_config({**new, "rope_parameters": {**new["rope_parameters"], **wrong}})
     assert ModelShape.from_hf_config(CONFIGS["llama"]).rope_scaling == {}
+
+
+def test_two_spellings_that_differ_are_refused() -> None:
+    """A model card's rope_scaling, added to a file of transformers 5: readers follow the one or the other."""
+    plain = {**CONFIGS["llama"], "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    plain.pop("rope_theta", None)
+    both = {**plain, "rope_theta": 5e5, "rope_scaling": {"type": "default"}}
+    assert ModelShape.from_hf_config(both).rope_theta == 5e5
+    for name, more, words in (
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters and rope_scaling"),
+        ("llama", {"rope_theta": 1e4}, "rope_theta and that of the rotary parameters"),
+        ("llama", {"rope_scaling": {"type": "default", "rope_theta": 1e4}}, "rope_theta and that"),
+        ("moe", {"num_experts": 8, "num_local_experts": 4}, "num_experts and num_local_experts"),
+    ):
+        config = {**CONFIGS["qwen3_moe"], **more} if name == "moe" else {**plain, **more}
+        with pytest.raises(ValueError, match=f"{words}.* differ: keep the one that is meant"):
+            ModelShape.from_hf_config(config)

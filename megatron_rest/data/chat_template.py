@@ -281,6 +281,8 @@ def compiled_template(text: str) -> Any:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
     try:
-        return environment.from_string(text)
+        template = environment.from_string(text)
     except jinja2.TemplateError as error:
         raise TemplateError(f"the chat template does not compile: {error}") from error
+    template.globals = dict(template.globals)  # a chain of dictionaries, which every rendering would copy key by key
+    return template

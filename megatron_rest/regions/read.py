@@ -119,6 +119,8 @@ def _read_block(
 
 def _junk(raw: bytes, gap: Span, dialect: Dialect) -> list[str]:
     """What stands between calls and is neither white space nor a separator."""
+    if dialect.calls.glue.fullmatch(raw, *gap):  # nearly always: white space, and ASCII
+        return []
     text = decoded(raw[gap[0] : gap[1]])
     if dialect.calls.glue.fullmatch(text.translate(_LINE_ENDS).encode("utf-8", "surrogatepass")):
         return []

@@ -162,4 +162,8 @@ UNREADABLE: dict[str, str] = {
     "broken Python": "[price(item='tea'",
     "an unknown tool": "[prize(item='tea')]",
     "broken JSON": '{"name": "price", "arguments": {"item": "tea"}',
+    "harmony, cut": "<|start|>assistant",
+    "a damaged key": 'I look.\n{"name": "prices", ",arameters": {"item": "tea"}}',
+    "a damaged key in a fence": '```json\n[{"name": "prices", \'rguments": {"item": "tea"}}]\n```',
+    "keys of nobody's": 'I look.\n{"func": "prices", "argument": {"item": "tea"}}',
 }

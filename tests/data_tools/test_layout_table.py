@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -16,6 +17,7 @@ from data_tools.errors import DataError, RowError
 from data_tools.examples import NO_CALL_RESPONSE, Example, Reading, examples_of, normalise
 from data_tools.layouts import LAYOUTS, table
 from data_tools.native import native_messages
+from tests.data_tools import public_layouts
 from tests.data_tools.layout_rows import (
     CALLS,
     FUNCTIONS,
@@ -64,9 +66,23 @@ def test_what_is_no_training_data_is_named(name: str) -> None:
     assert str(caught.value) == layout.refusal
 
 
+@pytest.mark.parametrize("layout", public_layouts.LAYOUTS, ids=lambda layout: layout.name)
+def test_the_layouts_of_public_sets_need_no_option(layout: public_layouts.PublicLayout, tmp_path: Path) -> None:
+    assert public_layouts.why_wrong(layout, tmp_path) == ""
+
+
+def test_what_is_wrong_with_a_layout_is_found(tmp_path: Path) -> None:
+    right = next(layout for layout in public_layouts.LAYOUTS if layout.name == "xLAM-60k")
+    for change in ({"calls": ()}, {"tools": ()}, {"think": "Why?"}, {"refusal": "images"}):
+        assert public_layouts.why_wrong(dataclasses.replace(right, **change), tmp_path)
+
+
 def test_the_table_is_whole_and_the_page_shows_it() -> None:
     assert {layout.name for layout in LAYOUTS} == {*LAYOUT_ROWS, *REFUSED_ROWS, "quarantine"}
     assert table() in PAGE, "python -m data_tools.layouts prints the table for docs/data.md"
+    assert public_layouts.table() in PAGE, "python -m tests.data_tools.public_layouts prints the other"
+    read = [layout for layout in public_layouts.LAYOUTS if not layout.refusal]
+    assert f"{len(read)} of {len(public_layouts.LAYOUTS)}" in PAGE
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

@@ -119,13 +119,32 @@ def of_pandas(path: Path) -> None:
 
 def of_polars(path: Path) -> None:
     polars = importlib.import_module("polars")
-    polars.from_arrow(struct_table(path.with_suffix(".tmp"))).write_ndjson(path)
+    frame = polars.from_arrow(struct_table(path.with_suffix(".tmp")))
+    writers = {".jsonl": frame.write_ndjson, ".json": frame.write_json, ".arrow": frame.write_ipc}
+    writers.get(path.suffix, frame.write_parquet)(path)
 
 
 def of_duckdb(path: Path) -> None:
     duckdb = importlib.import_module("duckdb")
     struct_table(path.with_suffix(".tmp"))
-    duckdb.sql(f"COPY (SELECT * FROM '{path.with_suffix('.tmp')}') TO '{path}' (FORMAT json)")
+    form = {".jsonl": "json", ".json": "json, array true"}.get(path.suffix, "parquet")
+    duckdb.sql(f"COPY (SELECT * FROM read_parquet('{path.with_suffix('.tmp')}')) TO '{path}' (FORMAT {form})")
+
+
+def of_duckdb_json(path: Path) -> None:
+    """JSON lines that it reads by itself, columns of type JSON."""
+    duckdb = importlib.import_module("duckdb")
+    path.with_suffix(".tmp").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    columns = "columns={'messages': 'JSON', 'tools': 'JSON'}, format='newline_delimited'"
+    duckdb.sql(f"COPY (SELECT * FROM read_json('{path.with_suffix('.tmp')}', {columns})) TO '{path}' (FORMAT parquet)")
+
+
+def of_fastparquet(path: Path) -> None:
+    import pandas
+
+    fastparquet = importlib.import_module("fastparquet")
+    frame = pandas.DataFrame({key: [json.dumps(row[key]) for row in ROWS] for key in ("messages", "tools")})
+    fastparquet.write(path, frame, object_encoding="json" if "objects" in path.name else "utf8")
 
 
 def padded(path: Path) -> None:
@@ -142,16 +161,19 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "objects.json": lambda p: p.write_text("\n".join(json.dumps(row, indent=2) for row in ROWS)),
     "datasets.parquet": of_datasets,
     "pandas.jsonl": of_pandas,
-    "polars.jsonl": of_polars,
-    "duckdb.jsonl": of_duckdb,
+    **dict.fromkeys(("polars.jsonl", "polars.json", "polars.arrow", "polars.parquet"), of_polars),
+    **dict.fromkeys(("duckdb.jsonl", "duckdb.json", "duckdb.parquet"), of_duckdb),
+    "duckdb_json.parquet": of_duckdb_json,
+    **dict.fromkeys(("fastparquet.parquet", "fastparquet_objects.parquet"), of_fastparquet),
 }
-NEEDS = {"pandas.jsonl": "pandas", "polars.jsonl": "polars", "duckdb.jsonl": "duckdb"}
+NEEDS = ("pandas", "polars", "duckdb", "fastparquet")
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_writer_gives_the_same_examples(name: str, tmp_path: Path) -> None:
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed; padded.jsonl imitates what it writes")
+    for package in NEEDS:
+        if name.startswith(package):
+            pytest.importorskip(package, reason=f"{package} is not installed; below, pyarrow imitates what it writes")
     WRITERS[name](tmp_path / name)
     assert list(map(essence, examples(tmp_path / name))) == [essence(normalise(row)) for row in ROWS]
 

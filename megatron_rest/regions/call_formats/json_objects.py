@@ -35,6 +35,7 @@ _IN_CALL = re.compile(
     rb"\s*+(" + _STRING + rb"|[{}\[\]:,]|[^\s{}\[\]:,\"]++)"
 )  # the last: a number, true, null or junk
 _BRACKETS = re.compile(_STRING + rb"|[{}\[\]]")
+_FLAT = re.compile(rb"[{\[](?:[^{}\[\]\"]++|" + _STRING + rb")*+[}\]]")
 _USUAL = re.compile(
     rb'\{\s*+"name"\s*+:\s*+"((?:[^"\\\n]++|\\[^\n])*+)"\s*+,\s*+"(?:arguments|parameters)"\s*+:\s*+(?=[{\[])'
 )
@@ -138,6 +139,8 @@ def _scan_object(text: bytes, brace: int, end: int) -> CallSpan:
 
 def matching_bracket(text: bytes, start: int, end: int) -> int:
     """Where the bracket at ``start`` is closed (exclusive), or ``end``.  The kinds of bracket are not told apart."""
+    if flat := _FLAT.match(text, start, end):  # nothing nested: the loop below says the same of it
+        return flat.end()
     depth = 0
     for token in _BRACKETS.finditer(text, start, end):
         first = text[token.start()]
