@@ -402,7 +402,8 @@ class RolloutConfig:
             )
 
 
-REWARD_FUNCTIONS = ("tool_call", "environment")
+REWARD_FUNCTIONS = ("tool_call", "environment", "matched_turns")
+_REWARD_CODE = {"matched_turns": "megatron_rest.rewards.matched_turns:matched_turns"}  # called as your own are
 """Built-in values of ``reward.function``."""
 _REWARD_NAMES = frozenset(
     {"total", "static", "format", "correctness", "accuracy", "format_valid", "not_judged", "failed"}
@@ -417,7 +418,7 @@ class RewardTerm:
     name: str
     """Its numbers are logged under ``reward/NAME``."""
     function: str
-    """tool_call, environment, package.module:function or http(s)://HOST/PATH."""
+    """tool_call, environment, matched_turns, package.module:function or http(s)://HOST/PATH."""
     weight: float = 1.0
     """The total is the sum of weight x reward."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -432,7 +433,7 @@ class RewardTerm:
             _one_of(self.key, self.function, REWARD_FUNCTIONS)
         elif "://" in self.function and not self.function.startswith(("http://", "https://")):
             raise ConfigError(f"{self.key} is {self.function!r}: an address begins with http:// or https://")
-        if self.arguments and ":" not in self.function:
+        if self.arguments and not self.is_foreign:
             raise ConfigError(
                 f"{self.key} {self.function} takes no arguments: its rules are keys of the section reward"
             )
@@ -441,8 +442,13 @@ class RewardTerm:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether somebody else's code gives it, which may fail."""
-        return ":" in self.function
+        """Whether a function or a server gives it, which may fail."""
+        return ":" in self.code
+
+    @property
+    def code(self) -> str:
+        """package.module:function or address behind ``function``; tool_call and environment have none."""
+        return _REWARD_CODE.get(self.function, self.function)
 
 
 def _reward_forms() -> str:
@@ -455,8 +461,8 @@ class RewardConfig:
     a server of your own, or several of them added up (docs/own_code.md)."""
 
     function: str = "tool_call"
-    """tool_call (the rule of this section; an environment's own reward where it gives one), package.module:function of
-    your own, or http(s)://HOST/PATH of a server."""
+    """tool_call (the rule of this section; an environment's own reward where it gives one), matched_turns (a reward a
+    turn, by calls of the reference), package.module:function of your own, or http(s)://HOST/PATH of a server."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the function (reward.arguments.target=40)."""
     terms: dict[str, Any] = field(default_factory=dict)

@@ -11,11 +11,13 @@ from enum import StrEnum
 
 __all__ = ["BUILT_IN", "OWN", "STATISTICS", "CreditTraits", "Normalisation", "Scope", "traits_of"]
 
-STATISTICS = ("log_probs", "entropy", "sum_p2", "beta", "ref_log_probs", "marks")
+STATISTICS = ("log_probs", "entropy", "sum_p2", "beta", "ref_log_probs", "marks", "token_rewards")
 """What a rule may need of every token: log-prob (nats), entropy (nats), sum p^2, squared score norm of the output
-layer, log-prob under the reference policy, and what is wrong in form with its turn (``types.TurnMark``)."""
+layer, log-prob under the reference policy, what is wrong in form with its turn (``types.TurnMark``), and what it earned
+by itself (``rewards.functions.Reward``)."""
 
-_NOT_SCORED = {"ref_log_probs", "marks"}  # there without a scoring pass
+_OF_SAMPLES = {"marks", "token_rewards"}  # no model says them
+_NOT_SCORED = {"ref_log_probs", *_OF_SAMPLES}  # there without a scoring pass
 
 
 class Scope(StrEnum):
@@ -48,6 +50,11 @@ class CreditTraits:
         unknown = self.needs - set(STATISTICS)
         if unknown:
             raise ValueError(f"needs holds {', '.join(sorted(unknown))}: known are {', '.join(STATISTICS)}")
+
+    @property
+    def measured(self) -> frozenset[str]:
+        """What models say of every token, among ``needs``."""
+        return self.needs - _OF_SAMPLES
 
     @property
     def is_scored(self) -> bool:
@@ -94,6 +101,10 @@ BUILT_IN: dict[str, tuple[str, CreditTraits]] = {
     "gtpo": ("gtpo:Gtpo", _of("entropy", scope=Scope.GROUP)),
     "otb": ("otb:OptimalTokenBaseline", _of("log_probs", "sum_p2", scope=Scope.GROUP, moves_zero=True)),
     "otb_turns": ("otb:over_turns", _of("log_probs", "sum_p2", scope=Scope.GROUP, moves_zero=True)),
+    # token advantages from what single turns, calls or tokens earned
+    "process": ("process:ProcessSupervision", _of("token_rewards", scope=Scope.GROUP, moves_zero=True)),
+    "matchtir": ("matchtir:MatchTir", _of("token_rewards", scope=Scope.GROUP, moves_zero=True)),
+    "reward_to_go": ("reward_to_go:RewardToGo", _of("token_rewards", scope=Scope.STEP, moves_zero=True)),
 }
 """``weighting.source`` -> where its factory is in :mod:`megatron_rest.weighting` (nothing: ResT's own), and what it
 declares."""

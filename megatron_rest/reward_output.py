@@ -26,7 +26,9 @@ class RewardOutput:
     parts: Mapping[str, float] = field(default_factory=dict)  # other numbers, by their names behind ``reward/``
     detail: tuple[str, ...] = ()  # what was wrong, one line a finding, for people
     token_rewards: np.ndarray | None = field(default=None, compare=False)
-    """float32 [R]: what single tokens of the response earned, a part of ``total``; None: nothing was said of any."""
+    """float64 [R]: what single tokens of the response earned, a part of ``total``; None: nothing was said of any."""
+    is_rewarded: np.ndarray | None = field(default=None, compare=False)
+    """bool [R]: the tokens that something was said of, which may be 0; None with ``token_rewards``."""
     is_judged: bool = True  # False: the reward failed; ``detail`` says why, ``total`` says nothing of the policy
 
     def added_up_from(self) -> dict[str, float]:

@@ -148,6 +148,8 @@ class TrainSample:
     sequence_id: int  # unique in the step
     group_id: int = -1  # samples of one group begin with the same prompt; -1: of none
     marks: np.ndarray | None = None  # uint8 [L], TurnMark of the token's turn; None: turns were not looked at
+    # float64 [L], what the reward says single tokens earned, a part of the rollout's; NaN: nothing; None: of no token
+    token_rewards: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         _same_length(
@@ -157,6 +159,7 @@ class TrainSample:
             region_ids=self.region_ids,
             rollout_log_probs=self.rollout_log_probs,
             marks=self.marks,
+            token_rewards=self.token_rewards,
         )
         if self.loss_mask[0]:
             raise ValueError("the first token of a sequence has no predictor: loss_mask[0] must be False")

@@ -18,7 +18,7 @@ from megatron_rest.rewards.findings import Finding
 from megatron_rest.rewards.parsing import ToolCall, canonical
 from megatron_rest.token_region import TokenRegion
 
-__all__ = ["match_calls"]
+__all__ = ["call_likeness", "match_calls"]
 
 _MAX_SHOWN = 80  # characters of a value in a message
 
@@ -56,6 +56,14 @@ def match_calls(
             message = f"call of {_show(extra.name)} matches no reference call"
             findings.append(Finding(region=TokenRegion.TOOL_NAME, call=i, message=message))
     return (0.0 if granularity == "coarse" else score / possible), findings
+
+
+def call_likeness(reference: ToolCall, predicted: ToolCall) -> float:
+    """How much of one reference call a call has, in [0, 1]: name, parameter names and values; 0 of another name."""
+    reference, predicted = _canonical(reference), _canonical(predicted)
+    if reference.name != predicted.name:
+        return 0.0
+    return (1.0 + _call_score(reference, predicted, strict_sets=False)) / (2.0 + len(reference.parameters))
 
 
 def _canonical(call: ToolCall) -> ToolCall:

@@ -33,6 +33,13 @@ def check_rule(rule: CreditRule, config: RestConfig) -> None:
             f"weighting.source={source} needs the reference policy's log-probs, which are there with loss.kl_coef "
             "only: set it (1e-9 is a reference without a pull)"
         )
+    terms = config.reward.as_terms()
+    if "token_rewards" in traits.needs and not any(term.is_foreign for term in terms):
+        raise ConfigError(
+            f"weighting.source={source} gives credit by what single turns, calls or tokens earned, and "
+            f"{' and '.join(term.function for term in terms)} says nothing of them: name a reward that does in "
+            "reward.function or reward.terms (megatron_rest.rewards.matched_turns:matched_turns is one)"
+        )
     if traits.moves_zero and config.data.resample_zero_groups:
         raise ConfigError(
             "data.resample_zero_groups draws again where equal rewards teach nothing, and with weighting.source="
@@ -76,7 +83,7 @@ def give_credit(
     Raises:
         ValueError: the rule gave something else than one finite number a row (:meth:`Credit.check`).
     """
-    needs = rule.traits.needs - {"marks"}  # these are the samples' own
+    needs = rule.traits.measured
     if rule.traits.scope is Scope.ROLLOUT:
         return [
             replace(batch, microbatches=tuple(
@@ -133,7 +140,7 @@ def _alone(
     name: str,
 ) -> MicroBatch:
     """Credit of the rollouts of one microbatch by themselves."""
-    mask, needs = microbatch.loss_mask, rule.traits.needs - {"marks"}
+    mask, needs = microbatch.loss_mask, rule.traits.measured
     mine = torch.unique_consecutive(microbatch.sequence_ids[mask]).tolist()
     table = _statistics(microbatch, scores, needs) if not rule.traits.follows else torch.zeros(0, 0)
     measured = dict(zip(sorted(needs), table.numpy(), strict=True)) if len(table) else {}

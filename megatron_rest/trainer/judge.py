@@ -120,6 +120,7 @@ class Judge:
                 sequence_id=i,
                 group_id=int(numbers[i]),
                 carries_loss=bool(is_judged[i]),
+                reward=rewards[i],
             )
             for i, rollout in enumerate(rollouts)
         ]
@@ -217,9 +218,10 @@ class Judge:
             summands[name] = term.weight * value
             total += term.weight * value
             static += term.weight * static_value
-        earned = np.sum(fine, axis=0) if fine else None
-        output = RewardOutput(total=total, parts=parts, summands=summands, token_rewards=earned, **fields)
-        return output, static
+        if fine:
+            fields["token_rewards"] = np.nan_to_num(fine).sum(axis=0)
+            fields["is_rewarded"] = ~np.isnan(fine).all(axis=0)
+        return RewardOutput(total=total, parts=parts, summands=summands, **fields), static
 
     def _judge_in_time(
         self, group: RolloutGroup, i: int, *, step: int, only_text: bool = False
@@ -342,6 +344,7 @@ class Judge:
         sequence_id: int,
         group_id: int = -1,
         carries_loss: bool = True,
+        reward: RewardOutput | None = None,
     ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
 
@@ -353,6 +356,10 @@ class Judge:
         is_cut = rollout.stop_reason in (StopReason.LENGTH, StopReason.CONTEXT)
         carries_loss &= not (rollout.stop_reason.is_infrastructure or (is_cut and self.advantage.mask_truncated))
         nothing = np.zeros(len(prompt), np.float32)
+        earned = None
+        if reward is not None and reward.token_rewards is not None:
+            said = np.where(reward.is_rewarded, reward.token_rewards, np.nan)
+            earned = np.concatenate([np.full(len(prompt), np.nan), said])
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
             loss_mask=np.concatenate([nothing.astype(bool), rollout.loss_mask & carries_loss]),
@@ -364,6 +371,7 @@ class Judge:
             marks=np.concatenate([nothing, self._marks(prompt, rollout)]).astype(np.uint8)
             if self.marks_turns
             else None,
+            token_rewards=earned,
         )
 
 

@@ -101,15 +101,15 @@ class RewardTerms:
 
 
 def _caller(term: RewardTerm, config: RewardConfig) -> _Caller:
-    if "://" in term.function:
+    if "://" in term.code:
         return RewardServer(
-            term.function,
+            term.code,
             arguments=term.arguments,
             batch_size=config.batch_size,
             timeout_seconds=config.call_timeout_seconds,
             retries=config.retries,
         )
-    named = NamedCode(key=term.key, reference=term.function, called_with=("answer",), arguments=term.arguments)
+    named = NamedCode(key=term.key, reference=term.code, called_with=("answer",), arguments=term.arguments)
     function = load_named(named)  # here as well, so that a function that is none ends the start
     if config.workers:
         return RewardWorkers(named, num_workers=config.workers, timeout_seconds=config.call_timeout_seconds)
@@ -157,7 +157,7 @@ def all_gather_json(value: Any) -> list[Any]:
 
 
 def token_rewards(reward: Reward, loss_mask: np.ndarray, regions: np.ndarray, num_calls: Sequence[int]) -> np.ndarray:
-    """float32 [R]: a reward's fine parts on tokens of the response; 0 where nothing was said.
+    """float64 [R]: a reward's fine parts on tokens of the response; NaN where nothing was said.
 
     Args:
         reward: as its function said it.
@@ -168,20 +168,23 @@ def token_rewards(reward: Reward, loss_mask: np.ndarray, regions: np.ndarray, nu
     A turn's is on its last token, a call's on the last token of its name or arguments (on the turn's last one where
     regions and reading disagree about how many there are), a token's on itself.
     """
-    earned = np.zeros(len(loss_mask), np.float64)
+    earned, is_said = np.zeros(len(loss_mask)), np.zeros(len(loss_mask), bool)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], loss_mask, [False]]).astype(np.int8)))
     turns = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
     for value, (_, end) in zip(reward.turns, turns, strict=False):
         earned[end - 1] += value
+        is_said[end - 1] = True
     calls = iter(reward.calls)
     for (start, end), count in zip(turns, num_calls, strict=True):
         ends = _call_ends(regions[start:end])
         for number in range(count if reward.calls else 0):
             at = start + ends[number] if len(ends) == count else end - 1
             earned[at] += next(calls)
+            is_said[at] = True
     if reward.tokens:
         earned[loss_mask] += np.asarray(reward.tokens)
-    return earned.astype(np.float32)
+        is_said |= loss_mask
+    return np.where(is_said, earned, np.nan)
 
 
 def _call_ends(regions: np.ndarray) -> list[int]:

@@ -50,7 +50,7 @@ def sample_rows(
             "answer": _text(table, rollout.token_ids),
             "regions": _runs(table, rollout.token_ids, regions),
             "reward": _numbers(reward) | {"static": verdict.static_rewards[index]},
-            "token_rewards": _earned(reward.token_rewards),
+            "token_rewards": _earned(reward),
             "advantage": sample.advantage,
             "findings": list(reward.detail),
         }
@@ -79,7 +79,7 @@ def _numbers(reward: RewardOutput) -> dict[str, float]:
     return {name: float(value) for name, value in said.items() if value is not None}
 
 
-def _earned(rewards: np.ndarray | None) -> list[list[float]]:
-    if rewards is None:
+def _earned(reward: RewardOutput) -> list[list[float]]:
+    if reward.token_rewards is None or reward.is_rewarded is None:
         return []
-    return [[int(i), float(rewards[i])] for i in np.flatnonzero(rewards)]
+    return [[int(i), float(reward.token_rewards[i])] for i in np.flatnonzero(reward.is_rewarded)]

@@ -31,8 +31,9 @@ import numpy as np
 from megatron_rest.credit_traits import STATISTICS, CreditTraits, Normalisation
 from megatron_rest.types import TrainSample
 
-__all__ = ["Credit", "CreditRows", "CreditRule"]
+__all__ = ["Credit", "CreditRows", "CreditRule", "standardised"]
 
+_ROUNDING = 1e-12  # of a reward's parts against the whole
 _MEAN_TOLERANCE = 1e-5  # of weights that say they have mean 1; float32 ones of thousands of tokens miss by 1e-7
 
 
@@ -53,6 +54,7 @@ class CreditRows:
     beta: np.ndarray | None = None  # float [N], squared score norm of the output layer
     ref_log_probs: np.ndarray | None = None  # float [N], nats; of the reference policy
     marks: np.ndarray | None = None  # uint8 [N], TurnMark of the row's turn
+    token_rewards: np.ndarray | None = None  # float64 [N], a part of ``rewards``; NaN: nothing was said of the token
 
     def __post_init__(self) -> None:
         size, count = len(self.sequence), len(self.groups)
@@ -85,6 +87,15 @@ class CreditRows:
         counts = [len(t) for t in tokens]
         regions = [s.region_ids[t] for s, t in zip(samples, tokens, strict=True)]
         marks = [s.marks[t] for s, t in zip(samples, tokens, strict=True) if s.marks is not None]
+        earned: np.ndarray | None = None
+        if any(s.token_rewards is not None for s in samples):
+            none = np.array([np.nan])
+            earned = np.concatenate(
+                [
+                    np.broadcast_to(none, len(t)) if s.token_rewards is None else s.token_rewards[t]
+                    for s, t in zip(samples, tokens, strict=True)
+                ]
+            )
         return cls(
             sequence=np.repeat(np.arange(len(samples)), counts),
             token=np.concatenate([np.zeros(0, np.int64), *tokens]),
@@ -94,6 +105,7 @@ class CreditRows:
             rewards=np.asarray(rewards, np.float64),
             progress=progress,
             marks=np.concatenate([np.zeros(0, np.uint8), *marks]) if len(marks) == len(samples) else None,
+            token_rewards=earned,
             **{name: np.asarray(value, np.float64) for name, value in (scores or {}).items()},
         )
 
@@ -135,6 +147,39 @@ class CreditRows:
         return np.where(self.groups < 0, len(self.groups) + np.arange(len(self.groups)), numbers)
 
     @cached_property
+    def earned(self) -> np.ndarray:
+        """float64 ``[N]``: rewards by token, which add up to the rollout's; :attr:`unsaid` lies on its last one."""
+        earned = np.zeros(len(self.sequence)) if self.token_rewards is None else np.nan_to_num(self.token_rewards)
+        has_rows = self.lengths > 0
+        earned[self.ends] += self.unsaid[has_rows]
+        return earned
+
+    @cached_property
+    def unsaid(self) -> np.ndarray:
+        """float64 ``[S]``: what the rollout earned beside what was said of its tokens; exactly 0 for rounding."""
+        if self.token_rewards is None:
+            return self.rewards
+        said = np.nan_to_num(self.token_rewards)
+        rest = self.rewards - self.sums(said)
+        return np.where(np.abs(rest) > _ROUNDING * np.maximum(1.0, self.sums(np.abs(said))), rest, 0.0)
+
+    @cached_property
+    def returns(self) -> np.ndarray:
+        """float64 ``[N]``: what is earned from this token on; the rollout's reward where nothing was said of tokens."""
+        return self.each(self.rewards) if self.token_rewards is None else self.from_here(self.earned)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """int64: the last row of each rollout that has any."""
+        return (self._starts + self.lengths)[self.lengths > 0] - 1
+
+    @cached_property
+    def is_left_alone(self) -> np.ndarray:
+        """bool ``[S]``: of its siblings no other has a row, though it has some: nobody to be compared with."""
+        members = np.bincount(self.siblings)[self.siblings]
+        return (members > 1) & (np.bincount(self.siblings, self.lengths > 0)[self.siblings] <= 1)
+
+    @cached_property
     def _starts(self) -> np.ndarray:
         return np.cumsum(self.lengths) - self.lengths
 
@@ -143,14 +188,22 @@ class CreditRows:
         return np.repeat(values, self.lengths)
 
     def require(self, needs: frozenset[str]) -> None:
-        """ValueError if a statistic is not there."""
-        missing = sorted(name for name in needs if getattr(self, name) is None)
+        """ValueError if a statistic is not there.  Of ``token_rewards`` None says something: that nothing was said."""
+        missing = sorted(name for name in needs - {"token_rewards"} if getattr(self, name) is None)
         if missing:
             raise ValueError(f"token credit needs {', '.join(missing)} of every token, and there is none")
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """float64 ``[S]``: added over the rows of each rollout, in their order."""
         return np.bincount(self.sequence, values, minlength=len(self.groups))
+
+    def from_here(self, values: np.ndarray) -> np.ndarray:
+        """float64 ``[N]``: added from each row to the last one of its rollout."""
+        added = np.zeros(len(values))
+        for start, length in zip(self._starts, self.lengths, strict=True):  # a sum must not cross rollouts
+            mine = slice(start, start + length)
+            np.cumsum(values[mine][::-1], out=added[mine][::-1])
+        return added
 
     def means(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """float64 ``[S]``: mean over the rows of each rollout (those of ``where``); 0 where there is none."""
@@ -173,6 +226,25 @@ class CreditRows:
         cell = self.each(side * (int(position.max(initial=0)) + 1))
         cell += position
         return [np.bincount(cell, value)[cell] for value in values]
+
+
+def standardised(values: np.ndarray, cell: np.ndarray, epsilon: float) -> np.ndarray:
+    """``(value - mean) / (std + epsilon)`` over the values of the same cell, with the unbiased standard deviation.
+
+    As in GRPO: equal ones give exactly 0; one alone has mean 0 and std 1.
+
+    Args:
+        values: float64 ``[n]``.
+        cell: int64 ``[n]``, >= 0.
+        epsilon: added to the standard deviation.
+    """
+    _, cell, count = np.unique(cell, return_inverse=True, return_counts=True)
+    least, most = np.full(len(count), np.inf), np.full(len(count), -np.inf)
+    np.minimum.at(least, cell, values)
+    np.maximum.at(most, cell, values)
+    centred = np.where((least == most)[cell], 0.0, values - (np.bincount(cell, values) / count)[cell])
+    deviation = np.sqrt(np.bincount(cell, centred * centred) / np.maximum(count - 1, 1))
+    return np.where(count[cell] == 1, values / (1.0 + epsilon), centred / (deviation + epsilon)[cell])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

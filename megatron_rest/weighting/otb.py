@@ -1,10 +1,11 @@
 """The baseline of least variance at every token: OTB (arXiv 2602.07078; verl's ``optimal_token_baseline``).
 
     W_it = sum over s <= t of (1 - 2 p_is + sum p_is^2)      p: probability of the sampled token: |e_a - p|^2
-    B_t = sum_i R_i W_it / (sum_i W_it + 1e-8)               over the siblings that have a loss token at t
-    A_it = R_i - B_t                                         B_t = 0 where the longest rollout is alone
+    B_t = sum_i R_it W_it / (sum_i W_it + 1e-8)              over the siblings that have a loss token at t
+    A_it = R_it - B_t                                        B_t = 0 where the longest rollout is alone
 
-R_i is the rollout's reward itself: the advantage estimator is not asked.  A position is counted from the rollout's
+R_it is what is earned from t on: the rollout's reward, unless it says what single turns, calls or tokens earned.  The
+advantage estimator is not asked.  A position is counted from the rollout's
 first token, tool outputs included (``otb``), or over its own tokens only (``otb_turns``, verl's ``tir_`` form for
 several turns).  Siblings whose way to t was uncertain decide the baseline; by itself it raises neither certain nor
 uncertain tokens.
@@ -50,11 +51,11 @@ class OptimalTokenBaseline(CreditRule):
         table[is_row] = step
         np.cumsum(table, axis=1, out=table)
         energy = table[is_row]
-        reward = rows.each(rows.rewards)
+        reward = rows.returns
         position = rows.index if self.own_tokens else rows.place
         total, weighted, there = rows.across(position, energy, reward * energy, np.ones(len(energy)))
         siblings = np.bincount(rows.siblings, rows.lengths > 0)[rows.siblings]
-        alone = 0.0 if self.tail == "reward" else rows.each(np.where(siblings == 1, 0.0, rows.rewards))
+        alone = 0.0 if self.tail == "reward" else np.where(rows.each(siblings) == 1, 0.0, reward)
         return Credit(advantages=reward - np.where(there == 1, alone, weighted / (total + _EPSILON)))
 
 

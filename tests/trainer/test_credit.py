@@ -31,7 +31,7 @@ from tests.helpers.tiny_model import build_tiny_model
 from tests.weighting.steps import Step, random_step
 
 LOSS = RestPolicyLoss(LossConfig(clip_low=0.05, clip_high=0.05))
-QUICK = ["constant", "entropy_mask", "otb_turns", "empg"]  # of each scope and kind
+QUICK = ["constant", "entropy_mask", "otb_turns", "empg", "matchtir"]  # of each scope and kind
 
 
 def rule_of(source: str) -> CreditRule:
@@ -186,13 +186,9 @@ def test_what_a_rule_needs_is_measured(source):
     config = load(overrides=[f"weighting.source={source}", "loss.old_log_probs=engine"])
     rule = find_credit(config.weighting)
     for number in (0, 1):
-        assert (
-            is_scored(config, number)
-            is is_scored(config, number, traits=rule.traits)
-            is bool(rule.traits.needs - {"marks"})
-        )
+        assert is_scored(config, number) is is_scored(config, number, traits=rule.traits) is bool(rule.traits.measured)
     assert keeps_zero_groups(config) is keeps_zero_groups(config, rule.traits) is rule.traits.moves_zero
-    assert rule.traits.is_of_all is (bool(rule.traits.needs - {"marks"}) and source != "egpo")
+    assert rule.traits.is_of_all is (bool(rule.traits.measured) and source != "egpo")
     assert rule.traits.with_score_norms is (source in ("otb", "otb_turns", "variance_optimal"))
 
 
@@ -216,10 +212,13 @@ class Positive(CreditRule):
         (Needy, (), "there with loss.kl_coef only: set it"),
         (Needy, ("loss.kl_coef=0.1", "data.resample_zero_groups=1"), "moves_zero.: set data.resample_zero_groups=0"),
         (Positive, ("loss.aggregation=token_mean",), "set loss.aggregation=sequence_mean"),
+        ("matchtir", (), "tool_call says nothing of them: name a reward that does"),
+        ("process", ("reward.terms.environment.weight=1.0",), "environment says nothing of them"),
     ],
 )
 def test_a_rule_that_cannot_work_here(rule, overrides, message):
-    config = load(overrides=[f"weighting.source=tests.trainer.test_credit:{rule.__name__}", *overrides])
+    source = rule if isinstance(rule, str) else f"tests.trainer.test_credit:{rule.__name__}"
+    config = load(overrides=[f"weighting.source={source}", *overrides])
     with pytest.raises(ConfigError, match=message):
         check_rule(find_credit(config.weighting), config)
 

@@ -24,12 +24,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from megatron_rest.config import AdvantageConfig, ConfigError, RewardConfig
+from megatron_rest.config import AdvantageConfig, ConfigError, RewardConfig, WeightingConfig
 from megatron_rest.errors import RunError
 from megatron_rest.regions import TOOLRL
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.step_metrics import reward_metrics
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.weighting import CreditRows, find_credit
 from tests.helpers.distributed import run_distributed
 
 TABLE = [*(bytes([i]) for i in range(256)), b"<|im_end|>"]
@@ -184,6 +185,32 @@ def test_turns_calls_and_tokens_earn_where_they_stand() -> None:
     found = verdict(RewardConfig(function="myrewards:every_token"), rollout("axx", "xx", "x"))
     earned = found.rewards[0].token_rewards
     assert earned is not None and np.flatnonzero(earned).tolist() == [1, 2, 7], "a tool's text earns nothing"
+    told = found.rewards[0].is_rewarded
+    assert told is not None and told.tolist() == [True] * 4 + [False] * 3 + [True] * 2, "0 was said of the others"
+    [sample] = found.samples
+    assert sample.token_rewards is not None
+    assert np.isfinite(sample.token_rewards).tolist() == sample.loss_mask.tolist()
+
+
+def test_what_turns_earn_becomes_their_tokens_advantage() -> None:
+    """From the built-in reward by turn to advantages, by the numbers of the authors' formula written out."""
+    call, other = TOOLRL.write([("w", {"city": "Bern"})]), TOOLRL.write([("w", {"city": "Rome"})])
+    config = RewardConfig(function="matched_turns")
+    found = verdict(config, rollout(call, "seen", "done"), rollout(other, "seen", "done"), rollout("no"))
+    assert [r.total for r in found.rewards] == [1.0, 2 / 3, 0.0]
+    assert found.rewards[0].parts == {"matched_turns": 1.0, "matched_turns/matched": 1.0, "matched_turns/missing": 0.0}
+    rule = find_credit(WeightingConfig(source="matchtir"))
+    rows = CreditRows.of_samples(found.samples, rewards=found.scored_rewards, progress=0.0)
+    advantages = rule.credit(rows).check(rows, rule.traits, "matchtir").advantages
+    assert advantages is not None
+    first = (np.array([1.0, 2 / 3, 0.0]) - 5 / 9) / (np.std([1.0, 2 / 3, 0.0], ddof=1) + 1e-6)
+    whole = np.array([s.advantage for s in found.samples])
+    wanted = [[(whole[0] + first[0]) / 2, whole[0] / 2], [(whole[1] + first[1]) / 2, whole[1] / 2], [whole[2]]]
+    for i, turns in enumerate(wanted):  # second turns earned 0 both: compared with each other
+        mine = rows.sequence == i
+        got = [advantages[mine & (rows.turn == j)] for j in range(len(turns))]
+        for numbers, want in zip(got, turns, strict=True):
+            np.testing.assert_allclose(numbers, want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -289,6 +316,7 @@ def test_ranks_agree_and_each_rollout_is_asked_about_once(package: Path, tmp_pat
         ({"terms": {"one": "myrewards:picky"}, "function": "myrewards:never"}, "leave those two out"),
         ({"function": "tool_cal"}, "did you mean tool_call"),
         ({"function": "tool_call", "arguments": {"x": 1}}, "takes no arguments"),
+        ({"function": "matched_turns", "arguments": {"x": 1}}, "called as matched_turns.answer, x=1.*'x'"),
         ({"function": "ftp://x/y"}, "begins with http"),
     ],
 )

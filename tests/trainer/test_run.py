@@ -520,6 +520,7 @@ def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
     overrides += ("reward.terms.tool_call.weight=1.0", "reward.terms.calls.function=mytools.rewards:calls_match")
     overrides += ("reward.terms.short.function=mytools.rewards:brevity", "reward.terms.short.arguments.words=5")
     overrides += ("trainer.loggers=tensorboard,mytools.loggers:PlainFile", "profile.steps=2", "reward.workers=1")
+    overrides += ("weighting.source=matchtir",)  # by what calls earned
     settings = (*tiny.tiny_settings(base), "parallel.tensor_parallel=1", *overrides, f"trainer.run_dir={run_dir}")
     done = forked.run_module("megatron_rest.trainer", *settings, ranks=1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-8000:]

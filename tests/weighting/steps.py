@@ -27,7 +27,7 @@ class Step:
             [self.samples[i] for i in which],
             rewards=[self.rewards[i] for i in which],
             progress=0.3,
-            scores={name: self.scores[name][at] for name in needs - {"marks"}},
+            scores={name: self.scores[name][at] for name in needs - {"marks", "token_rewards"}},
         )
 
     def by_rollout(self, name: str) -> list[np.ndarray]:
@@ -38,7 +38,7 @@ class Step:
 
 def random_step(seed: int = 0, *, groups: int = 3, size: int = 4, vocabulary: int = 97, longest: int = 30) -> Step:
     """Groups that share a prompt; one rollout without loss, one token long, one that succeeds alone."""
-    rng = np.random.default_rng(seed)
+    rng, fine = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
     samples: list[TrainSample] = []
     rewards: list[float] = []
     for group in range(groups):
@@ -66,6 +66,7 @@ def random_step(seed: int = 0, *, groups: int = 3, size: int = 4, vocabulary: in
                     sequence_id=len(samples),
                     group_id=group,
                     marks=np.concatenate([none, rng.choice([0, 0, 0, 1, 2, 3], length)]).astype(np.uint8),
+                    token_rewards=_token_rewards(fine, len(prompt), sampled, kind=(group + i) % 4),
                 )
             )
             rewards.append(float(reward[i]))
@@ -79,3 +80,13 @@ def random_step(seed: int = 0, *, groups: int = 3, size: int = 4, vocabulary: in
     }
     # as the scoring pass hands them over
     return Step(samples, rewards, {n: v.astype(np.float32).astype(np.float64) for n, v in scores.items()})
+
+
+def _token_rewards(rng: np.random.Generator, prompt: int, sampled: np.ndarray, *, kind: int) -> np.ndarray | None:
+    """Of no token, of each turn's last one, of some, of all."""
+    if kind == 0:
+        return None
+    ends = sampled & ~np.append(sampled[1:], False)
+    told = {1: ends, 2: sampled & (rng.random(len(sampled)) < 0.3), 3: sampled}[kind]
+    earned = np.where(told, rng.integers(-2, 3, len(sampled)) / 4, np.nan)
+    return np.concatenate([np.full(prompt, np.nan), earned])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from megatron_rest.config import ConfigError, WeightingConfig, WeightSource, load
+from megatron_rest.algorithms import JudgedRollouts, find_estimator
+from megatron_rest.config import AdvantageConfig, ConfigError, WeightingConfig, WeightSource, load
 from megatron_rest.credit_traits import BUILT_IN, STATISTICS, Scope, traits_of
 from megatron_rest.types import TokenRegion
 from megatron_rest.weighting import Credit, CreditRule, CreditTraits, Normalisation, RestWeighting, find_credit
@@ -140,6 +141,63 @@ def gtpo(step: Step) -> list[np.ndarray]:
     return out
 
 
+def earned(step: Step, i: int) -> list[float]:
+    """Rewards of a rollout by token; what was not said of single ones lies on the last."""
+    s = step.samples[i]
+    said = [] if s.token_rewards is None else s.token_rewards[s.loss_mask].tolist()
+    values = [0.0 if math.isnan(v) else v for v in said] or [0.0] * int(s.loss_mask.sum())
+    if values:
+        values[-1] += step.rewards[i] - sum(values)
+    return values
+
+
+def normalised(values: list[float]) -> list[float]:
+    """As GRPO does it."""
+    if len(values) == 1:
+        return [values[0] / (1 + 1e-6)]
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return [0.0 if max(values) == min(values) else (v - mean) / (deviation + 1e-6) for v in values]
+
+
+def process(step: Step) -> list[np.ndarray]:
+    out = [np.zeros(int(s.loss_mask.sum())) for s in step.samples]
+    for group in sorted({s.group_id for s in step.samples}):
+        mine = [i for i, s in enumerate(step.samples) if s.group_id == group and len(out[i])]
+        steps = []
+        for i in mine:
+            said = step.samples[i].token_rewards
+            told = [False] * len(out[i]) if said is None else (~np.isnan(said[step.samples[i].loss_mask])).tolist()
+            told[-1] = True  # some answer of each of these groups earned something as a whole
+            steps += [(i, t) for t, is_told in enumerate(told) if is_told]
+        for (i, t), value in zip(steps, normalised([earned(step, i)[t] for i, t in steps]), strict=True):
+            out[i][: t + 1] += value
+    return out
+
+
+def matchtir(step: Step) -> list[np.ndarray]:
+    to_go: dict[tuple[int, int, int], float] = {}
+    for i, s in enumerate(step.samples):
+        later = 0.0
+        for j, turn in reversed(list(enumerate(turns_of(step, i)))):
+            later = sum(earned(step, i)[t] for t in turn) + 0.9 * later
+            to_go[s.group_id, j, i] = later
+    out = [np.zeros(int(s.loss_mask.sum())) for s in step.samples]
+    for group, j in sorted({key[:2] for key in to_go}):
+        there = [key for key in to_go if key[:2] == (group, j)]
+        for (_, _, i), value in zip(there, normalised([to_go[key] for key in there]), strict=True):
+            out[i][turns_of(step, i)[j]] = (step.samples[i].advantage + value) / 2
+    return out
+
+
+def reward_to_go(step: Step) -> list[np.ndarray]:
+    to_go = [[sum(earned(step, i)[t:]) for t in range(len(earned(step, i)))] for i in range(len(step.samples))]
+    every = [g for gs in to_go for g in gs]
+    mean = sum(every) / len(every)
+    variance = sum((g - mean) ** 2 for g in every) / (len(every) - 1)
+    return [np.array([(g - mean) / math.sqrt(variance + 1e-8) for g in gs]) for gs in to_go]
+
+
 def otb(step: Step, *, own_tokens: bool = False) -> list[np.ndarray]:
     log_probs, sum_p2 = step.by_rollout("log_probs"), step.by_rollout("sum_p2")
     places, energy = [], []
@@ -158,9 +216,9 @@ def otb(step: Step, *, own_tokens: bool = False) -> list[np.ndarray]:
         for number, t in enumerate(places[i]):
             there = [(k, places[k].index(t)) for k in members if t in places[k]]
             weights = [energy[k][n] for k, n in there]
-            baseline = sum(w * step.rewards[k] for w, (k, _) in zip(weights, there, strict=True))
+            baseline = sum(w * sum(earned(step, k)[n:]) for w, (k, n) in zip(weights, there, strict=True))
             baseline = 0.0 if len(there) == 1 else baseline / (sum(weights) + 1e-8)
-            advantages[number] = step.rewards[i] - baseline
+            advantages[number] = sum(earned(step, i)[number:]) - baseline
         out.append(advantages)
     return out
 
@@ -175,6 +233,9 @@ REFERENCES: References = {
     "gtpo": gtpo,
     "otb": otb,
     "otb_turns": lambda step: otb(step, own_tokens=True),
+    "process": process,
+    "matchtir": matchtir,
+    "reward_to_go": reward_to_go,
 }
 
 
@@ -186,6 +247,35 @@ def test_a_rule_is_what_its_paper_says(source, seed):
     for expected, found in zip(want, got, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
     assert max(np.ptp(found) for found in got if len(found)) > 0 or source == "egpo", "not uniform"
+
+
+def test_process_supervision_of_whole_answers_is_grpo():
+    """A reward that says nothing of single tokens: its advantages; one that is left of its group: none."""
+    step = random_step(6, groups=4)
+    advantages = find_estimator(AdvantageConfig())(
+        JudgedRollouts(rewards=np.array(step.rewards), groups=np.repeat(np.arange(4), 4), parts={})
+    )
+    samples = [replace(s, token_rewards=None, advantage=a) for s, a in zip(step.samples, advantages, strict=True)]
+    whole = Step(samples, step.rewards, step.scores)
+    for i, found in enumerate(given(whole, rule_of("process"))):
+        group = np.arange(i // 4 * 4, i // 4 * 4 + 4)
+        if all(len(np.flatnonzero(samples[k].loss_mask)) for k in group):
+            np.testing.assert_allclose(found, advantages[i], rtol=1e-14, atol=0)
+    assert any(a == 0 for a in advantages[4:8]) and not np.any(given(whole, rule_of("process"))[4])
+    nothing = np.zeros_like(samples[0].loss_mask)
+    alone = [s if i == 0 else replace(s, loss_mask=nothing[:1].repeat(len(s.loss_mask))) for i, s in enumerate(samples)]
+    for source in ("process", "matchtir"):
+        assert not np.any(given(Step(alone, step.rewards, {}), rule_of(source))[0]), "nobody to be compared with"
+
+
+@pytest.mark.parametrize("source", ["otb", "otb_turns"])
+def test_without_token_rewards_otb_takes_the_rollouts(source):
+    step = random_step(7)
+    whole = Step([replace(s, token_rewards=None) for s in step.samples], step.rewards, step.scores)
+    one, other = given(whole, rule_of(source)), given(step, rule_of(source))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    for i, (advantages, want) in enumerate(zip(one, REFERENCES[source](whole), strict=True)):
+        np.testing.assert_allclose(advantages, want, rtol=1e-9, atol=1e-9, err_msg=str(i))
 
 
 @pytest.mark.parametrize("source", [s for s in BUILT_IN if traits_of(s).scope is not Scope.STEP])
@@ -210,7 +300,7 @@ def test_credit_depends_on_no_more_than_its_scope(source, kept):
 def test_a_rule_uses_what_it_declares(source):
     step, rule = random_step(2), rule_of(source)
     assert traits_of(source) == rule.traits or source == "otb_turns"
-    full = step.rows(needs=frozenset(STATISTICS) - {"ref_log_probs"})
+    full = step.rows(needs=frozenset(STATISTICS) - {"ref_log_probs"})  # token rewards are in both
     for kind in ("weights", "advantages"):
         few, many = (getattr(rule.credit(rows), kind) for rows in (step.rows(needs=rule.traits.needs), full))
         assert (few is None) == (many is None)
@@ -335,6 +425,7 @@ HERE = "tests.weighting.test_credit"
         ("message_penalty", {"calls": 1.0}, "expected numbers <= 0"),
         ("otb", {"tail": "none"}, "reward or zero"),
         ("aem", {"least_range": 0}, "least_range 0"),
+        ("matchtir", {"discount": 1.5}, "discount 1.5"),
         (f"{HERE}:nothing", {}, "defines no nothing"),
         (f"{HERE}:HERE", {}, "expected a class or a factory"),
         (f"{HERE}:Wrong", {}, "takes .*what"),
