@@ -12,7 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["MOST_SEEDS", "Interval", "McNemar", "mcnemar", "paired_bootstrap", "seed_interval", "wilson_interval"]
+__all__ = [
+    "MOST_SEEDS",
+    "Interval",
+    "McNemar",
+    "bootstrap_p",
+    "holm",
+    "mcnemar",
+    "paired_bootstrap",
+    "seed_interval",
+    "student_p",
+    "wilson_interval",
+]
 
 _Z95 = 1.959963984540054  # normal quantile of 0.975
 # Student's t, quantile of 0.975, for 1, 2, ... degrees of freedom.
@@ -61,12 +72,64 @@ def paired_bootstrap(
     if first.shape != second.shape or first.ndim != 1 or len(first) == 0:
         raise ValueError(f"paired scores must be two equal lists, got {first.shape} and {second.shape}")
     difference = second - first
+    low, high = np.quantile(_resampled_means(difference, num_resamples, seed), [0.025, 0.975])
+    return Interval(estimate=float(difference.mean()), low=float(low), high=float(high))
+
+
+def _resampled_means(difference: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
-    means = np.array(
+    return np.array(
         [difference[generator.integers(0, len(difference), len(difference))].mean() for _ in range(num_resamples)]
     )
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(estimate=float(difference.mean()), low=float(low), high=float(high))
+
+
+def bootstrap_p(difference: Sequence[float] | np.ndarray, *, num_resamples: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p of a mean over cases: the level at which :func:`paired_bootstrap`'s interval just reaches 0.
+
+    Never below ``2 / (num_resamples + 1)``: fewer resamples can say no more (Davison and Hinkley 1997, section 4.2).
+    """
+    means = _resampled_means(np.asarray(difference, dtype=np.float64), num_resamples, seed)
+    tail = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    return min(1.0, 2 * (tail + 1) / (num_resamples + 1))
+
+
+def student_p(values: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p of a mean over seeds (Student's t, n - 1 degrees of freedom); 1 if all values are 0.
+
+    From the finite sums for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).  Raises ValueError for
+    fewer than 2 values.
+    """
+    seeds = np.asarray(values, dtype=np.float64)
+    if seeds.ndim != 1 or len(seeds) < 2:
+        raise ValueError(f"a test over seeds needs 2 of them or more, got shape {seeds.shape}")
+    error, mean, freedom = float(seeds.std(ddof=1)) / math.sqrt(len(seeds)), float(seeds.mean()), len(seeds) - 1
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    angle = math.atan(abs(mean) / error / math.sqrt(freedom))
+    cosine, term, total = math.cos(angle), 1.0, 0.0
+    for k in range(freedom % 2, freedom - 1, 2):  # even: 1 + (1/2) c^2 + ...; odd: c + (2/3) c^3 + ...
+        term = (cosine if k == 1 else 1.0) if k < 2 else term * (k - 1) / k * cosine * cosine
+        total += term
+    within = math.sin(angle) * total
+    if freedom % 2:
+        within = 2 / math.pi * (angle + within)
+    return max(0.0, 1.0 - within)
+
+
+def holm(p_values: Sequence[float], *, comparisons: int | None = None) -> list[float]:
+    """p-values corrected for their number, in their order (Holm 1979): family-wise error stays below a level that a
+    corrected value is below.
+
+    Args:
+        p_values: of the comparisons that were made.
+        comparisons: how many were planned, if more; those that are missing count as not significant.
+    """
+    count = max(len(p_values), comparisons or 0)
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        least = max(least, min(1.0, (count - rank) * p_values[i]))
+        corrected[i] = least
+    return corrected
 
 
 def seed_interval(values: Sequence[float] | np.ndarray) -> Interval:

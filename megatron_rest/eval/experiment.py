@@ -31,6 +31,7 @@ from megatron_rest.eval.outcomes import (
     read_experiment,
 )
 from megatron_rest.eval.scoring import write_json, write_text
+from megatron_rest.eval.verdicts import verdict_lines, verdicts
 
 __all__ = ["main", "table_lines"]
 
@@ -45,8 +46,8 @@ def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]
         for measure, title in MEASURES.items():
             rows = [r for r in results if r.prompts == prompts and r.measure == measure]
             lines += [
-                f"| {title} (warm start {rows[0].start:.3f}) | mean over seeds | each seed | - GRPO, 95 % over seeds "
-                "| - GRPO, 95 % over prompts |",
+                f"| {title} (warm start {rows[0].start:.3f}) | mean over seeds | each seed "
+                "| - baseline, 95 % over seeds | - baseline, 95 % over prompts |",
                 "|---|---|---|---|---|",
                 *(_row(r) for r in rows),
                 "",
@@ -55,7 +56,8 @@ def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]
 
 
 def _row(result: Outcome) -> str:
-    cells = [TITLES[result.algorithm], f"{result.mean:.3f}", ", ".join(f"{v:.3f}" for v in result.by_seed)]
+    other = "" if result.base == BASELINE else f" (baseline: {TITLES[result.base]})"
+    cells = [TITLES[result.algorithm] + other, f"{result.mean:.3f}", ", ".join(f"{v:.3f}" for v in result.by_seed)]
     cells += [_interval(result.difference_over_seeds), _interval(result.difference_over_prompts)]
     return f"| {' | '.join(cells)} |"
 
@@ -102,8 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron_rest.eval.experiment: {error}", file=sys.stderr)
         return 2
     results = outcomes(experiment)
-    lines = table_lines(experiment, results)
-    write_json(args.folder / "results.json", {"seeds": experiment.seeds, "outcomes": [asdict(r) for r in results]})
+    found = verdicts(experiment)
+    lines = [*verdict_lines(found), *table_lines(experiment, results)]
+    report = {"seeds": experiment.seeds, "verdicts": found, "outcomes": results}
+    write_json(
+        args.folder / "results.json", report | {k: [asdict(r) for r in report[k]] for k in ("verdicts", "outcomes")}
+    )
     write_text(args.folder / "results.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     for path in plot_experiment(experiment, results, args.folder / "plots"):

@@ -21,6 +21,7 @@ from megatron_rest.config import load
 from megatron_rest.eval.prompt_sets import RESULT_FILE
 
 __all__ = [
+    "AGAINST",
     "BASELINE",
     "MEASURES",
     "SETS",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 BASELINE = "grpo"
+AGAINST = {"paper_dr": "dr_grpo"}
+"""What is compared with another algorithm than the baseline: one that differs from it in the weights alone."""
 MEASURES = {"reward": "reward", "accuracy": "accuracy", "format_valid": "valid format"}
 SETS = {
     "rl": "prompts of RL",
@@ -79,10 +82,21 @@ class Experiment:
         common = set.intersection(*({p.seed for p in ps} for ps in self.policies.values()))
         return sorted(common)
 
+    def base_of(self, algorithm: str) -> str:
+        """What an algorithm is compared with."""
+        named = AGAINST.get(algorithm, BASELINE)
+        return named if named in self.policies else BASELINE
+
     def seeds_of(self, algorithm: str) -> list[int]:
-        """Those that an algorithm shares with the baseline: what is compared."""
-        base, own = ({p.seed for p in self.policies[name]} for name in (BASELINE, algorithm))
+        """Those that an algorithm shares with what it is compared with."""
+        base, own = ({p.seed for p in self.policies[name]} for name in (self.base_of(algorithm), algorithm))
         return sorted(base & own)
+
+    def pair(self, algorithm: str, prompts: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of what it is compared with, and its own, at the seeds of both: float64 [seeds, prompts] each."""
+        seeds = self.seeds_of(algorithm)
+        base, own = (self.table(n, prompts, measure, seeds) for n in (self.base_of(algorithm), algorithm))
+        return base, own
 
     def table(self, algorithm: str, prompts: str, measure: str, seeds: Sequence[int]) -> np.ndarray:
         """float64 [seeds, prompts]."""
@@ -103,7 +117,8 @@ class Outcome:
     measure: str
     start: float
     by_seed: tuple[float, ...]
-    difference_over_seeds: Interval | None  # to the baseline, paired by seed; None of the baseline itself
+    base: str  # the algorithm that the differences are to
+    difference_over_seeds: Interval | None  # paired by seed; None of the baseline itself
     difference_over_prompts: Interval | None
 
     @property
@@ -134,7 +149,8 @@ def read_experiment(folder: str | Path) -> Experiment:
     experiment = Experiment(folder=root, start=prompt_scores(start), policies=policies)
     for name in policies:
         if len(shared := experiment.seeds_of(name)) < 2:
-            raise ValueError(f"{root}: {name} and {BASELINE} have {len(shared)} seeds in common, an interval needs 2")
+            base = experiment.base_of(name)
+            raise ValueError(f"{root}: {name} and {base} have {len(shared)} seeds in common, an interval needs 2")
     return experiment
 
 
@@ -149,8 +165,7 @@ def outcomes(experiment: Experiment) -> list[Outcome]:
     for prompts in experiment.sets:
         for measure in MEASURES:
             for name in experiment.policies:
-                seeds = experiment.seeds_of(name)
-                base, table = (experiment.table(n, prompts, measure, seeds) for n in (BASELINE, name))
+                base, table = experiment.pair(name, prompts, measure)
                 over_seeds, over_prompts = paired_differences(base, table)
                 is_base = name == BASELINE
                 found.append(
@@ -160,6 +175,7 @@ def outcomes(experiment: Experiment) -> list[Outcome]:
                         measure=measure,
                         start=float(experiment.start[prompts][measure].mean()),
                         by_seed=tuple(float(v) for v in table.mean(axis=1)),
+                        base=experiment.base_of(name),
                         difference_over_seeds=None if is_base else over_seeds,
                         difference_over_prompts=None if is_base else over_prompts,
                     )

@@ -90,7 +90,7 @@ def test_report_is_written_and_drawn(folder, capsys):
     said = capsys.readouterr().out
     text = (folder / "results.md").read_text()
     assert text.strip() in said
-    row = next(line for line in text.splitlines() if line.startswith("| ResT, entropy-EMA"))
+    row = next(line for line in text.splitlines() if line.startswith("| ResT, entropy-EMA | 6"))
     assert "| 6.900 | 5.700, 6.900, 8.100 | +2.400 (+1.903 to +2.897) | +2.400 (+2.400 to +2.400) |" in row
     stored = json.loads((folder / "results.json").read_text())
     assert stored["seeds"] == [1, 2, 3] and len(stored["outcomes"]) == 27

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_rest.analysis.statistics import mcnemar, paired_bootstrap, seed_interval, wilson_interval
+from megatron_rest.analysis.statistics import (
+    bootstrap_p,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    seed_interval,
+    student_p,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_of_published_examples():
@@ -61,3 +69,34 @@ def test_interval_of_too_few_or_too_many_seeds_is_refused(count):
 def test_paired_scores_must_pair():
     with pytest.raises(ValueError, match="two equal lists"):
         paired_bootstrap([1.0], [1.0, 0.0])
+
+
+def test_p_over_seeds_is_one_twentieth_where_the_interval_reaches_zero():
+    generator = np.random.default_rng(0)
+    for count in (2, 3, 4, 5, 6, 11, 20, 31):
+        values = generator.normal(size=count)
+        interval = seed_interval(values)
+        assert student_p(values - interval.low) == pytest.approx(0.05, abs=1e-5)
+        assert student_p(values - interval.high) == pytest.approx(0.05, abs=1e-5)
+        assert student_p(values - values.mean()) == pytest.approx(1.0)
+    assert (student_p([0.0, 0.0]), student_p([0.1, 0.1])) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="2 of them or more"):
+        student_p([0.1])
+
+
+def test_p_over_prompts_agrees_with_the_interval_over_prompts():
+    generator = np.random.default_rng(1)
+    zeros = np.zeros(60)
+    for shift in (0.0, 0.02, 0.05, 0.08, 0.2):
+        difference = generator.normal(shift, 0.2, size=60)
+        interval = paired_bootstrap(zeros, difference)
+        assert (bootstrap_p(difference) < 0.05) == (interval.low > 0 or interval.high < 0)
+    assert bootstrap_p(np.ones(60)) == pytest.approx(2 / 10_001), "resamples cannot say less"
+    assert bootstrap_p(zeros) == 1.0
+
+
+def test_holm_of_a_worked_example_and_of_comparisons_that_are_missing():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01], comparisons=3) == pytest.approx([0.03])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
