@@ -86,7 +86,7 @@ def cluster_recipe(
     def launch(ctx: run.cli.RunContext, family: str = next(iter(recipes)), **arguments: Any) -> None:
         if family not in recipes:
             stop(f"family={family} is unknown: known are {', '.join(recipes)}")
-        launch_training(ctx, name, recipes[family], Stages(**arguments))
+        launch_training(ctx, name, recipes[family], Stages(**{"nodes": nodes, **arguments}))
 
     def parameter(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind, default=default)

@@ -19,6 +19,7 @@ from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
 from launch.recipe import GIVEN, ROOT, Stage, as_yaml, claim, resolve, stop, write_atomically
+from megatron_rest.analysis.series import load_runs
 from megatron_rest.config import (
     CheckpointConfig,
     ConfigError,
@@ -168,6 +169,7 @@ class Setup:
     sets: Callable[[Path], tuple[str, ...]]  # arguments of the evaluation
     answers: int  # to each prompt of the evaluation
     kept: Path | None = None  # where the small files of finished runs go; None: they stay in their run folders
+    rates: tuple[float, ...] = ()  # learning rates, of which those who weigh tokens and those who do not get the best
 
 
 def smollm2_recipe(folder: Path) -> RestConfig:
@@ -204,21 +206,61 @@ SETUPS = {
         sets=rest_smollm2.heldout_sets,
         answers=rest_smollm2.ANSWERS,
         kept=ROOT / "docs" / "results" / "smollm2",
+        rates=(2e-5, 5e-5, 1e-4),
     ),
 }
+TUNED = ("grpo", "paper")  # without and with weights
+TUNING_SEED = 101  # not used again
+TUNING_WINDOW = 6  # last steps, whose mean reward chooses
 
 
 def configurations(folder: Path, seeds: int, setup: Setup = SETUPS["toy"]) -> dict[str, RestConfig]:
     """Every run by its name, ``ALGORITHM/seed-N``; seed by seed, so that what is finished early can be compared."""
+    rates = {} if _has_own_rate() else chosen_rates(setup)
+    runs = {}
+    for seed in range(1, seeds + 1):
+        for name, overrides in setup.algorithms.items():
+            config = _configuration(folder, f"{name}/seed-{seed}", setup, seed, overrides)
+            if rates:
+                rate = rates[TUNED[0] if config.weighting.source == "uniform" else TUNED[1]]
+                config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=rate))
+            runs[f"{name}/seed-{seed}"] = config
+    return runs
+
+
+def tuning(folder: Path, setup: Setup) -> dict[str, RestConfig]:
+    """The runs that choose learning rates, ``tuning/ALGORITHM-RATE``."""
     return {
-        f"{name}/seed-{seed}": load(
-            None,
-            [f"trainer.run_dir={folder / name / f'seed-{seed}'}", f"trainer.seed={seed}", *overrides],
-            base=resolve(setup.recipe(folder), world_size=1),
+        f"tuning/{name}-{rate:g}": _configuration(
+            folder, f"tuning/{name}-{rate:g}", setup, TUNING_SEED, (*setup.algorithms[name], f"optimizer.lr={rate}")
         )
-        for seed in range(1, seeds + 1)
-        for name, overrides in setup.algorithms.items()
+        for name in TUNED
+        for rate in setup.rates
     }
+
+
+def chosen_rates(setup: Setup) -> dict[str, float]:
+    """Of each tuned algorithm the rate with the highest training reward at the end; nothing before all are kept."""
+    if not setup.rates or setup.kept is None:
+        return {}
+    best: dict[str, float] = {}
+    for name in TUNED:
+        folders = {rate: setup.kept / "tuning" / f"{name}-{rate:g}" for rate in setup.rates}
+        if not all((folder / "metrics.jsonl").is_file() for folder in folders.values()):
+            return {}
+        runs = load_runs(list(folders.values()))
+        rewards = {rate: run.last("reward/static", TUNING_WINDOW).mean for rate, run in zip(folders, runs, strict=True)}
+        best[name] = max(rewards, key=lambda rate: rewards[rate])
+    return best
+
+
+def _has_own_rate() -> bool:
+    return any(item.startswith("optimizer.lr=") for item in GIVEN.overrides)
+
+
+def _configuration(folder: Path, name: str, setup: Setup, seed: int, overrides: tuple[str, ...]) -> RestConfig:
+    own = [f"trainer.run_dir={folder / name}", f"trainer.seed={seed}", *overrides]
+    return load(None, own, base=resolve(setup.recipe(folder), world_size=1))
 
 
 def train_stage(name: str, config: RestConfig) -> Stage:
@@ -243,9 +285,13 @@ def keep_stage(setup: Setup, name: str, run_dir: Path) -> Stage:
     return Stage(
         name=f"keep-{name.replace('/', '-')}",
         module="megatron_rest.eval.keep",
-        arguments=(str(run_dir), str(kept / name)),
+        arguments=(str(run_dir), str(kept / name), *(["--unjudged"] if _is_tuning(name) else [])),
         produces=kept / name,
     )
+
+
+def _is_tuning(name: str) -> bool:
+    return name.startswith("tuning/")
 
 
 def run_stages_of(folder: Path, setup: Setup, due: Mapping[str, RestConfig]) -> list[Stage]:
@@ -255,7 +301,8 @@ def run_stages_of(folder: Path, setup: Setup, due: Mapping[str, RestConfig]) -> 
         stages.append(train_stage(name, config))
         if setup.kept is not None:
             run_dir = Path(config.trainer.run_dir)
-            stages.append(evaluate_stage(folder, setup, [run_dir], f"evaluate-{name.replace('/', '-')}"))
+            if not _is_tuning(name):
+                stages.append(evaluate_stage(folder, setup, [run_dir], f"evaluate-{name.replace('/', '-')}"))
             stages.append(keep_stage(setup, name, run_dir))
     return stages
 
@@ -288,7 +335,8 @@ def rest_experiment(
         ctx: filled in by NeMo-Run.
         about: toy = a random model of 2 M parameters; smollm2 = SmolLM2-135M-Instruct (docs/experiment_plan.md).
         seeds: runs of each algorithm.
-        only: names with commas between them: base, an algorithm, a run (paper/seed-1), evaluate, report; empty = all.
+        only: names with commas between them: base, tuning (of learning rates), an algorithm, a run (paper/seed-1),
+            evaluate, report; empty = all, where rates are to be tuned first: base and tuning.
         folder: where everything goes; empty = runs/experiment, or runs/experiment-smollm2.
     """
     if about not in SETUPS:
@@ -299,8 +347,13 @@ def rest_experiment(
         stop("the experiment runs on this machine only: leave out run.executor=")
     if any(item.startswith("trainer.run_dir=") for item in GIVEN.overrides):
         stop("trainer.run_dir is not for you to set here, every run has its own: give folder=")
-    runs = configurations(root, seeds, setup)
-    wanted = _wanted(only, runs, setup)
+    runs = tuning(root, setup) | configurations(root, seeds, setup)
+    is_tuned = not setup.rates or _has_own_rate() or bool(chosen_rates(setup))
+    wanted = _wanted(only or ("" if is_tuned else "base,tuning"), runs, setup)
+    early = [name for name in wanted if name in runs and not _is_tuning(name)]
+    if early and not is_tuned and not ctx.dryrun:
+        count = len(TUNED) * len(setup.rates)
+        stop(f"{early[0]} has no learning rate yet: only=base,tuning first ({count} runs), or give optimizer.lr=")
     due = {n: c for n, c in runs.items() if n in wanted and not is_done(n, c, setup)}
     stages = setup.base_stages(root / "base") if "base" in wanted else []
     if "base" in wanted and setup.kept is not None:
@@ -333,10 +386,10 @@ def rest_experiment(
 def _wanted(only: str, runs: Mapping[str, RestConfig], setup: Setup) -> list[str]:
     """``only=`` as names of runs and stages; an algorithm stands for all its runs."""
     if not only:
-        return ["base", *runs, "evaluate", "report"]
+        return ["base", *(name for name in runs if not _is_tuning(name)), "evaluate", "report"]
     found: list[str] = []
     for item in only.split(","):
-        if item in setup.algorithms:
+        if item in setup.algorithms or (item == "tuning" and setup.rates):
             found += [name for name in runs if name.startswith(f"{item}/")]
         elif item in ("base", "evaluate", "report", *runs):
             found.append(item)

@@ -1,6 +1,6 @@
 """What the tables need of a judged run, in a folder small enough for a repository: no weights, no texts.
 
-    python -m megatron_rest.eval.keep RUN_DIR FOLDER
+    python -m megatron_rest.eval.keep RUN_DIR FOLDER [--unjudged]
 
 Copies ``config.yaml`` (or a warm start's ``run.yaml``), ``metrics.jsonl`` and the scores of ``prompt_sets.json`` by
 prompt, without prompts and answers; ``kept.json`` says which weights they belong to and has the digest of each file.
@@ -29,18 +29,14 @@ _FILES = (("config.yaml", "run.yaml"), ("metrics.jsonl",))
 _TEXTS = ("prompt", "answer", "first_answer_regions")
 
 
-def keep(run_dir: Path, folder: Path) -> list[Path]:
+def keep(run_dir: Path, folder: Path, *, is_judged: bool = True) -> list[Path]:
     """Write ``folder``, whole or not at all; returns its files.
 
-    Raises FileNotFoundError if the run was not judged, FileExistsError if ``folder`` is there.
+    Raises FileNotFoundError if the run was not judged though it should be, FileExistsError if ``folder`` is there.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} is there: take it away if it is to be made anew")
-    scores: dict[str, Any] = json.loads((run_dir / _SCORES).read_text(encoding="utf-8"))
-    for rows in scores["sets"].values():
-        for row in rows:
-            for name in _TEXTS:
-                row.pop(name, None)
+    scores = _scores(run_dir) if is_judged else None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".keep-") as name:
         partial = Path(name) / folder.name
@@ -49,11 +45,23 @@ def keep(run_dir: Path, folder: Path) -> list[Path]:
             found = next((run_dir / n for n in names if (run_dir / n).is_file()), None)
             if found is not None:  # a warm start has no metrics.jsonl
                 shutil.copyfile(found, partial / names[0])
-        write_json(partial / _SCORES, scores)
+        of_weights = {}
+        if scores is not None:
+            write_json(partial / _SCORES, scores)
+            of_weights = {"weights_sha256": scores["settings"]["weights_sha256"]}
         digests = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(partial.iterdir())}
-        write_json(partial / "kept.json", {"weights_sha256": scores["settings"]["weights_sha256"], "files": digests})
+        write_json(partial / "kept.json", {**of_weights, "files": digests})
         os.rename(partial, folder)
     return sorted(folder.iterdir())
+
+
+def _scores(run_dir: Path) -> dict[str, Any]:
+    scores: dict[str, Any] = json.loads((run_dir / _SCORES).read_text(encoding="utf-8"))
+    for rows in scores["sets"].values():
+        for row in rows:
+            for name in _TEXTS:
+                row.pop(name, None)
+    return scores
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="a finished run that eval.prompt_sets has judged, or a warm start")
     parser.add_argument("folder", type=Path, help="where its small files go")
+    parser.add_argument("--unjudged", action="store_true", help="training alone says what is wanted of this run")
     args = parser.parse_args(argv)
     try:
-        files = keep(args.run_dir, args.folder)
+        files = keep(args.run_dir, args.folder, is_judged=not args.unjudged)
     except OSError as error:
         print(f"megatron_rest.eval.keep: {error}", file=sys.stderr)
         return 2

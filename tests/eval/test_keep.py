@@ -46,3 +46,10 @@ def test_a_run_that_was_not_judged_and_a_folder_that_is_there_are_refused(
     keep(run_dir, tmp_path / "kept")
     with pytest.raises(FileExistsError, match="take it away"):
         keep(run_dir, tmp_path / "kept")
+
+
+def test_of_a_run_whose_training_alone_counts_no_scores_are_asked(tmp_path: Path) -> None:
+    run_dir, kept = make_run(tmp_path / "run", 3), tmp_path / "kept" / "tuning" / "grpo-2e-05"
+    assert main([str(run_dir), str(kept), "--unjudged"]) == 0
+    assert (kept / "metrics.jsonl").is_file() and not (kept / "prompt_sets.json").exists()
+    assert "weights_sha256" not in json.loads((kept / "kept.json").read_text())

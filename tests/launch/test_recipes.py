@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_rest.config import RestConfig, from_dict, validate
+from megatron_rest.config import RestConfig, from_dict, to_dict, validate
 from megatron_rest.planner.shapes import find_shape
 from megatron_rest.rollout.host import EngineHost
 from megatron_rest.trainer.engine_nodes import hosted_place
@@ -317,6 +318,34 @@ def test_runs_of_the_experiment_differ_in_algorithm_and_seed_alone(tmp_path: Pat
     }  # fmt: skip
     weighting = RestWeighting.from_config(runs["paper/seed-1"].weighting)
     np.testing.assert_array_equal(weighting.region_weights(1.0), RestWeighting.paper().region_weights(1.0))
+
+
+def test_learning_rates_are_those_that_earned_most_in_runs_of_their_own(tmp_path: Path) -> None:
+    from launch.rest_experiment import SETUPS, TUNING_SEED, chosen_rates, configurations, tuning
+
+    setup = dataclasses.replace(SETUPS["smollm2"], kept=tmp_path / "kept")
+    runs = tuning(tmp_path, setup)
+    assert [(c.optimizer.lr, c.trainer.seed) for c in runs.values()] == 2 * [
+        (rate, TUNING_SEED) for rate in (2e-5, 5e-5, 1e-4)
+    ]
+    best = {"grpo": 1e-4, "paper": 2e-5}
+    for name, config in runs.items():
+        assert chosen_rates(setup) == {}, "not before the last one"
+        algorithm = name.removeprefix("tuning/").partition("-")[0]
+        folder = tmp_path / "kept" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+        early, late = 5.0, 1.0 if config.optimizer.lr == best[algorithm] else 0.5
+        rows = [
+            {"step": i, "policy_version": i, "metrics": {"reward/static": early if i <= 4 else late}, "seconds": {}}
+            for i in range(1, 11)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert chosen_rates(setup) == best
+    found = configurations(tmp_path, 1, setup)
+    rates = {name: config.optimizer.lr for name, config in found.items()}
+    assert {rates[f"{name}/seed-1"] for name in ("grpo", "dr_grpo")} == {best["grpo"]}
+    assert {rate for name, rate in rates.items() if "grpo/" not in name} == {best["paper"]}
 
 
 def test_a_baseline_differs_in_the_weights_only(done: dict[str, Done]) -> None:
