@@ -50,8 +50,8 @@ def _main(rank: int, fn: Callable[..., Any], world_size: int, folder: str, secon
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: int = 400) -> list[Any]:
     """Call ``fn(rank, world_size, *args)`` on ``world_size`` gloo ranks; return their results in rank order.
 
-    ``timeout`` (seconds) is that of a collective: long, since ranks on a busy machine wait for one another.  One above pytest's own limit
-    is that of the whole call, too: a benchmark's.
+    ``timeout`` (seconds) is that of a collective: long, since ranks on a busy machine wait for one another.  One above
+    pytest's own limit is that of the whole call, too: a benchmark's.
     """
     with tempfile.TemporaryDirectory() as folder:
         ranks = [forked.start(_main, rank, fn, world_size, folder, timeout, args) for rank in range(world_size)]
