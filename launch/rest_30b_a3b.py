@@ -49,12 +49,13 @@ RECIPE = RestConfig(
         tensor_parallel=4,  # 61 GB of weights / 4 = 15 GB a GPU; 4 KV heads, one a GPU
         gpu_memory_utilization=0.9,  # the GPUs are the engine's own
         max_concurrent=512,  # 2048 sequences over 2 replicas, twice round
+        max_staleness=1,  # engines sample the next step while this one trains: planned 78 s a step in place of 145
     ),
     loss=LossConfig(
         clip_low=0.2,  # authors, all three
         clip_high=0.2,
         dual_clip=3.0,
-        tis_cap=2.0,  # engine and trainer may route a token to other experts: the ratio is cut at 2
+        tis_cap=2.0,  # weights of a step ago, and a token may be routed to other experts: the ratio is cut at 2
     ),
     optimizer=OptimizerConfig(
         lr=1e-6,  # authors (dense models); not tuned for experts

@@ -48,6 +48,7 @@ __all__ = ["VllmEngine"]
 
 _CPU_BLOCK_SIZE = 32  # vLLM's CPU default of 128 gives prompts below 128 tokens no prefix cache at all
 _WORKER_EXTENSION = "megatron_rest.weight_sync.vllm_plugin.WorkerExtension"
+_TRANSPORTS_IN_PROCESS = ("local",)
 _DROPS_WEIGHTS = 2  # vLLM's sleep level that does
 
 _live_engines = 0
@@ -107,7 +108,7 @@ class VllmEngine:
                 "random_weights=True and transfer them (a WeightSync quantises), or set rollout.quantization=none"
             )
         self._vocab_size = int(model["vocab_size"])
-        in_process = transport == "local" if in_process is None else in_process
+        in_process = transport in _TRANSPORTS_IN_PROCESS if in_process is None else in_process
         num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         if in_process and num_ranks % config.tensor_parallel:
             raise ValueError(

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import chaos
+from megatron_rest.commands import resume_check, run_diff
 from megatron_rest.commands.run_diff import compare_checkpoints, compare_runs, difference
 from megatron_rest.commands.tiny import make_base
 from megatron_rest.data.rollout_file import read_rollouts, rollout_path
-from megatron_rest.trainer import resume_check, run_diff
 
 PARTS = ["counters", "curriculum", "data order", "exported weights", "metrics", "model", "optimizer", "random streams",
          "rollout queue", "rollouts", "schedule"]  # fmt: skip

@@ -37,12 +37,12 @@ from transformers import AutoTokenizer
 
 from benchmarks import chaos, long_run
 from megatron_rest.analysis.metric_table import find_metric
+from megatron_rest.commands import tiny
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files
 from megatron_rest.data.sample_file import FIELDS, read_sample_rows, sample_files
 from megatron_rest.eval.answers import read_answers
 from megatron_rest.replay import __main__ as replay
-from megatron_rest.trainer import tiny
 from megatron_rest.trainer.entry import STOPPED_STATUS
 from megatron_rest.weighting import RestWeighting, region_sums
 from tests.helpers import forked
