@@ -300,6 +300,8 @@ def _why_not(turn: Turn, dialect: Dialect, text: str) -> str:
         answer = _ANSWERS.get(dialect.name)
         is_answer = turn.response is not None and not turn.has_calls and answer is not None and answer in text
         return "" if is_answer else "no call is in it"
+    if text.rstrip().endswith(tuple(part.open.decode() for part in dialect.sections if part.region is None)):
+        return "another call is opened, and none follows"
     if dialect.name in (_OBJECTS.name, _ANY_PYTHON.name, MISTRAL.name) and _is_list_open(text, dialect):
         return "its list is never closed"
     if dialect is _OBJECTS and not any(tag in text for tag in _OPEN_TAGS):
@@ -469,8 +471,8 @@ _NAMED_OBJECT = re.compile(
 # What is left of a call's marks where some of them are damaged.
 _REMAINS = re.compile(
     r"tool_?calls?>|toolcall>|</?tool[_ ]?call|functioncall|function_calls?>|arg_key>|arg_value>|</?parameter|<function"
-    r"|</function|invoke>|invoke name|Action Input|API-?Request:|^API-\w*:?$|```tool|python_tag|tool▁|<\|tool"
-    r"|\[TOOL_CALLS|\[ARGS\]|✿|\bfunctions\.\w+:\d",
+    r"|</function|invoke>|invoke name|Action Input|API-?Request:|(?:^|\n)[ \t]*API-\w*:?$|```tool|python_tag"
+    r"|tool▁|<\|tool|\[TOOL_CALLS|\[ARGS\]|✿|\bfunctions\.\w+:\d",
     re.IGNORECASE,
 )
 

@@ -125,10 +125,12 @@ def _junk(raw: bytes, gap: Span, dialect: Dialect) -> list[str]:
     if dialect.calls.glue.fullmatch(text.translate(_LINE_ENDS).encode("utf-8", "surrogatepass")):
         return []
     try:
-        kind = type(load_json(text, Limits())).__name__
+        value = load_json(text, Limits())
     except ToolCallError:
         return [f"{shown(text)} is not JSON or any other call"]
-    return [f"{shown(text)} is a {kind}, expected an object"]
+    if isinstance(value, dict):
+        return [f"{shown(text)} is an object, which is not how {dialect.name} writes calls"]
+    return [f"{shown(text)} is a {type(value).__name__}, expected an object"]
 
 
 _LINE_ENDS = dict.fromkeys(map(ord, "\x1c\x1d\x1e\x85\u2028\u2029\xa0"), " ")  # Python's white space beyond ASCII's

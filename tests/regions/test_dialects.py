@@ -262,3 +262,9 @@ def test_templates_tell_the_dialect(template: str, name: str | None) -> None:
 def test_a_dialect_of_ones_own_is_one_value() -> None:
     own = replace(DIALECTS["hermes"], name="own", end_markers=(b"</s>",))
     assert read_turn('<tool_call>{"name": "f", "arguments": {}}</tool_call></s>x', dialect=own).calls[0].name == "f"
+
+
+def test_an_object_where_calls_are_written_otherwise_is_named() -> None:
+    """Hermes' form, read as Qwen3-Coder's: the answer of a model whose parser was mistaken."""
+    turn = read_turn('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', dialect=DIALECTS["qwen3_coder"])
+    assert not turn.calls and "is an object, which is not how qwen3_coder writes calls" in turn.errors[0]
