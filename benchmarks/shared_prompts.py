@@ -1,12 +1,13 @@
 """What it saves to compute the prompt of a group once: the trainer's scoring and update, plain and shared in turns.
 
-    python -m benchmarks.shared_prompts [--cases 512/64/16 2048/64/8] [--layers 4] [--repeats 3] [--tp 1] [--json FILE]
+    python -m benchmarks.shared_prompts [--cases 512/64/16 2048/64/8] [--layers 4] [--repeats 3] [--tp 1]
+        [--verl PYTHON] [--json FILE]
 
 A case is P/R/G: one group of G answers of R tokens to a prompt of P tokens.  *plain* scores and updates every sequence
 whole, as trainers do; *shared* has the prompt's rows once; *update alone* is what a step costs whose scoring pass adds
 nothing.  The peer is Megatron's own cross-entropy step (packed alike, no scoring, no entropy, no ratios) on the plain
-rows: the least that a trainer without shared prompts could do on this machine.  verl's FSDP worker is not installed
-with this project's pins.
+rows: the least that a trainer without shared prompts could do on this machine.  ``--verl PYTHON`` names an environment
+that has verl (`verl_update.py` beside this file): its FSDP engine scores and updates the same rows, case by case.
 
 Before anything is timed, the gradient of the shared packing is compared with the plain one's.  CPU seconds of one
 thread and rank, best of the repeats.  The bound counts floating-point operations (``RowCost``).
@@ -18,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -47,7 +49,8 @@ CASES = ("512/64/16", "1024/128/8", "2048/64/8", "760/362/4")
 GOALS = {"512/64/16": 4.0, "1024/128/8": 3.4, "2048/64/8": 5.5, "760/362/4": 1.6}
 _PEER_GOAL = 0.5  # of Megatron's cross-entropy step, with 8 answers and more
 _VOCAB, _HIDDEN = 16384, 512
-_TOLERANCE = 2e-5  # of a tensor's largest value: rounding of another order of sums makes 2e-6
+_TOLERANCE = 5e-6  # of a tensor's largest value: rounding of another order of sums makes 2e-6
+_LOG_PROBS = 1e-4  # nats between two implementations in float32
 _LOSS = RestPolicyLoss(LossConfig())
 
 
@@ -141,6 +144,33 @@ def check(parts: PolicyParts, plain: TrainBatch, shared: TrainBatch) -> float:
     return worst
 
 
+def log_probs_of(parts: PolicyParts, batch: TrainBatch, size: int) -> np.ndarray:
+    """[size, R], what the scoring pass gives every answer's tokens."""
+    found: list[list[float]] = [[] for _ in range(size)]
+    for m, scores in zip(batch.microbatches, parts.policy.score(batch.microbatches), strict=True):
+        for t in m.loss_mask.nonzero()[:, 0].tolist():
+            found[int(m.sequence_ids[t])].append(float(scores.log_probs[t]))
+    return np.array(found)
+
+
+def measure_verl(python: str, folder: str, case: str, repeats: int, max_tokens: int, ours: np.ndarray) -> list[float]:
+    """CPU seconds of verl's scoring pass and update of the same rows; refuses to time another model."""
+    samples = make_group(case)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, output = Path(scratch) / "rows.npz", Path(scratch) / "out.json"
+        np.savez(
+            rows, tokens=np.stack([s.token_ids for s in samples]).astype(np.int64), prompt=int(case.split("/")[0]),
+            advantages=np.array([s.advantage for s in samples], np.float32), max_tokens=max_tokens,
+        )  # fmt: skip
+        command = [python, str(Path(__file__).with_name("verl_update.py")), "--model", folder, "--rows", str(rows)]
+        subprocess.run([*command, "--repeats", str(repeats), "--output", str(output)], check=True)
+        found = json.loads(output.read_text())
+    worst = float(np.abs(np.array(found["log_probs"]) - ours).max())
+    if not worst < _LOG_PROBS:
+        raise SystemExit(f"verl scores the rows otherwise (by {worst:.1e} nats): not timed")
+    return [min(column) for column in zip(*found["seconds"], strict=True)]
+
+
 def measure(rank: int, world_size: int, folder: str, case: str, repeats: int, max_tokens: int) -> dict[str, Any]:
     prompt_tokens, answer_tokens, _ = map(int, case.split("/"))
     parts = make_policy(
@@ -157,6 +187,7 @@ def measure(rank: int, world_size: int, folder: str, case: str, repeats: int, ma
     plain = pack(parts, samples, is_sharing=False, max_tokens=max_tokens)
     shared = pack(parts, samples, is_sharing=True, max_tokens=max_tokens)
     gap = check(parts, plain, shared)
+    log_probs = log_probs_of(parts, plain, len(samples))
     times: dict[str, list[tuple[float, ...]]] = {"plain": [], "shared": [], "peer": []}
     for turn in range(repeats + 1):  # the first turn warms up
         results = {
@@ -183,6 +214,7 @@ def measure(rank: int, world_size: int, folder: str, case: str, repeats: int, ma
         "bound": flops[0] / flops[1],
         "without_scoring": sum(best["plain"]) / best["shared"][1],
         "of_peer": best["shared"][1] / best["peer"][0],
+        "log_probs": log_probs,
     }
 
 
@@ -191,8 +223,17 @@ def as_line(row: dict[str, Any]) -> str:
     return (
         f"{row['case']:>12}{arrow:>16}{sum(plain):9.2f}{sum(shared):10.2f}{row['speed_up']:9.2f}x{row['bound']:7.2f}"
         f"{GOALS.get(row['case']) or '-':>6}{row['without_scoring']:11.2f}x{row['of_peer']:13.2f}"
-        f"{row['gradient_gap']:10.1e}"
+        f"{row['gradient_gap']:10.1e}{_of_verl(row)}"
     )
+
+
+def _of_verl(row: dict[str, Any]) -> str:
+    """Ours, shared, as a part of verl's: scoring and update; update alone, which is what a step needs."""
+    if "verl" not in row["seconds"]:
+        return ""
+    score, update = row["seconds"]["verl"]
+    shared = row["seconds"]["shared"]
+    return f"{score:9.2f} + {update:.2f}{sum(shared) / (score + update):8.2f}{shared[1] / (score + update):8.2f}"
 
 
 def main() -> None:
@@ -202,6 +243,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=2560, help="rows of a microbatch")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--verl", metavar="PYTHON", help="interpreter of an environment with verl, measured beside")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -217,11 +259,16 @@ def main() -> None:
         print(
             f"{'P/R/G':>12}{'rows':>16}{'plain s':>9}{'shared s':>10}{'speed-up':>10}{'bound':>7}{'goal':>6}"
             f"{'no scoring':>12}{'of Megatron':>13}{'gradient':>10}"
+            + (f"{'verl s':>15}{'of it':>8}{'alone':>8}" if args.verl else "")
         )
         rows = []
         for case in args.cases:
             work = (str(model), case, args.repeats, args.max_tokens)
-            rows.append(run_distributed(measure, args.tp, *work, timeout=3600)[0])
+            row = run_distributed(measure, args.tp, *work, timeout=3600)[0]
+            log_probs = row.pop("log_probs")
+            if args.verl:
+                row["seconds"]["verl"] = measure_verl(args.verl, *work, log_probs)
+            rows.append(row)
             print(as_line(rows[-1]), flush=True)
     missed = [r["case"] for r in rows if r["speed_up"] < GOALS.get(r["case"], 0)]
     missed += [f"{r['case']} (peer)" for r in rows if int(r["case"].split("/")[2]) >= 8 and r["of_peer"] > _PEER_GOAL]

@@ -50,23 +50,39 @@ def _step_lines(step: Mapping[str, Any]) -> list[str]:
             f"{values['entropy']:.3f}",
             f"{values['score_norm']:.3f}",
             _number(beta["score_norm"]),
+            *_shares(step, name),
         ]
         for (name, values), beta in zip(
             step["entropy"]["regions"].items(), step["last_layer"]["regions"].values(), strict=True
         )
     ]
-    columns = ["region", "tokens", "entropy (nats)", "1 - sum p^2", "|h|^2 (1 - sum p^2)"]
+    columns = [
+        "region",
+        "tokens",
+        "entropy (nats)",
+        "1 - sum p^2",
+        "|h|^2 (1 - sum p^2)",
+        "of squared gradients",
+        "of tokens",
+    ]
     return [
         f"variance of the policy gradient, step {step['step']}: {step['num_sequences']} rollouts of "
         f"{step['num_groups']} prompts, all {step['num_parameters']:,} parameters of {step['model']}",
         f"(+- one standard error, prompts as the independent units; mean |log-prob - rollout's| of these weights: "
         f"{step['mean_abs_log_ratio']:.2g} nats)",
+        *([f"(estimated from sketches of {step['sketch']:,} numbers a gradient)"] if step.get("sketch") else []),
         *table_lines(header, rows),
         "",
         *table_lines(columns, regions),
         f"correlation of a token's entropy with 1 - sum p^2: {_number(step['entropy']['correlation'])}, "
         f"with |h|^2 (1 - sum p^2): {_number(step['last_layer']['correlation'])}",
     ]
+
+
+def _shares(step: Mapping[str, Any], region: str) -> list[str]:
+    """A region's part of the squared gradients and of the tokens, of rollouts with an advantage."""
+    shares = step.get("gradient", {}).get(region)
+    return [f"{shares['of_squares']:.1%}", f"{shares['of_tokens']:.1%}"] if shares else ["-", "-"]
 
 
 def _with_error(row: Mapping[str, Any], value: str, error: str) -> str:

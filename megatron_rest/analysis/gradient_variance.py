@@ -20,6 +20,7 @@ from megatron_rest.types import TokenRegion
 from megatron_rest.weighting import RestWeighting
 
 __all__ = [
+    "GradientSketch",
     "RegionGram",
     "WeightingVariance",
     "compare_weightings",
@@ -105,6 +106,57 @@ class RegionGram:
         norms = np.diag(self.gram).reshape(self.num_sequences, _REGIONS)
         return (np.asarray(scale)[:, None] ** 2 * norms).sum(axis=0), np.asarray(region_counts).sum(axis=0)
 
+    def by_region(self, scale: Array, region_counts: Array) -> dict[str, dict[str, float]]:
+        """How much of the squared gradients, ``sum_i scale_i^2 ||G_ir||^2``, and of the tokens each region has, 0 to 1.
+
+        Only sequences with an advantage count.  Products between regions are in none of them.
+        """
+        squares, tokens = self.beta(scale, np.asarray(region_counts) * (np.asarray(scale) != 0)[:, None])
+        return {
+            region.name.lower(): {
+                "of_squares": float(squares[region] / max(squares.sum(), 1e-300)),
+                "of_tokens": float(tokens[region] / max(tokens.sum(), 1)),
+            }
+            for region in TokenRegion
+            if tokens[region]
+        }
+
+
+class GradientSketch:
+    """Random signed sums of a gradient's numbers, whose inner products estimate the gradients' own, without bias.
+
+        S x = [sum over i with i mod k = j of s_i x_i  for j < k],   s_i = +1 or -1 at random;   E <S x, S y> = <x, y>
+
+    Feature hashing (Weinberger et al., arXiv 0902.2206): the standard deviation of ``||S x||^2`` is about
+    ``sqrt(2 / k) ||x||^2`` where no few numbers hold most of the norm.  What does not fit into memory whole, a
+    gradient for every sequence and region of 135 M parameters, is small in this form.
+
+    Args:
+        parameters: in the order in which gradients will come.
+        columns: k.  A prime keeps the columns of matrices from falling onto each other.
+        seed: of the signs.  All gradients to be compared need the same.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], *, columns: int, seed: int = 0) -> None:
+        if columns < 1:
+            raise ValueError(f"columns is {columns}, expected 1 or more")
+        generator = torch.Generator().manual_seed(seed)
+        self.columns = columns
+        self._signs = [
+            torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8).mul_(2).sub_(1) for p in parameters
+        ]
+
+    def __call__(self, parts: Sequence[Tensor]) -> Array:
+        """float32 ``[k]`` of one gradient, given as a tensor for each parameter, on the CPU."""
+        result = torch.zeros(self.columns)
+        start = 0  # column of the tensor's first number
+        for part, signs in zip(parts, self._signs, strict=True):
+            signed = part.detach().flatten().float() * signs
+            signed = torch.nn.functional.pad(signed, (start, -(start + len(signed)) % self.columns))
+            result += signed.view(-1, self.columns).sum(dim=0)
+            start = (start + part.numel()) % self.columns
+        return result.numpy()
+
 
 def region_gradients(
     log_probs: Tensor, region_ids: Tensor, sequence_ids: Tensor, parameters: Sequence[Tensor], *, num_sequences: int
@@ -173,7 +225,7 @@ def entropy_against_score(entropy: Array, score_norm: Array, region_ids: Array) 
     """Entropy (nats) and squared score norm by region, and their correlation over tokens.
 
     Arrays ``[T]`` over valid tokens; ``score_norm`` is ``1 - sum p^2`` or the exact last-layer ``||h||^2 (1 - sum
-    p^2)``.
+    p^2)``.  ``tenths``: mean entropy and score norm of the tenth of the tokens with the least entropy, and so on.
     """
     by_region = {}
     for region in TokenRegion:
@@ -185,8 +237,10 @@ def entropy_against_score(entropy: Array, score_norm: Array, region_ids: Array) 
                 "score_norm": float(np.mean(score_norm[chosen])),
             }
     varies = np.std(entropy) > 0 and np.std(score_norm) > 0
+    tenths = [part for part in np.array_split(np.argsort(entropy, kind="stable"), 10) if len(part)]
     return {
         "regions": by_region,
+        "tenths": [[float(np.mean(entropy[part])), float(np.mean(score_norm[part]))] for part in tenths],
         "correlation": float(np.corrcoef(entropy, score_norm)[0, 1]) if varies else None,
     }
 

@@ -7,8 +7,10 @@ Two steps of a run can be measured without its checkpoints, because their weight
 rollouts are one step old; how far that moved the log-probs is reported).  Everything is computed on one process in
 float32 by transformers, an implementation that shares no code with the trainer.
 
-Cost: for each block of parameters one forward pass a sequence and one backward pass a region; meant for models of
-some million parameters.
+Cost: for each block of parameters one forward pass a sequence and one backward pass a region.  A model whose gradients
+would take more than some blocks is passed once and its gradients kept as sketches
+(:class:`megatron_rest.analysis.gradient_variance.GradientSketch`): inner products are then estimates, and ``sketch``
+in the result says so.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_rest.analysis.gradient_variance import (
+    GradientSketch,
     RegionGram,
     WeightingVariance,
     compare_weightings,
@@ -39,6 +42,8 @@ __all__ = ["NoRolloutsError", "RunGradients", "measure_gradients", "measure_run"
 Array = np.ndarray
 _REGIONS = len(TokenRegion)
 _BLOCK_BYTES = 2 << 30  # of the per-sequence, per-region gradients of one block of parameters
+_MAX_BLOCKS = 8  # passes over all sequences; more of them, and a sketch is made instead
+_SKETCH_COLUMNS = 65_521  # prime; a squared norm is within 0.6 % (one standard deviation)
 # Theorem 2 as it stands: the bounds of training would hide how uneven its weights are.
 _UNBOUNDED: dict[str, Any] = {"min_weight": 1e-12, "max_weight": 1e12}
 
@@ -61,6 +66,7 @@ class RunGradients:
     beta: Array  # float64 [T], ||h||^2 (1 - sum p^2) / temperature^2
     log_ratio: Array  # float64 [T], log-prob under these weights - the rollout's, nats
     num_parameters: int
+    sketch: int  # columns of the sketches that the gram was made of; 0: of whole gradients
 
 
 def measure_run(run_dir: str | Path, *, max_sequences: int = 64) -> list[dict[str, Any]]:
@@ -107,8 +113,10 @@ def _measure_step(
         "num_groups": len(np.unique(measured.clusters)),
         "num_tokens": len(measured.region_ids),
         "num_parameters": measured.num_parameters,
+        "sketch": measured.sketch,
         "mean_abs_log_ratio": float(np.abs(measured.log_ratio).mean()),
         "variance": [asdict(row) for row in variances(measured, config.weighting)],
+        "gradient": measured.gram.by_region(measured.scale, measured.region_counts),
         "entropy": entropy_against_score(measured.entropy, measured.score_norm, measured.region_ids),
         "last_layer": entropy_against_score(measured.entropy, measured.beta, measured.region_ids),
     }
@@ -151,6 +159,8 @@ def measure_gradients(
     temperature: float = 1.0,
     per_sequence_mean: bool = True,
     block_bytes: int = _BLOCK_BYTES,
+    max_blocks: int | None = None,
+    sketch_columns: int = _SKETCH_COLUMNS,
 ) -> RunGradients:
     """Per-sequence, per-region gradients of a causal language model on the first ``max_sequences`` rollouts.
 
@@ -161,6 +171,8 @@ def measure_gradients(
         temperature: of the sampler.
         per_sequence_mean: a sequence counts A_i / T_i (``sequence_mean``) instead of A_i.
         block_bytes: memory that gradients may take; less means more passes over the sequences.
+        max_blocks: passes over the sequences (8); where more would be needed, sketches are made instead.
+        sketch_columns: numbers of a sketch.
     """
     chosen = _whole_groups(rollouts.group_ids, max_sequences)
     sequences = [_Sequence.of(rollouts, at) for at in (rollouts.slices[i] for i in chosen)]
@@ -170,7 +182,13 @@ def measure_gradients(
     scale = rollouts.advantages[chosen].astype(np.float64)
     if per_sequence_mean:
         scale = scale / np.maximum(counts.sum(axis=1), 1)
-    gram = _gram(model, sequences, counts * (scale != 0)[:, None], temperature, block_bytes)
+    used = counts * (scale != 0)[:, None]  # without an advantage a sequence adds nothing
+    blocks = list(_blocks(list(model.parameters()), block_bytes // (4 * max(np.count_nonzero(used), 1))))
+    is_sketched = len(blocks) > (_MAX_BLOCKS if max_blocks is None else max_blocks)
+    if is_sketched:
+        gram = _sketched_gram(model, sequences, used, temperature, sketch_columns)
+    else:
+        gram = _gram(model, sequences, used, temperature, blocks)
     regions = np.concatenate([s.region_ids[s.mask] for s in sequences]).astype(np.int64)
     entropy, score_norm, beta, log_ratio = np.concatenate(tokens, axis=1)[:, regions != TokenRegion.CONTEXT]
     return RunGradients(
@@ -184,6 +202,7 @@ def measure_gradients(
         beta=beta,
         log_ratio=log_ratio,
         num_parameters=sum(p.numel() for p in model.parameters()),
+        sketch=sketch_columns if is_sketched else 0,
     )
 
 
@@ -195,6 +214,11 @@ class _Sequence:
     mask: Array  # bool [L]
     region_ids: Array  # int64 [L]
     log_probs: Array  # float32 [L]
+
+    @property
+    def regions(self) -> Array:
+        """int64 ``[M]``, of the tokens that carry loss."""
+        return self.region_ids[self.mask]
 
     @classmethod
     def of(cls, rollouts: SavedRollouts, at: slice) -> _Sequence:
@@ -231,12 +255,12 @@ def _token_statistics(model: Any, sequence: _Sequence, temperature: float) -> Ar
 
 
 def _gram(
-    model: Any, sequences: Sequence[_Sequence], counts: Array, temperature: float, block_bytes: int
+    model: Any, sequences: Sequence[_Sequence], counts: Array, temperature: float, blocks: Sequence[list[Tensor]]
 ) -> RegionGram:
-    """Of the (sequence, region) pairs with tokens; without an advantage a sequence adds nothing, so it has none."""
+    """Of the (sequence, region) pairs with tokens."""
     gram = RegionGram(len(sequences))
     rows = np.flatnonzero(counts)
-    for block in _blocks(list(model.parameters()), block_bytes // (4 * max(len(rows), 1))):
+    for block in blocks:
         gradients = np.zeros((len(rows), sum(p.numel() for p in block)), np.float32)
         for i in np.unique(rows // _REGIONS):
             mine = rows // _REGIONS == i
@@ -245,11 +269,32 @@ def _gram(
     return gram
 
 
+def _sketched_gram(
+    model: Any, sequences: Sequence[_Sequence], counts: Array, temperature: float, columns: int
+) -> RegionGram:
+    """The same, estimated, in one pass over the sequences."""
+    gram = RegionGram(len(sequences))
+    rows = np.flatnonzero(counts)
+    parameters = list(model.parameters())
+    sketch = GradientSketch(parameters, columns=columns)
+    sketches = np.zeros((len(rows), columns), np.float32)
+    for i in np.unique(rows // _REGIONS):
+        _, log_p = _forward(model, sequences[i], temperature)
+        log_probs, of_token = _label_log_probs(log_p, sequences[i]), torch.from_numpy(sequences[i].regions)
+        mine = np.flatnonzero(rows // _REGIONS == i)
+        for at in mine:
+            total = log_probs[of_token == rows[at] % _REGIONS].sum()
+            parts = torch.autograd.grad(total, parameters, retain_graph=bool(at != mine[-1]), materialize_grads=True)
+            sketches[at] = sketch(parts)
+    gram.add_rows(sketches, rows)
+    return gram
+
+
 def _gradients(model: Any, sequence: _Sequence, block: Sequence[Tensor], temperature: float) -> Array:
     """float32 ``[6, d]`` of one block of parameters."""
     _, log_p = _forward(model, sequence, temperature)
     log_probs = _label_log_probs(log_p, sequence)
-    regions = torch.from_numpy(sequence.region_ids[sequence.mask])
+    regions = torch.from_numpy(sequence.regions)
     owner = torch.zeros(len(log_probs), dtype=torch.int64)
     return region_gradients(log_probs, regions, owner, block, num_sequences=1)[0][0]
 

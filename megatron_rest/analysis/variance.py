@@ -2,7 +2,7 @@
 the theorems can be checked exactly), ``gradient_variance`` (any model's gradients) and ``run_gradients`` (a run's).
 
     python -m megatron_rest.analysis.variance [--out runs/variance] [--gradients gradients.npz]
-    python -m megatron_rest.analysis.variance --run RUN_DIR           # -> RUN_DIR/variance.json, plots/variance_*.png
+    python -m megatron_rest.analysis.variance --run RUN_DIR   # -> RUN_DIR/variance.json, plots/{variance,entropy}_*.png
 
 The second takes the rollouts that a run saved and the weights that sampled them, and reports the measured ratio
 whatever it is.  What the theorems assume, and what breaks them, stands beside every result (:data:`ASSUMPTIONS`,
@@ -89,6 +89,30 @@ def _plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def _plot_entropy(step: dict[str, Any], path: Path) -> None:
+    """Score norm over entropy, tokens in tenths: the first of the paper's claims, as measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, key, label in zip(
+        panels, ("entropy", "last_layer"), ("1 - sum p^2", "|h|^2 (1 - sum p^2), last layer"), strict=True
+    ):
+        measured = step[key]
+        axes.plot(*zip(*measured["tenths"], strict=True), "o-", color="0.4", label="tenths of the tokens by entropy")
+        for name, values in measured["regions"].items():
+            axes.scatter(values["entropy"], values["score_norm"], s=60, label=f"{name} ({values['tokens']})")
+        axes.set_xlabel("entropy, nats")
+        axes.set_ylabel(f"squared score norm: {label}")
+        correlation = measured["correlation"]
+        axes.set_title("" if correlation is None else f"correlation over tokens {correlation:.2f}")
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _table(rows: list[dict[str, Any]]) -> str:
     columns = ("variance", "standard_error", "exact", "bound", "ratio", "ratio_standard_error", "signal")
     titles = ("variance", "+-", "exact", "bound", "ratio", "+-", "signal")
@@ -127,6 +151,7 @@ def _run(run_dir: Path, *, max_sequences: int) -> None:
         path = run_dir / "plots" / f"variance_step_{step['step']:06d}.png"
         title = f"{run_dir.name}, step {step['step']}: {step['num_sequences']} rollouts, all parameters"
         _plot(step["variance"], title, path)
+        _plot_entropy(step, path.with_name(f"entropy_step_{step['step']:06d}.png"))
     print("\n".join(evidence_lines(run_dir)))
     print(f"\n{run_dir / EVIDENCE_FILE}")
 

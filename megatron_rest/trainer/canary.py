@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_rest.config import RestConfig, RolloutQuantization
 from megatron_rest.data.alignment import UNALIGNED, PackingAlignment
@@ -121,10 +122,12 @@ class Canary:
         *,
         tolerance: float,
         alignment: PackingAlignment = UNALIGNED,
+        is_sharing: bool = False,
     ) -> Song | None:
         """What all singers together show, the same on every rank; None when an engine was lost meanwhile.
 
-        Collective over all ranks: one broadcast of token ids, a scoring pass, one MAX all-reduce.
+        ``is_sharing``: the attention takes shared prompts, so the likeliest next tokens cost a row each and not a
+        sequence each.  Collective over all ranks: one broadcast of token ids, a scoring pass, one MAX all-reduce.
         """
         is_lost = False
         asked = torch.zeros(self.num_tokens + _TOP, dtype=torch.int64)  # greedy tokens; likeliest in the last's place
@@ -142,7 +145,7 @@ class Canary:
         dist.broadcast(asked, src=singers.first_rank)
         tokens, others = asked[: self.num_tokens].numpy(), asked[self.num_tokens :].numpy()
         sequence = np.concatenate([self.prompt.token_ids, tokens]).astype(np.int32)
-        trained, of_others = self._trainer_log_probs(policy, sequence, others, alignment)
+        trained, of_others = self._trainer_log_probs(policy, sequence, others, alignment, is_sharing)
         gaps, order = torch.zeros(3, dtype=torch.float64), 1.0
         try:
             if singers.engine is not None and not is_lost:
@@ -158,16 +161,21 @@ class Canary:
         return None if any_lost else Song(middle=middle, worst=worst, far=far, order=1.0 - disorder)
 
     def _trainer_log_probs(
-        self, policy: MegatronPolicy, sequence: np.ndarray, others: np.ndarray, alignment: PackingAlignment
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        policy: MegatronPolicy,
+        sequence: np.ndarray,
+        others: np.ndarray,
+        alignment: PackingAlignment,
+        is_sharing: bool,
+    ) -> tuple[Tensor, Tensor]:
         """float32 [L - 1], of every token but the first; and [k], of ``others`` in the place of the last."""
         n = len(sequence)
 
-        def log_probs_of(*sequences: np.ndarray) -> list[torch.Tensor]:
+        def log_probs_of(sequences: list[np.ndarray], *, first: int, shared_by: list[int] | None = None) -> Tensor:
             samples = [
                 TrainSample(
                     token_ids=token_ids,
-                    loss_mask=np.arange(n) >= 1,
+                    loss_mask=np.arange(n) >= first,
                     region_ids=np.full(n, int(TokenRegion.CONTEXT), np.int8),
                     rollout_log_probs=np.zeros(n, np.float32),
                     advantage=0.0,
@@ -175,23 +183,25 @@ class Canary:
                 )
                 for token_ids in sequences
             ]
+            groups = [[sample] for sample in samples] if shared_by is None else [samples]
+            batches = [make_microbatch(group, alignment=alignment, shared_by=shared_by) for group in groups]
             # Engines score given tokens with the model's own distribution, whatever the sampling temperature is, and in
             # their own precision: what FP8 products change is the certificate's business, no sign of wrong weights.
-            batches = [make_microbatch([sample], alignment=alignment) for sample in samples]
-            return [score.log_probs.cpu()[: n - 1] for score in policy.score(batches, temperature=1.0, in_bf16=True)]
+            scores = policy.score(batches, temperature=1.0, in_bf16=True)
+            return torch.cat([s.log_probs.cpu()[m.loss_mask.cpu()] for s, m in zip(scores, batches, strict=True)])
 
         variants = [np.append(sequence[:-1], other).astype(np.int32) for other in others]
-        whole, *parts = log_probs_of(sequence, *variants)
-        return whole, torch.stack([part[-1] for part in parts])
+        shared_by = [len(variants)] if is_sharing else None
+        return log_probs_of([sequence], first=1), log_probs_of(variants, first=n - 1, shared_by=shared_by)
 
 
-def _gaps(differences: torch.Tensor, tolerance: float) -> torch.Tensor:
+def _gaps(differences: Tensor, tolerance: float) -> Tensor:
     """Middle and worst of |differences|, and the share of far ones; NaN is infinitely far."""
     gaps = torch.nan_to_num(differences.abs(), nan=torch.inf)
     return torch.stack([gaps.median(), gaps.max(), (gaps > _FAR * tolerance).double().mean()])
 
 
-def _same_order(engine: torch.Tensor, trainer: torch.Tensor, tolerance: float) -> float:
+def _same_order(engine: Tensor, trainer: Tensor, tolerance: float) -> float:
     """Share of pairs that both sides put in the same order; pairs that the engine itself holds equal do not count."""
     ours, theirs = engine[:, None] - engine[None], trainer[:, None] - trainer[None]
     counts = ours > 2 * tolerance

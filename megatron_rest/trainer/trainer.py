@@ -447,7 +447,13 @@ class RestTrainer:
 
     def sing(self, singers: Singers) -> Song | None:
         """The canary's song with engines that have just been given weights."""
-        return self.canary.sing(singers, self.policy, tolerance=self.sentry.tolerance, alignment=self.parts.alignment)
+        return self.canary.sing(
+            singers,
+            self.policy,
+            tolerance=self.sentry.tolerance,
+            alignment=self.parts.alignment,
+            is_sharing=self.parts.is_sharing,
+        )
 
     def validate(self, version: int, timer: PhaseTimer) -> dict[str, float]:
         """Benchmarks answered by the engines, which hold ``version``, if they are due; metrics on rank 0."""

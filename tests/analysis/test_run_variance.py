@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_rest.analysis.gradient_variance import GradientSketch
 from megatron_rest.analysis.report import write_report
 from megatron_rest.analysis.run_gradients import measure_gradients, measure_run
 from megatron_rest.analysis.variance import main
@@ -71,7 +72,9 @@ def direct_gradient(model: torch.nn.Module, rollouts: SavedRollouts, at: slice, 
 @pytest.mark.parametrize("block_bytes", [1 << 30, 1])
 def test_gram_holds_the_gradients_of_the_weighted_objective(run_dir, block_bytes):
     model, rollouts = load_model(run_dir / "start"), read_rollouts(run_dir / "rollouts" / "step_000001.npz")
-    measured = measure_gradients(model, rollouts, max_sequences=5, temperature=TEMPERATURE, block_bytes=block_bytes)
+    memory = {"block_bytes": block_bytes, "max_blocks": 10**6}
+    measured = measure_gradients(model, rollouts, max_sequences=5, temperature=TEMPERATURE, **memory)
+    assert measured.sketch == 0
     assert len(measured.scale) == 4, "whole groups only"
     weighting = RestWeighting.paper()
     table = weighting.region_weights(0.0)
@@ -83,10 +86,57 @@ def test_gram_holds_the_gradients_of_the_weighted_objective(run_dir, block_bytes
     stacked = torch.stack(gradients).numpy()
     inner = stacked @ stacked.T
     np.testing.assert_allclose(measured.gram._inner(coefficients), inner, rtol=1e-4, atol=1e-6 * inner.max())
+    squares = {}
+    for region in (r for r in TokenRegion if r):
+        parts = [
+            measured.scale[i]
+            * direct_gradient(model, rollouts, at, np.where(rollouts.region_ids[at] == region, 1.0, 0.0))
+            for i, at in enumerate(rollouts.slices[:4])
+        ]
+        squares[region.name.lower()] = sum(float(part.double().square().sum()) for part in parts)
+    shares = measured.gram.by_region(measured.scale, measured.region_counts)
+    for name, share in shares.items():
+        assert share["of_squares"] == pytest.approx(squares[name] / sum(squares.values()), rel=1e-3)
     lengths = [int(rollouts.loss_mask[at].sum()) for at in rollouts.slices[:4]]
     np.testing.assert_allclose(measured.scale, rollouts.advantages[:4] / lengths)
     assert measured.scale[1] == 0
     assert len(measured.entropy) == sum(lengths), "tokens without advantage have an entropy all the same"
+
+
+def test_sketches_of_gradients_that_do_not_fit_give_the_same_variance(run_dir):
+    model, rollouts = load_model(run_dir / "start"), read_rollouts(run_dir / "rollouts" / "step_000001.npz")
+    whole = measure_gradients(model, rollouts, max_sequences=8, temperature=TEMPERATURE)
+    sketched = measure_gradients(model, rollouts, max_sequences=8, temperature=TEMPERATURE, max_blocks=0)
+    assert (whole.sketch, sketched.sketch) == (0, 65_521)
+    norms = np.diag(whole.gram.gram)
+    assert ((norms > 0) == (np.diag(sketched.gram.gram) > 0)).all()
+    scale = np.sqrt(np.outer(norms, norms))[np.ix_(norms > 0, norms > 0)]
+    gap = (sketched.gram.gram - whole.gram.gram)[np.ix_(norms > 0, norms > 0)] / scale
+    assert np.abs(gap).max() < 0.03
+
+
+def test_the_report_says_that_products_are_estimates(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_rest.analysis.run_gradients._MAX_BLOCKS", 0)
+    assert main(["--run", str(run_dir), "--max-sequences", "2"]) == 0
+    assert "(estimated from sketches of 65,521 numbers a gradient)" in capsys.readouterr().out
+
+
+def test_a_sketch_keeps_inner_products_on_average_and_exactly_where_it_has_room():
+    parameters = [torch.zeros(7, 3), torch.zeros(5), torch.zeros(64)]
+    rng = torch.Generator().manual_seed(0)
+    x, y = ([torch.randn(p.shape, generator=rng) for p in parameters] for _ in range(2))
+    true = float(sum((a * b).sum() for a, b in zip(x, y, strict=True)))
+    room = GradientSketch(parameters, columns=97)
+    assert float(room(x) @ room(y)) == pytest.approx(true, rel=1e-5)
+    found = []
+    for seed in range(400):
+        sketch = GradientSketch(parameters, columns=11, seed=seed)
+        found.append(float(sketch(x) @ sketch(y)))
+    error = np.std(found) / np.sqrt(len(found))
+    assert error > 0
+    assert abs(np.mean(found) - true) < 4 * error
+    with pytest.raises(ValueError, match="columns is 0"):
+        GradientSketch(parameters, columns=0)
 
 
 def test_command_writes_json_and_figures_and_the_report_shows_them(run_dir, capsys):
@@ -101,8 +151,12 @@ def test_command_writes_json_and_figures_and_the_report_shows_them(run_dir, caps
     assert all(row["ratio"] > 0 and row["ratio_standard_error"] >= 0 for row in first["variance"])
     assert set(first["entropy"]["regions"]) == {r.name.lower() for r in TokenRegion if r}
     assert -1 <= first["entropy"]["correlation"] <= 1
+    assert [x for x, _ in first["entropy"]["tenths"]] == sorted(x for x, _ in first["entropy"]["tenths"])
+    for share in ("of_squares", "of_tokens"):
+        assert sum(region[share] for region in first["gradient"].values()) == pytest.approx(1)
     for step in (1, 3):
-        assert (run_dir / "plots" / f"variance_step_{step:06d}.png").stat().st_size > 5000
+        for figure in ("variance", "entropy"):
+            assert (run_dir / "plots" / f"{figure}_step_{step:06d}.png").stat().st_size > 5000
     lines, _ = write_report([run_dir], run_dir / "plots")
     for line in (*printed.splitlines()[:12],):
         assert line in lines

@@ -148,8 +148,8 @@ def check(model: Path, world_size: int, layouts: list[dict[str, Any]]) -> None:
             assert shared[0]["packing"].rows < plain[0]["packing"].rows
             loss, scores, gradient = distance(plain, shared)
             assert loss < 2e-6, (layout, k, loss)
-            assert scores < 2e-5, (layout, k, scores)
-            assert gradient < 2e-5, (layout, k, gradient)
+            assert scores < 5e-6, (layout, k, scores)
+            assert gradient < 5e-6, (layout, k, gradient)
         assert ranks[0][i]["shared"][0]["packing"].prompt_copies <= ranks[0][i]["shared"][1]["packing"].prompt_copies
 
 

@@ -50,7 +50,7 @@ def sing(rank: int, world_size: int, model: str, dtype: str, parts_of_model: tup
     engine = VllmEngine(model, config.rollout, seed=1, max_model_len=128, stop_token_ids=[EOS_ID])
     canary, singers = Canary(prompt=PROMPT, num_tokens=8), Singers(engine, True, 0)
     tolerance = canary_tolerance(config)
-    found = canary.sing(singers, parts.policy, tolerance=tolerance)
+    found = canary.sing(singers, parts.policy, tolerance=tolerance, is_sharing=parts.is_sharing)
     assert found is not None
     songs = {"right": found}
     shards = parts.policy.named_shards()
@@ -61,7 +61,7 @@ def sing(rank: int, world_size: int, model: str, dtype: str, parts_of_model: tup
         with torch.no_grad():
             for name in names:
                 shards[name].copy_((swapped if "fc1" in name else rolled)(before[name]))
-            found = canary.sing(singers, parts.policy, tolerance=tolerance)
+            found = canary.sing(singers, parts.policy, tolerance=tolerance, is_sharing=parts.is_sharing)
             for name in names:
                 shards[name].copy_(before[name])
         assert found is not None
