@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,7 @@ def step_of(rollouts: int, tokens: int, group: int, *, seed: int = 0) -> tuple[l
                 advantage=float(rewards[i] - mine.mean()),
                 sequence_id=i,
                 group_id=i // group,
+                marks=np.zeros(len(mask), np.uint8),
             )
         )
     return samples, rewards
@@ -68,12 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log_probs = -rng.exponential(0.5, count).astype(np.float32)
     entropy = rng.gamma(0.5, 1.0, count).astype(np.float32)
     measured = {"log_probs": log_probs, "entropy": entropy, "sum_p2": np.exp(2 * log_probs), "beta": entropy}
+    rewarded = [replace(s, token_rewards=rng.integers(0, 2, len(s.loss_mask)) / args.tokens) for s in samples]
     seconds: dict[str, float] = {}
     for name in args.rules.split(","):
         rule = find_credit(WeightingConfig(source=name))
-        scores = {n: measured[n] for n in traits_of(name).needs if not rule.traits.follows}
+        scores = {n: measured[n] for n in traits_of(name).measured if not rule.traits.follows}
+        mine = rewarded if "token_rewards" in rule.traits.needs else samples
         start = time.process_time()
-        rows = CreditRows.of_samples(samples, rewards=rewards, progress=0.5, scores=scores)
+        rows = CreditRows.of_samples(mine, rewards=rewards, progress=0.5, scores=scores)
         made = time.process_time() - start
         rule.credit(rows).check(rows, rule.traits, name)
         seconds[name] = time.process_time() - start

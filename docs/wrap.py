@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["CELL", "WIDTH", "pages", "too_long", "wrapped"]
 
 WIDTH = 128
-CELL = 100
+CELL = 180
 _ROOT = Path(__file__).resolve().parents[1]
 _FENCE = re.compile(r"^\s*(```|~~~)")
 _ITEM = re.compile(r"^(\s*)([*+-]|\d+\.)(\s+)")

@@ -358,7 +358,8 @@ class Judge:
         nothing = np.zeros(len(prompt), np.float32)
         earned = None
         if reward is not None and reward.token_rewards is not None:
-            said = np.where(reward.is_rewarded, reward.token_rewards, np.nan)
+            is_said = rollout.loss_mask if reward.is_rewarded is None else reward.is_rewarded
+            said = np.where(is_said, reward.token_rewards, np.nan)
             earned = np.concatenate([np.full(len(prompt), np.nan), said])
         return TrainSample(
             token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),

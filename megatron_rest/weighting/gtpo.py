@@ -41,14 +41,17 @@ class Gtpo(CreditRule):
         sign = np.sign(rows.advantages)
         side = rows.siblings * 2 + (sign > 0)
         count = np.maximum(np.bincount(side, rows.lengths * (sign != 0)), 1.0)
-        signs, counted, sides = rows.each(sign), rows.each(np.abs(sign)), rows.each(side)
         part = np.maximum(rows.entropy, self.floor)
-        np.reciprocal(part, out=part, where=signs < 0)
+        np.reciprocal(part, out=part, where=rows.each(sign < 0))
+        counted = rows.each(np.abs(sign))
         part *= counted
         total, there = rows.across(rows.index, part, counted, kind=sign > 0)
         part *= there
-        part /= np.maximum(total, np.finfo(float).tiny)
-        reward = signs * (1.0 - self.share + self.share * part)
-        reward -= (np.bincount(sides, reward) / count)[sides] * counted
-        deviation = np.sqrt(np.bincount(sides, reward * reward) / count)
-        return Credit(advantages=reward / (deviation + _EPSILON)[sides])
+        part /= np.maximum(total, np.finfo(float).tiny, out=total)
+        part *= self.share
+        part += 1.0 - self.share
+        part *= rows.each(sign)
+        part -= rows.each(np.abs(sign) * (np.bincount(side, rows.sums(part)) / count)[side])
+        deviation = np.sqrt(np.bincount(side, rows.sums(part * part)) / count)
+        part /= rows.each((deviation + _EPSILON)[side])
+        return Credit(advantages=part)

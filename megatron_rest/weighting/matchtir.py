@@ -36,14 +36,20 @@ class MatchTir(CreditRule):
             raise ValueError(f"discount {self.discount} and share {self.share}: expected numbers in [0, 1]")
 
     def credit(self, rows: CreditRows) -> Credit:
-        turns, rollouts = rows.turns
-        to_go = np.bincount(turns, rows.earned, minlength=len(rollouts))
+        starts = rows.turn_starts
+        rollouts = rows.sequence[starts]
+        if not len(starts):
+            return Credit(advantages=np.zeros(0))
+        to_go = np.add.reduceat(rows.earned, starts)
         number = np.arange(len(rollouts)) - np.searchsorted(rollouts, rollouts)  # of the turn in its rollout
         goes_on = np.append(rollouts[1:] == rollouts[:-1], False)
         for j in range(int(number.max(initial=0)) - 1, -1, -1):
             mine = np.flatnonzero((number == j) & goes_on)
             to_go[mine] += self.discount * to_go[mine + 1]
-        cell = rows.siblings[rollouts] * (int(number.max(initial=0)) + 1) + number
+        cell = rows.siblings[rollouts] * (int(number.max()) + 1) + number
+        order = np.argsort(cell, kind="stable")
         advantages = (1.0 - self.share) * rows.advantages[rollouts]
-        advantages += self.share * standardised(to_go, cell, self.epsilon)
-        return Credit(advantages=np.where(rows.is_left_alone[rollouts], 0.0, advantages)[turns])
+        for same in np.split(order, np.flatnonzero(np.diff(cell[order])) + 1):  # turns that are compared
+            advantages[same] += self.share * standardised(to_go[same], self.epsilon)
+        advantages[rows.is_left_alone[rollouts]] = 0.0
+        return Credit(advantages=np.repeat(advantages, np.diff(starts, append=len(rows.sequence))))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_rest.credit_traits import traits_of
-from megatron_rest.weighting.credit import Credit, CreditRows, CreditRule
+from megatron_rest.weighting.credit import Credit, CreditRows, CreditRule, runs
 
 __all__ = ["OptimalTokenBaseline", "over_turns"]
 
@@ -41,22 +41,48 @@ class OptimalTokenBaseline(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         assert rows.log_probs is not None and rows.sum_p2 is not None
-        step = np.exp(rows.log_probs)
-        step *= -2.0
-        step += rows.sum_p2
-        step += 1.0
-        np.maximum(step, 0.0, out=step)
-        table = np.zeros((len(rows.lengths), int(rows.lengths.max(initial=0))))  # a rollout a line: no sum crosses them
-        is_row = np.arange(table.shape[1]) < rows.lengths[:, None]
-        table[is_row] = step
-        np.cumsum(table, axis=1, out=table)
-        energy = table[is_row]
-        reward = rows.returns
-        position = rows.index if self.own_tokens else rows.place
-        total, weighted, there = rows.across(position, energy, reward * energy, np.ones(len(energy)))
-        siblings = np.bincount(rows.siblings, rows.lengths > 0)[rows.siblings]
-        alone = 0.0 if self.tail == "reward" else np.where(rows.each(siblings) == 1, 0.0, reward)
-        return Credit(advantages=reward - np.where(there == 1, alone, weighted / (total + _EPSILON)))
+        advantages = np.empty(len(rows.sequence))
+        first = rows.ends + 1 - rows.lengths[rows.lengths > 0]
+        span = int((rows.token[rows.ends] - rows.token[first]).max(initial=-1)) + 1
+        total, weighted, there = table = np.empty((3, span))
+        for members in rows.families():  # a group at a time stays in the cache
+            table[:] = 0.0
+            taken = []
+            for i in members:
+                mine = rows.rows_of(i)
+                energy = np.cumsum(_energy(rows.log_probs[mine], rows.sum_p2[mine]))
+                returns = rows.rewards[i] if rows.token_rewards is None else rows.returns[mine]
+                places = np.arange(len(energy)) if self.own_tokens else rows.token[mine] - rows.token[mine.start]
+                pieces = runs(places, 0)
+                for own, at in pieces:
+                    total[at] += energy[own]
+                    there[at] += 1.0
+                weight = returns * energy
+                for own, at in pieces:
+                    weighted[at] += weight[own]
+                taken.append((mine, pieces, returns))
+            weighted /= total + _EPSILON
+            for mine, pieces, returns in taken:
+                baseline = np.empty(mine.stop - mine.start)
+                alone = np.empty(len(baseline), bool)
+                for own, at in pieces:
+                    baseline[own] = weighted[at]
+                    alone[own] = there[at] == 1.0
+                if self.tail == "reward" or len(members) == 1:
+                    baseline[alone] = 0.0
+                else:
+                    np.copyto(baseline, returns, where=alone)
+                np.subtract(returns, baseline, out=advantages[mine])
+        return Credit(advantages=advantages)
+
+
+def _energy(log_probs: np.ndarray, sum_p2: np.ndarray) -> np.ndarray:
+    """``1 - 2 p + sum p^2`` of each token, >= 0."""
+    energy = np.exp(log_probs)
+    energy *= -2.0
+    energy += sum_p2
+    energy += 1.0
+    return np.maximum(energy, 0.0, out=energy)
 
 
 def over_turns(**options: Any) -> OptimalTokenBaseline:

@@ -28,11 +28,22 @@ class ProcessSupervision(CreditRule):
     traits = traits_of("process")
 
     def credit(self, rows: CreditRows) -> Credit:
-        is_step = np.zeros(len(rows.sequence), bool)
-        if rows.token_rewards is not None:
-            np.logical_not(np.isnan(rows.token_rewards), out=is_step)
-        of_whole = np.bincount(rows.siblings, rows.unsaid != 0)[rows.siblings] > 0  # [S]
-        is_step[rows.ends[of_whole[rows.sequence[rows.ends]]]] = True
         rewards = np.zeros(len(rows.sequence))
-        rewards[is_step] = standardised(rows.earned[is_step], rows.siblings[rows.sequence[is_step]], self.epsilon)
-        return Credit(advantages=np.where(rows.each(rows.is_left_alone), 0.0, rows.from_here(rewards)))
+        for members in rows.families():
+            mine = [rows.rows_of(i) for i in members]
+            steps = []
+            for one in mine:
+                is_step = np.zeros(one.stop - one.start, bool)
+                if rows.token_rewards is not None:
+                    np.logical_not(np.isnan(rows.token_rewards[one]), out=is_step)
+                is_step[-1] |= rows.unsaid[members].any()
+                steps.append(is_step)
+            earned = [rows.earned[one][is_step] for one, is_step in zip(mine, steps, strict=True)]
+            ends = np.cumsum([len(e) for e in earned])[:-1]
+            for one, is_step, values in zip(
+                mine, steps, np.split(standardised(np.concatenate(earned), self.epsilon), ends), strict=True
+            ):
+                rewards[one][is_step] = values
+        advantages = rows.from_here(rewards)
+        advantages[rows.each(rows.is_left_alone)] = 0.0
+        return Credit(advantages=advantages)

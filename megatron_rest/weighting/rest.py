@@ -90,7 +90,18 @@ class RestWeighting(CreditRule):
 
     def credit(self, rows: CreditRows) -> Credit:
         """These weights as a rule of token credit: by the running means, whatever ``rows`` hold of statistics."""
-        return Credit(weights=self.packed(rows.regions, rows.sequence, progress=rows.progress))
+        raw = torch.as_tensor(self.region_weights(rows.progress))
+        rollouts = [slice(end - n, end) for end, n in zip(np.cumsum(rows.lengths), rows.lengths, strict=True)]
+        counts = np.zeros((len(rollouts), NUM_REGIONS), np.int64)
+        for i, mine in enumerate(rollouts):
+            counts[i] = np.bincount(rows.regions[mine], minlength=NUM_REGIONS)
+        counts[:, TokenRegion.CONTEXT] = 0
+        total, counted = self._totals(torch.from_numpy(counts), raw)
+        table = (raw * torch.where(total > 0, counted / total, 0.0)[:, None]).float().numpy()  # of rollout and region
+        weights = np.empty(len(rows.regions), np.float32)
+        for line, mine in zip(table, rollouts, strict=True):
+            np.take(line, rows.regions[mine], out=weights[mine], mode="clip")
+        return Credit(weights=weights)
 
     def update(self, sums: Tensor | Sequence[float], counts: Tensor | Sequence[float]) -> None:
         """Fold in this step's :func:`region_sums`, already added over all ranks and microbatches."""
@@ -226,11 +237,14 @@ class RestWeighting(CreditRule):
             by_region = torch.as_tensor(table, device=ids.device)
             raw = torch.where(valid, by_region[ids], 0.0)
             counts = torch.bincount((sequence * NUM_REGIONS + ids)[valid], minlength=num_sequences * NUM_REGIONS)
-            counts = counts.view(num_sequences, NUM_REGIONS)
-            total = (counts * by_region).sum(dim=1)
-            counted = (counts[:, by_region > 0] if self._positive_only else counts).sum(dim=1)
+            total, counted = self._totals(counts.view(num_sequences, NUM_REGIONS), by_region)
         scale = torch.where(total > 0, counted / total, 0.0)
         return (raw * scale[sequence]).float()
+
+    def _totals(self, counts: Tensor, by_region: Tensor) -> tuple[Tensor, Tensor]:
+        """float64 ``[S]`` sum of raw weights, and of how many tokens, from the valid tokens by region ``[S, 6]``."""
+        total = (counts * by_region).sum(dim=1)
+        return total, (counts[:, by_region > 0] if self._positive_only else counts).sum(dim=1)
 
     def _per_token(self, beta: Tensor, sequence: Tensor, valid: Tensor, num_sequences: int) -> Tensor:
         """Theorem 2 token by token: a token of its sequence's mean score norm gets gamma_think, clipped like all."""

@@ -32,4 +32,5 @@ class RewardToGo(CreditRule):
             return Credit(advantages=np.zeros(0))
         advantages = rows.returns - rows.returns.mean()
         variance = advantages @ advantages / max(len(advantages) - 1, 1)
-        return Credit(advantages=advantages / np.sqrt(variance + _EPSILON))
+        advantages /= np.sqrt(variance + _EPSILON)
+        return Credit(advantages=advantages)

@@ -31,6 +31,7 @@ def users_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "examples" / "own_code" / "mytools", package, ignore=shutil.ignore_patterns("__pycache__"))
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "env.cpython-311.pyc").write_bytes(b"not shipped")
+    shutil.copy(ROOT / "examples" / "own_credit.py", package.parent)
     return package
 
 
@@ -38,6 +39,7 @@ NAMED = (
     "rollout.environment=mytools.environments:Workshop", "rollout.environment_arguments.tries=2",
     "reward.terms.environment.weight=2.0", "reward.terms.calls.function=mytools.rewards:calls_match",
     "trainer.loggers=mytools.loggers:PlainFile",
+    "weighting.source=own_credit:BlameCalls", "weighting.options.boost=2.0",
 )  # fmt: skip
 
 
@@ -47,9 +49,12 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     monkeypatch.syspath_prepend(str(users_package.parent))
     config = load(None, NAMED)
     python, code = bare_python(tmp_path / "venv"), ship(tmp_path, config)
-    assert sorted(path.name for path in code.iterdir()) == ["data_tools", "launch", "megatron_rest", "mytools"]
+    assert sorted(path.name for path in code.iterdir()) == [
+        "data_tools", "launch", "megatron_rest", "mytools", "own_credit.py",
+    ]  # fmt: skip
     assert not list(code.rglob("__pycache__"))
-    digests = f"mytools={digest(users_package)}"
+    rule = users_package.parent / "own_credit.py"
+    digests = f"mytools={digest(users_package)} own_credit={digest(rule)}"
     unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     environ = {k: v for k, v in os.environ.items() if k not in unset} | {DIGESTS: digests, "COLUMNS": "120"}
 
@@ -93,6 +98,7 @@ def test_what_is_shipped_is_what_runs(tmp_path: Path, users_package: Path, monke
     assert (run / "log.txt").read_text().endswith("finished\n")
     [start] = [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
     assert start["user_code"]["rollout.environment"]["package_digest"] == digest(users_package)
+    assert start["user_code"]["weighting.source"]["package_digest"] == digest(rule)
     assert start["resolved"]["engine_args"]["max_num_batched_tokens"] == 1024
     assert start["resolved"]["megatron"]["ddp"]["gradient_reduce_div_fusion"] is False
     assert yaml.safe_load((run / "config.yaml").read_text())["resolved"] == start["resolved"]

@@ -129,7 +129,9 @@ def check(model: Path, world_size: int, sources: list[str], layouts: list[dict[s
             credit = {k: v for rank in ranks for k, v in rank[i][source]["credit"].items()}
             assert credit == alone[0][source]["credit"], (layout, source)
             gap = distance(alone[0][source]["gradient"], ranks[0][i][source]["gradient"])
-            assert gap < 2e-6, (layout, source, gap)  # 1.1e-6 is seen under TP: float32 sums in another order
+            # The credit is the same to the bit; float32 sums of the model have another order: at TP 2 x CP 2, where it
+            # shows most, uniform credit (which is none) differs by 1.5e-6, the worst rule by 1.8e-6.
+            assert gap < 2e-6, (layout, source, gap)
 
 
 def test_splits_and_shared_prompts(model):

@@ -268,6 +268,14 @@ def test_process_supervision_of_whole_answers_is_grpo():
         assert not np.any(given(Step(alone, step.rewards, {}), rule_of(source))[0]), "nobody to be compared with"
 
 
+@pytest.mark.parametrize("source", list(BUILT_IN))
+def test_a_step_without_loss_has_no_credit(source):
+    step = random_step(8)
+    samples = [replace(s, loss_mask=np.zeros_like(s.loss_mask)) for s in step.samples]
+    none = Step(samples, step.rewards, {name: np.zeros(0) for name in step.scores})
+    assert [len(found) for found in given(none, rule_of(source))] == [0] * len(samples)
+
+
 @pytest.mark.parametrize("source", ["otb", "otb_turns"])
 def test_without_token_rewards_otb_takes_the_rollouts(source):
     step = random_step(7)
