@@ -280,8 +280,9 @@ def quoted(section: str) -> list[str]:
 
 
 def listed(text: str) -> list[str]:
-    """Messages at the head of the items of a list."""
-    return [" ".join(message.split()) for message in re.findall(r"^\* `([^`]+)`:", text, re.MULTILINE)]
+    """Messages at the head of the items of a list, or of the rows of a table."""
+    found = re.findall(r"^(?:\* `([^`]+)`:|\| `([^`]+)` \|)", text, re.MULTILINE)
+    return [" ".join((item or row).split()) for item, row in found]
 
 
 def functions_of(*packages: str) -> Iterator[str]:
