@@ -397,7 +397,7 @@ def _character(escape: re.Match[str]) -> str:
 
 def _is_cut(body: str) -> bool:
     """Whether a text ends (or begins) inside of what a call may stand in: a tag, a bracket, a fence."""
-    if _CUT_TAG.search(body) or (body.count("```") % 2 and _CUT_FENCE.search(body)):
+    if _CUT_TAG.search(body) or _CUT_TAG_IN_FRONT.match(body) or (body.count("```") % 2 and _CUT_FENCE.search(body)):
         return True
     if opening := _LINE_OPENING.search(body):
         rest = body[opening.start() :]
@@ -411,6 +411,7 @@ _CUT_TAG = re.compile(
     r"|\[/?[A-Z]+(?:_[A-Z]*)?$"  # [TOOL_C
     r"|(?:^|\n)[ \t]*`{1,2}$"
 )
+_CUT_TAG_IN_FRONT = re.compile(r"[\w:|▁｜]{1,30}>(?=[\s<]|$)")  # ol_call>
 _CUT_FENCE = re.compile(r"```\w*\s*(?:[\[{<](?:(?!```).)*)?$", re.DOTALL)
 _LINE_OPENING = re.compile(r"^[ \t]*[\"']?[\[{]", re.MULTILINE)
 _CLOSING_END = re.compile(r"(?<![:;=])[\]}][\"'`\s]*$")
@@ -466,7 +467,8 @@ _PYTHON_ARGUMENT = re.compile(r"[(,]\s*\w+\s*=\s*[\"'\[{]")
 # A name and then an object, under whatever key: one of both keys may be damaged, or nobody's.
 _NAMED_OBJECT = re.compile(
     rf"\{{\s*[\"'](?:{'|'.join((*NAME_KEYS, 'func', 'fn', 'method', 'call'))})[\"']\s*:\s*[\"'][^\"'\n]*[\"']\s*,"
-    r"\s*[^\n:{}]{1,40}:\s*\{"
+    r"\s*[^\n:{}]{1,40}:\s*\{",
+    re.IGNORECASE,
 )
 # What is left of a call's marks where some of them are damaged.
 _REMAINS = re.compile(

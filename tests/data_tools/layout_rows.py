@@ -165,6 +165,8 @@ UNREADABLE: dict[str, str] = {
     "harmony, cut": "<|start|>assistant",
     "glaive, the second cut": '<functioncall> {"name": "price", "arguments": {"item": "tea"}}\n<functioncall>',
     "mistral, the second cut": '[TOOL_CALLS]price[ARGS]{"item": "tea"}[TOOL_CALLS] ',
+    "a tag cut in front": 'nction>\n<function=price>{"item": "tea"}</function>',
+    "keys in capitals": 'I look.\n{"Name": "prices", "argument": {"item": "tea"}}',
     "a label cut": "I look.\nAPI-Requ",
     "a damaged key": 'I look.\n{"name": "prices", ",arameters": {"item": "tea"}}',
     "a damaged key in a fence": '```json\n[{"name": "prices", \'rguments": {"item": "tea"}}]\n```',
