@@ -183,7 +183,7 @@ def measure_gradients(
     if per_sequence_mean:
         scale = scale / np.maximum(counts.sum(axis=1), 1)
     used = counts * (scale != 0)[:, None]  # without an advantage a sequence adds nothing
-    blocks = list(_blocks(list(model.parameters()), block_bytes // (4 * max(np.count_nonzero(used), 1))))
+    blocks = list(_blocks(list(model.parameters()), block_bytes // (4 * max(int(np.count_nonzero(used)), 1))))
     is_sketched = len(blocks) > (_MAX_BLOCKS if max_blocks is None else max_blocks)
     if is_sketched:
         gram = _sketched_gram(model, sequences, used, temperature, sketch_columns)
