@@ -106,10 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = outcomes(experiment)
     found = verdicts(experiment)
     lines = [*verdict_lines(found), *table_lines(experiment, results)]
-    report = {"seeds": experiment.seeds, "verdicts": found, "outcomes": results}
-    write_json(
-        args.folder / "results.json", report | {k: [asdict(r) for r in report[k]] for k in ("verdicts", "outcomes")}
-    )
+    report = {"verdicts": [asdict(v) for v in found], "outcomes": [asdict(r) for r in results]}
+    write_json(args.folder / "results.json", {"seeds": experiment.seeds, **report})
     write_text(args.folder / "results.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     for path in plot_experiment(experiment, results, args.folder / "plots"):
