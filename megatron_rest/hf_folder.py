@@ -96,12 +96,12 @@ def stop_token_ids(
     Raises :class:`ConfigError` if there is none, so that no answer would ever end, or if ``end_of_turn`` is no token.
     """
     with _of_the_folder():
-        spec = prompt_files.json_object(Path(folder) / "tokenizer.json")
+        spec = prompt_files.tokenizer_spec(folder)
         eos = prompt_files.special_tokens(folder).get("eos_token")
         ends = _configured_ends(Path(folder))
-    vocab = spec.get("model", {}).get("vocab")
+    vocab = spec["model"].get("vocab")
     ids = dict(vocab) if isinstance(vocab, dict) else {}
-    added = {token["content"]: int(token["id"]) for token in spec.get("added_tokens") or []}
+    added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     ids |= added
     try:
         from_template = ChatTemplate.of_folder(folder, chat_template).end_of_turn(list(added))

@@ -47,16 +47,10 @@ PROMPT_SCHEMA = pa.schema(
 
 def tokenizer_identity(folder: str | Path) -> str:
     """Hash of what decides token ids in an HF tokenizer folder; saving the folder again does not change it."""
-    path = Path(folder) / "tokenizer.json"
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} has no tokenizer.json: give a Hugging Face tokenizer folder (fast tokenizer)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    model = spec.get("model") or {}
+    if not (Path(folder) / "tokenizer.json").is_file():
+        raise ValueError(f"{folder} has no tokenizer.json: give a Hugging Face tokenizer folder (fast tokenizer)")
+    spec = tokenizer_spec(folder)
+    model = spec["model"]
     merges = [pair.split(" ", 1) if isinstance(pair, str) else list(pair) for pair in model.get("merges") or []]
     added = sorted(
         (
@@ -66,7 +60,7 @@ def tokenizer_identity(folder: str | Path) -> str:
             token.get("lstrip", False),
             token.get("rstrip", False),
         )
-        for token in spec.get("added_tokens") or []
+        for token in spec["added_tokens"]
     )
     parts = [model.get("type"), model.get("vocab"), merges, added, spec.get("normalizer"), spec.get("pre_tokenizer")]
     return _digest(json.dumps(parts, sort_keys=True, ensure_ascii=True))
@@ -124,21 +118,19 @@ def why_ids_differ(folder: str | Path) -> str:
     text, trim spaces around tokens, or switch special tokens off.
     """
     folder = Path(folder)
-    try:
-        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return ""  # for its reader to complain about
-    vocabulary = (spec.get("model") or {}).get("vocab")
+    spec = tokenizer_spec(folder)
+    vocabulary = spec["model"].get("vocab")
     known = set(vocabulary) if isinstance(vocabulary, dict) else set()
-    added = {token["content"]: token for token in spec.get("added_tokens") or []}
+    added = {token["content"]: token for token in spec["added_tokens"]}
     config = tokenizer_config(folder)
-    beside = (config.get("added_tokens_decoder") or {}).values()
+    decoder = config.get("added_tokens_decoder")
+    beside = decoder.values() if isinstance(decoder, dict) else ()
     flags = {text: token for token in beside if (text := _token_text(token)) is not None}
     named: list[Any] = [*flags, *special_tokens(folder).values()]
     for source in (config, json_object(folder / "special_tokens_map.json")):
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            extra = source.get(key) or []
-            named += list(extra.values()) if isinstance(extra, dict) else extra
+            extra = source.get(key)
+            named += extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
     named += json_object(folder / "added_tokens.json")
     texts = [text for text in dict.fromkeys(map(_token_text, named)) if text is not None and text not in added]
     trims = [
@@ -173,6 +165,35 @@ def _token_text(token: Any) -> str | None:
 def tokenizer_config(folder: str | Path) -> dict[str, Any]:
     """``tokenizer_config.json`` of an HF tokenizer folder; empty where there is none."""
     return json_object(Path(folder) / "tokenizer_config.json")
+
+
+def tokenizer_spec(folder: str | Path) -> dict[str, Any]:
+    """``tokenizer.json`` with ``model`` and ``added_tokens`` as its readers rely on them, empty where there is no file.
+
+    Raises ValueError for one that is damaged or of another shape.
+    """
+    path = Path(folder) / "tokenizer.json"
+    spec = json_object(path)
+    model, added = spec.get("model"), spec.get("added_tokens")
+    model, added = {} if model is None else model, [] if added is None else added
+    fault = _fault_of_spec(model, added)
+    if fault:
+        raise ValueError(f"{path} is damaged ({fault}): copy it again")
+    return {**spec, "model": model, "added_tokens": added}
+
+
+def _fault_of_spec(model: Any, added: Any) -> str:
+    if not isinstance(model, dict):
+        return "model is no object"
+    merges = model.get("merges") or []
+    if not isinstance(merges, list) or not all(isinstance(pair, str | list) for pair in merges):
+        return "merges are no list of pairs"
+    if not isinstance(added, list):
+        return "added_tokens is no list"
+    for token in added:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str) or type(token.get("id")) is not int:
+            return "an added token without content and id"
+    return ""
 
 
 def json_object(path: Path) -> dict[str, Any]:

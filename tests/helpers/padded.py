@@ -44,8 +44,11 @@ def padded_update(
     """
     policy, context = parts.policy, parts.context
     mine = samples[context.dp_rank :: context.dp_size]
+    # One length for all: stages exchange hidden states of a fixed shape.
+    length = max(len(s.token_ids) - 1 for s in mine)
+    length += -length % _MULTIPLE
     starts = range(0, len(mine), micro_batch_size)
-    batches = [_padded_batch(parts, mine[i : i + micro_batch_size], samples, columns) for i in starts]
+    batches = [_padded_batch(parts, mine[i : i + micro_batch_size], samples, columns, length) for i in starts]
     for chunk in policy.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -57,7 +60,7 @@ def padded_update(
         data_iterator=iterators if interleaved else iterators[0],
         model=policy.chunks if interleaved else policy.chunks[0],
         num_microbatches=len(batches),
-        seq_length=max(b.tokens.shape[1] for b in batches),
+        seq_length=length,
         micro_batch_size=micro_batch_size,
         forward_only=False,
     )
@@ -82,9 +85,8 @@ def _padded_batch(
     rows: list[TrainSample],
     samples: list[TrainSample],
     columns: Mapping[int, dict[str, np.ndarray]],
+    length: int,
 ) -> PaddedBatch:
-    length = max(len(s.token_ids) - 1 for s in rows)
-    length += -length % _MULTIPLE
     mine = zigzag_order(torch.tensor([length]), parts.context.cp_size)[parts.context.cp_rank]
 
     def table(values: list[np.ndarray]) -> torch.Tensor:
