@@ -147,6 +147,11 @@ def test_bad_folders_are_named(tokenizer: ChatTokenizer, tmp_path: Path) -> None
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(DataError, match="does not compile"):
         ChatTokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match="does not load"):
-        ChatTokenizer(tmp_path)
+    for text, fault in (
+        ("{", "is damaged"),
+        ('{"model": {}, "added_tokens": 3}', "no list"),
+        ('{"model": {}}', "does not load"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(DataError, match=fault):
+            ChatTokenizer(tmp_path)
