@@ -38,11 +38,14 @@ MOST_SEEDS = len(_T95) + 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """An estimate with its 95 % interval."""
+    """An estimate with its 95 % interval; as text that of a difference, with signs."""
 
     estimate: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.estimate:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

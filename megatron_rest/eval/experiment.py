@@ -63,7 +63,7 @@ def _row(result: Outcome) -> str:
 
 
 def _interval(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+    return "" if interval is None else str(interval)
 
 
 def _training_lines(experiment: Experiment) -> list[str]:

@@ -95,14 +95,10 @@ def verdict_lines(found: Sequence[Verdict]) -> list[str]:
             "| | against | seeds | difference, 95 % over seeds | 95 % over prompts | p | p, Holm | verdict |",
             "|---|---|---|---|---|---|---|---|",
             *(
-                f"| {TITLES[v.algorithm]} | {TITLES[v.base]} | {v.num_seeds} | {_interval(v.over_seeds)} "
-                f"| {_interval(v.over_prompts)} | {v.p_value:.3f} | {v.corrected:.3f} | {v.word} |"
+                f"| {TITLES[v.algorithm]} | {TITLES[v.base]} | {v.num_seeds} | {v.over_seeds} "
+                f"| {v.over_prompts} | {v.p_value:.3f} | {v.corrected:.3f} | {v.word} |"
                 for v in rows
             ),
             "",
         ]
     return lines
-
-
-def _interval(interval: Interval) -> str:
-    return f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
