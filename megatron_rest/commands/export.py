@@ -59,8 +59,6 @@ def _on_one_rank(config: RestConfig) -> RestConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, export; returns the exit status."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        os.environ.setdefault(name, value)  # one rank needs no torchrun
     return worker_main(export_checkpoint, __doc__, argv, keeps_folder=False)
 
 

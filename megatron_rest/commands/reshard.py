@@ -13,7 +13,6 @@ from megatron_rest.rollout.process import has_gpu_driver, prepare_process
 
 prepare_process(cpu=not has_gpu_driver())
 
-import os  # noqa: E402
 import sys  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -48,8 +47,6 @@ def reshard(config: RestConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, load, write; returns the exit status."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        os.environ.setdefault(name, value)  # one rank needs no torchrun
     return worker_main(reshard, __doc__, argv, keeps_folder=False)
 
 
