@@ -48,6 +48,7 @@ def test_what_grows_is_named(name: str, a_step: float, words: str) -> None:
     assert verdicts(growth(samples(**{name: a_step}), STEPS)) == [words]
 
 
+@pytest.mark.extended
 def test_a_leak_shows_in_what_the_process_says_of_its_heap(tmp_path: Path) -> None:
     """A real process and the real probe: C memory that is never freed, and Python objects that are kept."""
     script = """

@@ -48,7 +48,7 @@ def step_of(groups: int, size: int, prompts: list[int], answers: list[int], seed
     return samples
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.1, 9)), min_size=1, max_size=60), st.integers(1, 40))
 def test_bins_are_a_partition_within_the_limit(items, num_bins):
     rows, costs = [r for r, _ in items], [c for _, c in items]

@@ -75,20 +75,47 @@ TEXT = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
-@given(texts=st.lists(st.one_of(TEXT, st.text(max_size=40)), max_size=4))
-def test_cut_texts_encode_like_whole_ones(tokenizer: ChatTokenizer, texts: list[str]) -> None:
+TEXTS = st.lists(st.one_of(TEXT, st.text(max_size=40)), max_size=4)
+few = settings(max_examples=30, deadline=None)
+many = settings(max_examples=500, deadline=None)
+
+
+def assert_cut_is_whole(tokenizer: ChatTokenizer, texts: list[str]) -> None:
     words = tokenizer._words
     assert words._exact
     assert [ids.tolist() for ids in words.encode(texts)] == words.encode_whole(texts)
 
 
+@few
+@given(texts=TEXTS)
+def test_cut_texts_encode_like_whole_ones(tokenizer: ChatTokenizer, texts: list[str]) -> None:
+    assert_cut_is_whole(tokenizer, texts)
+
+
+@pytest.mark.extended
+@many
+@given(texts=TEXTS)
+def test_more_cut_texts_encode_like_whole_ones(tokenizer: ChatTokenizer, texts: list[str]) -> None:
+    assert_cut_is_whole(tokenizer, texts)
+
+
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-@settings(max_examples=100, deadline=None)
+@few
 @given(text=TEXT)
 def test_cut_texts_encode_like_whole_ones_with_qwens_pattern(tokenizer: ChatTokenizer, text: str) -> None:
+    assert_cut_is_whole_for_qwen(tokenizer, text)
+
+
+@pytest.mark.extended
+@many
+@given(text=TEXT)
+def test_more_cut_texts_encode_like_whole_ones_with_qwens_pattern(tokenizer: ChatTokenizer, text: str) -> None:
+    assert_cut_is_whole_for_qwen(tokenizer, text)
+
+
+def assert_cut_is_whole_for_qwen(tokenizer: ChatTokenizer, text: str) -> None:
     import tokenizers
 
     spec = json.loads((tokenizer.folder / "tokenizer.json").read_text())

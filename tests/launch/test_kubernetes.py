@@ -134,6 +134,7 @@ def test_status_logs_and_cancel_are_nemo_runs_and_cancelled_ranks_have_time_to_s
     assert not list((cluster.folder / "state").glob("rest-8b-*.json")), "the TrainJob is deleted"
 
 
+@pytest.mark.extended
 def test_a_failed_rank_is_a_failed_command_whose_log_can_be_read_later(cluster: Cluster) -> None:
     done = cluster.submit("trainer.steps=1", "trainer.seed=13")
     assert done.returncode == 1, done.stdout + done.stderr

@@ -55,7 +55,7 @@ def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [p for p in living if "megatron_rest.rollout.worker" in p.cmdline()]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_an_engine_of_another_node_lives_dies_and_comes_back(
     process: tuple[subprocess.Popen[bytes], Path], host: EngineHost, tmp_path: Path
 ) -> None:

@@ -337,6 +337,7 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
     assert len(np.unique(weights)) > 10, "not uniform"
 
 
+@pytest.mark.extended
 def test_credit_of_ones_own_by_name(base, warm):
     """One rank: a class of one's own gives the weights, with RLOO and GSPO around it; the record says so."""
     run_dir = base / "own-credit"
@@ -380,6 +381,7 @@ def test_advantages_by_token_come_from_the_scoring_pass(base, warm):
             np.testing.assert_allclose(baselines, baselines[0], atol=1e-5, err_msg="one baseline a place")
 
 
+@pytest.mark.extended
 def test_published_weights_leave_glue_out_and_the_policy_is_judged_on_prompts(base, warm):
     """One rank with ``weighting.source=reference_code``; then its export answers two sets of prompts, once."""
     run_dir = base / "published"
@@ -547,10 +549,8 @@ def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
     assert all(0 <= step["tis_clipped/all"] < 1 for step in steps) and steps[0]["tis_clipped/all"] == 0
 
 
-@pytest.mark.parametrize(
-    "ending", ["success", *(pytest.param(x, marks=pytest.mark.extended) for x in ("ctrl-c", "killed rank"))]
-)
-@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["success", "ctrl-c", "killed rank"])
+@pytest.mark.extended
 def test_nothing_is_left_behind(ending, base):
     """However a run with an engine process ends: no process of it, no shared memory."""
     run_dir = base / f"left-{ending.replace(' ', '-')}"

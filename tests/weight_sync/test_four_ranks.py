@@ -89,7 +89,7 @@ def _push_with_broken_engine(sync: WeightSync, engine: Any, rank: int) -> str:
     return "no error"
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_four_engines_follow_one_sharded_policy(tmp_path: Path) -> None:
     start = build_tiny_model(tmp_path / "start", layers=4, with_tokenizer=False)
     target = build_tiny_model(tmp_path / "target", layers=4, with_tokenizer=False)
