@@ -41,9 +41,12 @@ LEARNING_METRICS: tuple[tuple[str, str, int], ...] = (
 
 
 def own_rewards(runs: Sequence[RunMetrics]) -> list[tuple[str, str, int]]:
-    """Further numbers of rewards that runs have: terms, and what rewards of one's own say."""
+    """Further numbers of rewards that runs have: terms, what rewards of one's own say, answers without a judgement."""
     known = {name for name, _, _ in LEARNING_METRICS}
-    names = {name for run in runs for row in run.rows for name in row["metrics"] if name.startswith("reward/")}
+    rows = [row["metrics"] for run in runs for row in run.rows]
+    names = {name for values in rows for name in values if name.startswith("reward/")}
+    if not any(values.get("reward/not_judged") for values in rows):  # the rule: nothing to tell, or to draw
+        names.discard("reward/not_judged")
     return [(name, name.replace("reward/", "reward, "), 3) for name in sorted(names - known)]
 
 

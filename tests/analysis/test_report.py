@@ -13,7 +13,8 @@ import pytest
 
 from megatron_rest.analysis import compare, report
 from megatron_rest.analysis.plots import PLOTS, moving_mean, plot_runs
-from megatron_rest.analysis.series import MetricsFileError, Window, load_runs
+from megatron_rest.analysis.series import MetricsFileError, RunMetrics, Window, load_runs
+from megatron_rest.analysis.summary import own_rewards
 from megatron_rest.trainer.metrics import MetricsWriter
 from tests.analysis.runs import draw_only, make_report, make_run
 
@@ -49,6 +50,13 @@ def test_report_draws_every_plot_and_prints_the_summary(tmp_path: Path, capsys: 
         picture(path)
         assert str(path) in output
     assert "reward, total" in output and "rollout" in output
+
+
+def test_unjudged_answers_are_a_number_only_where_there_were_some(tmp_path: Path) -> None:
+    for share in (0.0, 0.25):
+        rows = [{"step": 1, "metrics": {"reward/not_judged": share, "reward/short": 0.0}}]
+        names = [name for name, _, _ in own_rewards([RunMetrics("run", tmp_path, rows)])]
+        assert names == (["reward/not_judged", "reward/short"] if share else ["reward/short"])
 
 
 def test_several_runs_share_a_plot_in_their_own_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
