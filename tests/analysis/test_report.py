@@ -55,7 +55,7 @@ def test_report_draws_every_plot_and_prints_the_summary(tmp_path: Path, capsys: 
 def test_unjudged_answers_are_a_number_only_where_there_were_some(tmp_path: Path) -> None:
     for share in (0.0, 0.25):
         rows = [{"step": 1, "metrics": {"reward/not_judged": share, "reward/short": 0.0}}]
-        names = [name for name, _, _ in own_rewards([RunMetrics("run", tmp_path, rows)])]
+        names = [name for name, _, _ in own_rewards([RunMetrics(label="run", run_dir=tmp_path, rows=rows)])]
         assert names == (["reward/not_judged", "reward/short"] if share else ["reward/short"])
 
 
