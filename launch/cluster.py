@@ -30,7 +30,7 @@ from launch.recipe import (
     stop,
 )
 from launch.script import command_script, host_script, rank_script
-from launch.secrets import refuse_secrets
+from launch.secrecy import refuse_secrets
 from launch.shipping import digests, user_packages
 from launch.stages import HELP, Stages
 from launch.trainjob import launch_on_kubernetes

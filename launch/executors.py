@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from launch.compat import ensure_nemo_run_importable
 from launch.recipe import stop
-from launch.secrets import looks_secret, refuse_secrets
+from launch.secrecy import looks_secret, refuse_secrets
 from launch.shipping import CodePackager
 
 ensure_nemo_run_importable()

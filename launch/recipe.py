@@ -5,6 +5,7 @@ command line adds (``config=FILE.yaml``, ``section.key=value``) is laid over it,
 starts, written to ``<run_dir>/run.yaml``, and handed to the stages by that path alone: no number travels in arguments.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from megatron_rest import run_folder
-from megatron_rest.config import ConfigError, RestConfig, load, to_dict, validate
+from megatron_rest.config import ConfigError, ParallelConfig, RestConfig, load, to_dict, validate
 from megatron_rest.help_topics import Topic, see
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.plan import make_plan
@@ -33,6 +34,7 @@ __all__ = [
     "require_absolute_paths",
     "resolve",
     "stop",
+    "warm_start_of",
     "write_atomically",
 ]
 
@@ -105,6 +107,24 @@ def _baseline(name: str) -> list[str]:
     if name not in known:
         stop(f"baseline={name} is unknown: known are {', '.join(filter(None, known))}")
     return known[name]
+
+
+def warm_start_of(config: RestConfig, default: RestConfig, base: Path) -> RestConfig:
+    """Supervised training from ``base/model`` into ``base/warm-start``, on data-parallel ranks.
+
+    Of the run's configuration it takes only what shapes it, the rest is the recipe's own ``default``: another learning
+    rate or baseline of the RL run does not train it again.
+    """
+    own = config.trainer
+    return dataclasses.replace(
+        default,
+        model=dataclasses.replace(config.model, path=str(base / "model")),
+        parallel=ParallelConfig(),
+        warm_start=config.warm_start,
+        trainer=dataclasses.replace(
+            default.trainer, run_dir=str(base / "warm-start"), seed=own.seed, threads=own.threads
+        ),
+    )
 
 
 def plan_text(config: RestConfig, hardware: str, *, world_size: int) -> str:

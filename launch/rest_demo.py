@@ -6,13 +6,12 @@ Stages: tokenizer, prompts, model, warm-start (kept in ``base`` and reused), the
 for) and report.
 """
 
-import dataclasses
 from pathlib import Path
 
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
-from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, write_atomically
+from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, warm_start_of, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -24,6 +23,7 @@ from megatron_rest.config import (
     TrainerConfig,
     WarmStartConfig,
     WeightSyncConfig,
+    load,
 )
 
 ensure_nemo_run_importable()
@@ -80,24 +80,9 @@ def recipe(base: Path, run_dir: Path) -> RestConfig:
 
 
 def warm_start_config(config: RestConfig, base: Path) -> RestConfig:
-    """The supervised stage starts from random weights and leaves ``hf`` in its own folder.
-
-    Only what shapes the warm start is kept from the run's configuration, so that another learning rate or baseline of
-    the RL run does not train it again.
-    """
-    default = recipe(base, base)
-    return dataclasses.replace(
-        default,
-        model=dataclasses.replace(config.model, path=str(base / "model")),
-        parallel=ParallelConfig(),
-        warm_start=config.warm_start,
-        trainer=dataclasses.replace(
-            default.trainer,
-            run_dir=str(base / "warm-start"),
-            seed=config.trainer.seed,
-            max_tokens_per_microbatch=2048,
-        ),
-    )
+    """The supervised stage, from random weights."""
+    own = ["trainer.max_tokens_per_microbatch=2048"]
+    return load(None, own, base=warm_start_of(config, recipe(base, base), base))
 
 
 def plan(base: Path, config: RestConfig, *, evaluate: bool = False) -> list[Stage]:

@@ -5,8 +5,9 @@
 Real Megatron-Core and real vLLM, one rank; *toy* is a model of two million random parameters, *smollm2* a pretrained
 one of 135 million.  Every run has the same prompts in the same order, the same number of rollouts and updates, and
 differs from its neighbours by algorithm or seed alone.  What is finished is not done again, and an interrupted run goes
-on from its checkpoint; so the same command continues.  A run of smollm2 is judged as soon as it ends, and what the
-tables need of it (no weights) goes into a folder that the repository keeps: it continues on another machine, too.
+on from its checkpoint; so the same command continues.  A run of smollm2 is judged as soon as it ends, on held-out
+prompts and on API-Bank and BFCL, and what the tables need of it (no weights) goes into a folder that the repository
+keeps: it continues on another machine, too.  Of one seed the variance of the gradient is measured as well.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from megatron_rest.config import (
     WeightSyncConfig,
     load,
 )
-from megatron_rest.run_folder import is_finished
+from megatron_rest.run_folder import is_finished, other_settings
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
@@ -170,6 +171,8 @@ class Setup:
     answers: int  # to each prompt of the evaluation
     kept: Path | None = None  # where the small files of finished runs go; None: they stay in their run folders
     rates: tuple[float, ...] = ()  # learning rates, of which those who weigh tokens and those who do not get the best
+    benchmark_cases: int = 0  # of each category of API-Bank and BFCL; 0 = these are not asked
+    measured: tuple[str, ...] = ()  # runs whose gradient's variance is measured, at the start, the middle and the end
 
 
 def smollm2_recipe(folder: Path) -> RestConfig:
@@ -207,9 +210,13 @@ SETUPS = {
         answers=rest_smollm2.ANSWERS,
         kept=ROOT / "docs" / "results" / "smollm2",
         rates=(2e-5, 5e-5, 1e-4),
+        benchmark_cases=40,  # of SmolLM2's 3,501 that fit: 522 answers of at most 112 tokens
+        measured=tuple(f"{name}/seed-1" for name in PRIMARY),
     ),
 }
-TUNED = ("grpo", "paper")  # without and with weights
+MEASURED_ROLLOUTS = 40  # of a step: a backward pass of the whole model for each and each of its regions
+BASELINE = "grpo"
+TUNED = (BASELINE, "paper")  # without and with weights
 TUNING_SEED = 101  # not used again
 TUNING_WINDOW = 6  # last steps, whose mean reward chooses
 
@@ -260,7 +267,16 @@ def _has_own_rate() -> bool:
 
 def _configuration(folder: Path, name: str, setup: Setup, seed: int, overrides: tuple[str, ...]) -> RestConfig:
     own = [f"trainer.run_dir={folder / name}", f"trainer.seed={seed}", *overrides]
-    return load(None, own, base=resolve(setup.recipe(folder), world_size=1))
+    config = load(None, own, base=resolve(setup.recipe(folder), world_size=1))
+    if name not in setup.measured:
+        return config
+    middle = _middle(config)
+    kept = [f"trainer.save_rollouts_every={middle}", f"checkpoint.save_every={middle}", "checkpoint.keep_last=3"]
+    return load(None, kept, base=config)
+
+
+def _middle(config: RestConfig) -> int:
+    return max(config.trainer.steps // 2, 1)
 
 
 def train_stage(name: str, config: RestConfig) -> Stage:
@@ -277,6 +293,34 @@ def evaluate_stage(folder: Path, setup: Setup, run_dirs: list[Path], name: str =
         module="megatron_rest.eval.prompt_sets",
         arguments=(*map(str, run_dirs), *settings, *setup.sets(folder / "base")),
     )
+
+
+def judging_stages(folder: Path, setup: Setup, run_dir: Path, label: str) -> list[Stage]:
+    """One policy on held-out prompts and on the benchmarks' cases, which are the same for every policy."""
+    stages = [evaluate_stage(folder, setup, [run_dir], f"evaluate-{label}")]
+    if setup.benchmark_cases:
+        settings = ("--config", str(folder / "experiment.yaml"), "--cases", str(setup.benchmark_cases))
+        arguments = (str(run_dir), *settings)
+        stages.append(Stage(name=f"benchmarks-{label}", module="megatron_rest.eval.benchmarks", arguments=arguments))
+    return stages
+
+
+def variance_stages(name: str, config: RestConfig) -> list[Stage]:
+    """The middle's weights as a folder, then the variance; of its start, which all algorithms share, the baseline's."""
+    run_dir, middle = Path(config.trainer.run_dir), _middle(config)
+    steps = sorted({*([1] if name.startswith(f"{BASELINE}/") else []), middle, config.trainer.steps})
+    checkpoint = f"checkpoint.load={run_dir / 'checkpoints' / f'step_{middle:06d}'}"
+    measured = ("--run", str(run_dir), "--max-sequences", str(MEASURED_ROLLOUTS), "--steps", *map(str, steps))
+    label = name.replace("/", "-")
+    return [
+        Stage(
+            name=f"middle-{label}",
+            module="megatron_rest.commands.export",
+            arguments=("--config", str(run_dir / "run.yaml"), checkpoint),
+            produces=run_dir / f"hf_step_{middle:06d}",
+        ),
+        Stage(name=f"variance-{label}", module="megatron_rest.analysis.variance", arguments=measured),
+    ]
 
 
 def keep_stage(setup: Setup, name: str, run_dir: Path) -> Stage:
@@ -300,9 +344,11 @@ def run_stages_of(folder: Path, setup: Setup, due: Mapping[str, RestConfig]) -> 
     for name, config in due.items():
         stages.append(train_stage(name, config))
         if setup.kept is not None:
-            run_dir = Path(config.trainer.run_dir)
+            run_dir, label = Path(config.trainer.run_dir), name.replace("/", "-")
             if not _is_tuning(name):
-                stages.append(evaluate_stage(folder, setup, [run_dir], f"evaluate-{name.replace('/', '-')}"))
+                stages += judging_stages(folder, setup, run_dir, label)
+            if name in setup.measured:
+                stages += variance_stages(name, config)
             stages.append(keep_stage(setup, name, run_dir))
     return stages
 
@@ -317,11 +363,15 @@ def is_done(name: str, config: RestConfig, setup: Setup) -> bool:
     try:
         kept = load(file, [f"trainer.run_dir={config.trainer.run_dir}", f"model.path={config.model.path}"])
         kept = dataclasses.replace(kept, data=dataclasses.replace(kept.data, train=config.data.train))
-        is_same = dataclasses.replace(kept, warm_start=config.warm_start) == config
-    except ConfigError:
-        is_same = False
-    if not is_same:
-        stop(f"{file.parent} holds a run with other settings: take the folder away, or say what it was made with")
+        other = other_settings(kept, config)
+        other += ["trainer.steps"] if kept.trainer.steps != config.trainer.steps else []
+    except ConfigError as error:
+        other = [str(error)]
+    if other:
+        stop(
+            f"{file.parent} holds a run with other settings ({', '.join(other)}): take the folder away, or say what it "
+            "was made with"
+        )
     return True
 
 
@@ -358,7 +408,7 @@ def rest_experiment(
     stages = setup.base_stages(root / "base") if "base" in wanted else []
     if "base" in wanted and setup.kept is not None:
         warm_start = root / "base" / "warm-start"
-        stages.append(evaluate_stage(root, setup, [warm_start], "evaluate-warm-start"))
+        stages += judging_stages(root, setup, warm_start, "warm-start")
         stages.append(keep_stage(setup, "base/warm-start", warm_start))
     stages += run_stages_of(root, setup, due)
     if "evaluate" in wanted and setup.kept is None:

@@ -8,24 +8,23 @@ third only judges, before RL and after it.  Stages: model, prompts, parts, warm-
 then before, train, after and report.
 """
 
-import dataclasses
 from pathlib import Path
 
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
-from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, write_atomically
+from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, warm_start_of, write_atomically
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     RestConfig,
     RewardConfig,
     RolloutConfig,
     TrainerConfig,
     WarmStartConfig,
+    load,
 )
 
 ensure_nemo_run_importable()
@@ -71,23 +70,10 @@ def recipe(base: Path, run_dir: Path) -> RestConfig:
 
 
 def warm_start_config(config: RestConfig, base: Path) -> RestConfig:
-    """From the imported weights, on answers and prompts longer than RL's as well: there are few.
-
-    Only what shapes the warm start is kept from the run's configuration, so that another learning rate or baseline of
-    the RL run does not train it again.
-    """
-    default = recipe(base, base)
-    return dataclasses.replace(
-        default,
-        model=dataclasses.replace(config.model, path=str(base / "model"), max_sequence_length=704),
-        parallel=ParallelConfig(),
-        data=dataclasses.replace(default.data, train=str(base / "parts" / "warm"), max_prompt_tokens=512),
-        rollout=dataclasses.replace(default.rollout, max_response_tokens=192),
-        warm_start=config.warm_start,
-        trainer=dataclasses.replace(
-            default.trainer, run_dir=str(base / "warm-start"), seed=config.trainer.seed, threads=config.trainer.threads
-        ),
-    )
+    """From the imported weights, on answers and prompts longer than RL's as well: there are few."""
+    own = [f"data.train={base / 'parts' / 'warm'}", "data.max_prompt_tokens=512", "rollout.max_response_tokens=192"]
+    own.append("model.max_sequence_length=704")
+    return load(None, own, base=warm_start_of(config, recipe(base, base), base))
 
 
 def base_stages(base: Path, gguf: Path) -> list[Stage]:

@@ -28,7 +28,7 @@ from launch.recipe import (
     stop,
 )
 from launch.script import node_script
-from launch.secrets import looks_secret, refuse_secrets
+from launch.secrecy import looks_secret, refuse_secrets
 from launch.shipping import as_script, digests, user_packages
 from launch.stages import Stages
 from megatron_rest.code_version import code_version

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["BUILT_IN", "OWN", "STATISTICS", "CreditTraits", "Normalisation", "Scope", "traits_of"]
+__all__ = [
+    "BUILT_IN",
+    "OWN",
+    "READS_TOKEN_REWARDS",
+    "STATISTICS",
+    "CreditTraits",
+    "Normalisation",
+    "Scope",
+    "traits_of",
+]
 
 STATISTICS = ("log_probs", "entropy", "sum_p2", "beta", "ref_log_probs", "marks", "token_rewards")
 """What a rule may need of every token: log-prob (nats), entropy (nats), sum p^2, squared score norm of the output
@@ -108,6 +117,9 @@ BUILT_IN: dict[str, tuple[str, CreditTraits]] = {
 }
 """``weighting.source`` -> where its factory is in :mod:`megatron_rest.weighting` (nothing: ResT's own), and what it
 declares."""
+
+READS_TOKEN_REWARDS = frozenset({"process", "matchtir", "reward_to_go", "otb", "otb_turns"})
+"""Rules that look at what single turns, calls or tokens earned; others of :data:`BUILT_IN` know an answer's total."""
 
 OWN = CreditTraits(needs=frozenset(STATISTICS) - {"ref_log_probs"}, scope=Scope.STEP, moves_zero=True)
 """What a plan takes for a rule of the user's own, which it does not import: the most that one can ask for."""

@@ -36,6 +36,7 @@ __all__ = [
     "hold",
     "is_finished",
     "job_name",
+    "other_settings",
     "owner_of",
     "wait_for_owner",
 ]
@@ -149,7 +150,7 @@ def claim(config: RestConfig) -> Path:
             before = load(path)
         except ConfigError:
             before = None
-        changed = [] if before is None else [*_differences(before, config), *_other_code(path, config)]
+        changed = [] if before is None else [*other_settings(before, config), *_other_code(path, config)]
         if before is None or changed:
             what = f"differs in {', '.join(changed)}" if changed else "cannot be read"
             raise ConfigError(
@@ -234,7 +235,8 @@ _SAME_RUN = {
 """Sections and fields that may change without making it another run."""
 
 
-def _differences(old: RestConfig, new: RestConfig) -> list[str]:
+def other_settings(old: RestConfig, new: RestConfig) -> list[str]:
+    """Names of the settings in which ``new`` is another run than ``old``."""
     before, after = to_dict(old), to_dict(new)
     return [
         f"{section}.{key}"

@@ -2,10 +2,11 @@
 
     for step in measure_run("runs/demo-rest"): print(step["variance"])
 
-Two steps of a run can be measured without its checkpoints, because their weights are Hugging Face folders: the first
-(sampled with ``model.path``: exactly on-policy) and the last (``RUN_DIR/hf`` is what the last step left, so its
-rollouts are one step old; how far that moved the log-probs is reported).  Everything is computed on one process in
-float32 by transformers, an implementation that shares no code with the trainer.
+Measured are the steps whose rollouts were saved and whose weights are a Hugging Face folder: the first (sampled with
+``model.path``: exactly on-policy), the last (``RUN_DIR/hf`` is what the last step left, so its rollouts are one step
+old; how far that moved the log-probs is reported), and any between whose checkpoint was exported
+(``RUN_DIR/hf_step_000012``: ``python -m megatron_rest.commands.export``; one step old, too).  Everything is computed
+on one process in float32 by transformers, an implementation that shares no code with the trainer.
 
 Cost: for each block of parameters one forward pass a sequence and one backward pass a region.  A model whose gradients
 would take more than some blocks is passed once and its gradients kept as sketches
@@ -69,8 +70,8 @@ class RunGradients:
     sketch: int  # columns of the sketches that the gram was made of; 0: of whole gradients
 
 
-def measure_run(run_dir: str | Path, *, max_sequences: int = 64) -> list[dict[str, Any]]:
-    """Variance, entropies and score norms of the first and the last saved step, ready for JSON.
+def measure_run(run_dir: str | Path, *, max_sequences: int = 64, steps: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """Variance, entropies and score norms of ``steps`` (none: of all that can be measured), ready for JSON.
 
     Raises:
         NoRolloutsError: no configuration, no rollouts, or no weights that go with them.
@@ -79,11 +80,20 @@ def measure_run(run_dir: str | Path, *, max_sequences: int = 64) -> list[dict[st
     if not (run_dir / "config.yaml").is_file():
         raise NoRolloutsError(f"{run_dir} has no config.yaml: name the folder of a finished run")
     config = load(run_dir / "config.yaml")
-    folders = {config.trainer.steps: run_dir / "hf", 1: Path(config.model.path)}
-    saved = [(path, folders[step]) for step, path in rollout_files(run_dir) if step in folders]
-    found = [(path, folder) for path, folder in saved if (folder / "config.json").is_file()]
-    if not found:
-        missing = f"no model in {saved[0][1]}" if saved else "no rollouts of the first or the last step"
+    folders = {int(path.name.removeprefix("hf_step_")): path for path in run_dir.glob("hf_step_*")}
+    folders |= {config.trainer.steps: run_dir / "hf", 1: Path(config.model.path)}
+    saved = {step: (path, folders[step]) for step, path in rollout_files(run_dir) if step in folders}
+    for step in steps:
+        if step not in saved:
+            raise NoRolloutsError(
+                f"{run_dir} cannot be measured at step {step}: it needs rollouts (trainer.save_rollouts_every) and "
+                f"weights (hf_step_{step:06d}: python -m megatron_rest.commands.export)"
+            )
+    chosen = [saved[step] for step in steps or sorted(saved)]
+    found = [(path, folder) for path, folder in chosen if (folder / "config.json").is_file()]
+    if not found or (steps and len(found) < len(chosen)):
+        empty = [folder for path, folder in chosen if (path, folder) not in found]
+        missing = f"no model in {empty[0]}" if empty else "no rollouts of the first or the last step"
         raise NoRolloutsError(f"{run_dir} cannot be measured: {missing}")
     return [
         _measure_step(config, read_rollouts(path), folder, run_dir=run_dir, max_sequences=max_sequences)

@@ -2,8 +2,9 @@
 
 python -m megatron_rest.eval.experiment runs/experiment
 
-Reads ``ALGORITHM/seed-N/{config.yaml, metrics.jsonl, prompt_sets.json}`` of every finished run and
-``base/warm-start/prompt_sets.json``; writes ``results.md``, ``results.json`` and ``plots/*.png`` into the same folder.
+Reads ``ALGORITHM/seed-N/{config.yaml, metrics.jsonl, prompt_sets.json}`` of every finished run, its ``benchmarks.json``
+and ``variance.json`` where there are any, and the same of ``base/warm-start``; writes ``results.md``, ``results.json``
+and ``plots/*.png`` into the same folder.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from megatron_rest.analysis.series import MetricsFileError
 from megatron_rest.analysis.statistics import Interval, seed_interval
+from megatron_rest.eval.benchmark_scores import benchmark_lines, benchmark_outcomes
 from megatron_rest.eval.experiment_plots import plot_experiment
 from megatron_rest.eval.outcomes import (
     BASELINE,
@@ -26,6 +28,7 @@ from megatron_rest.eval.outcomes import (
     TITLES,
     Experiment,
     Outcome,
+    measured_variances,
     outcomes,
     pass_steps,
     read_experiment,
@@ -33,7 +36,7 @@ from megatron_rest.eval.outcomes import (
 from megatron_rest.eval.scoring import write_json, write_text
 from megatron_rest.eval.verdicts import verdict_lines, verdicts
 
-__all__ = ["main", "table_lines"]
+__all__ = ["main", "table_lines", "variance_lines"]
 
 
 def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]:
@@ -93,6 +96,39 @@ def _training_lines(experiment: Experiment) -> list[str]:
     return lines
 
 
+def variance_lines(experiment: Experiment) -> list[str]:
+    """Markdown: variance of the policy gradient as ratio to uniform weights, and where it lies, by run and step."""
+    measured = measured_variances(experiment)
+    if not measured:
+        return []
+    names = [str(row["name"]) for row in measured[0].step["variance"]][1:]  # the first is uniform weights
+    lines = [
+        "### Variance of the policy gradient",
+        "",
+        "Ratio to uniform weights on the same rollouts, with one standard error (prompts as units).",
+        "",
+        f"| run | step | rollouts | {' | '.join(names)} |",
+        f"|---|---|---|{'---|' * len(names)}",
+    ]
+    for one in measured:
+        rows = {row["name"]: row for row in one.step["variance"]}
+        cells = [f"{rows[n]['ratio']:.2f} +- {rows[n]['ratio_standard_error']:.2f}" if n in rows else "" for n in names]
+        lines.append(f"| {one.title} | {one.step['step']} | {one.step['num_sequences']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| run | step | region | entropy (nats) | of squared gradients | of tokens |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in measured:
+        for region, shares in one.step.get("gradient", {}).items():
+            entropy = one.step["entropy"]["regions"][region]["entropy"]
+            lines.append(
+                f"| {one.title} | {one.step['step']} | {region} | {entropy:.3f} | {shares['of_squares']:.1%} "
+                f"| {shares['of_tokens']:.1%} |"
+            )
+    return [*lines, ""]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0, or 2 with one line that says what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,13 +136,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         experiment = read_experiment(args.folder)
+        benchmarks = benchmark_outcomes(experiment)
     except (ValueError, OSError, MetricsFileError) as error:
         print(f"megatron_rest.eval.experiment: {error}", file=sys.stderr)
         return 2
     results = outcomes(experiment)
     found = verdicts(experiment)
-    lines = [*verdict_lines(found), *table_lines(experiment, results)]
-    report = {"verdicts": [asdict(v) for v in found], "outcomes": [asdict(r) for r in results]}
+    lines = [*verdict_lines(found), *table_lines(experiment, results), ""]
+    lines += [*benchmark_lines(benchmarks), *variance_lines(experiment)]
+    report = {
+        "verdicts": [asdict(v) for v in found],
+        "outcomes": [asdict(r) for r in results],
+        "benchmarks": [asdict(b) for b in benchmarks],
+    }
     write_json(args.folder / "results.json", {"seeds": experiment.seeds, **report})
     write_text(args.folder / "results.md", "\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -2,9 +2,10 @@
 
     python -m megatron_rest.eval.keep RUN_DIR FOLDER [--unjudged]
 
-Copies ``config.yaml`` (or a warm start's ``run.yaml``), ``metrics.jsonl`` and the scores of ``prompt_sets.json`` by
-prompt, without prompts and answers; ``kept.json`` says which weights they belong to and has the digest of each file.
-``megatron_rest.eval.experiment`` reads such folders like those of runs.
+Copies ``config.yaml`` (or a warm start's ``run.yaml``), ``metrics.jsonl``, the scores of ``prompt_sets.json`` by prompt
+without prompts and answers, and, where they were measured, ``benchmarks.json`` and ``variance.json``; ``kept.json``
+says which weights they belong to and has the digest of each file. ``megatron_rest.eval.experiment`` reads such folders
+like those of runs.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_rest.analysis.evidence import EVIDENCE_FILE
+from megatron_rest.eval.benchmark_scores import BENCHMARKS_FILE
 from megatron_rest.eval.scoring import write_json
 
 __all__ = ["keep", "main"]
 
 _SCORES = "prompt_sets.json"
-_FILES = (("config.yaml", "run.yaml"), ("metrics.jsonl",))
+_FILES = (("config.yaml", "run.yaml"), ("metrics.jsonl",), (BENCHMARKS_FILE,), (EVIDENCE_FILE,))
 _TEXTS = ("prompt", "answer", "first_answer_regions")
 
 
@@ -43,7 +46,7 @@ def keep(run_dir: Path, folder: Path, *, is_judged: bool = True) -> list[Path]:
         partial.mkdir()
         for names in _FILES:
             found = next((run_dir / n for n in names if (run_dir / n).is_file()), None)
-            if found is not None:  # a warm start has no metrics.jsonl
+            if found is not None:  # a warm start has no metrics.jsonl, and not every run is asked and measured
                 shutil.copyfile(found, partial / names[0])
         of_weights = {}
         if scores is not None:

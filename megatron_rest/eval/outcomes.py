@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_rest.analysis.evidence import read_evidence
 from megatron_rest.analysis.groups import paired_differences, prompt_scores
 from megatron_rest.analysis.series import RunMetrics, load_runs
 from megatron_rest.analysis.statistics import Interval
@@ -27,7 +28,9 @@ __all__ = [
     "SETS",
     "TITLES",
     "Experiment",
+    "MeasuredVariance",
     "Outcome",
+    "measured_variances",
     "outcomes",
     "pass_steps",
     "read_experiment",
@@ -181,6 +184,24 @@ def outcomes(experiment: Experiment) -> list[Outcome]:
                     )
                 )
     return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredVariance:
+    """The variance of the policy gradient at one step of one run."""
+
+    title: str  # algorithm and seed
+    step: Mapping[str, Any]  # as in ``variance.json``
+
+
+def measured_variances(experiment: Experiment) -> list[MeasuredVariance]:
+    """Of all runs beside which ``variance.json`` lies, by algorithm, seed and step."""
+    return [
+        MeasuredVariance(title=f"{TITLES[name]}, seed {policy.seed}", step=step)
+        for name, policies in experiment.policies.items()
+        for policy in policies
+        for step in read_evidence(policy.run.run_dir)
+    ]
 
 
 def pass_steps(experiment: Experiment) -> int:

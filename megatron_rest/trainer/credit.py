@@ -7,6 +7,8 @@ which adds zeros to the one value of each token, so nothing is rounded and no la
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rest.config import ConfigError, LossAggregation, RestConfig
-from megatron_rest.credit_traits import Normalisation, Scope
+from megatron_rest.credit_traits import BUILT_IN, READS_TOKEN_REWARDS, Normalisation, Scope
 from megatron_rest.mcore.policy import Scores
 from megatron_rest.trainer.exchange import all_token_values, token_places
 from megatron_rest.types import MicroBatch, TrainBatch, TrainSample
@@ -24,9 +26,15 @@ from megatron_rest.weighting import Credit, CreditRows, CreditRule
 
 __all__ = ["check_rule", "give_credit"]
 
+_log = logging.getLogger(__name__)
+
 
 def check_rule(rule: CreditRule, config: RestConfig) -> None:
-    """What only the rule itself can tell, against the rest of the configuration.  Raises ConfigError."""
+    """What only the rule itself can tell, against the rest of the configuration.  Raises ConfigError.
+
+    Warns where the reward speaks of turns and the rule looks at totals; of a reward of the user's own that shows with
+    the first answers, in :func:`give_credit`.
+    """
     traits, source = rule.traits, config.weighting.source
     if "ref_log_probs" in traits.needs and not config.loss.kl_coef:
         raise ConfigError(
@@ -40,6 +48,8 @@ def check_rule(rule: CreditRule, config: RestConfig) -> None:
             f"{' and '.join(term.function for term in terms)} says nothing of them: name a reward that does in "
             "reward.function or reward.terms (megatron_rest.rewards.matched_turns:matched_turns is one)"
         )
+    if any(term.function == "matched_turns" for term in terms):
+        _warn_if_unread(str(source))
     if traits.moves_zero and config.data.resample_zero_groups:
         raise ConfigError(
             "data.resample_zero_groups draws again where equal rewards teach nothing, and with weighting.source="
@@ -51,6 +61,17 @@ def check_rule(rule: CreditRule, config: RestConfig) -> None:
             f"weighting.source={source}: the sum of its weights is not known before the first forward pass, and "
             "loss.aggregation=token_mean divides by it: set loss.aggregation=sequence_mean"
         )
+
+
+@functools.cache
+def _warn_if_unread(source: str) -> None:
+    """Once a process.  Rules of the user's own get such rewards and are taken to read them."""
+    if source in BUILT_IN and source not in READS_TOKEN_REWARDS:
+        _log.warning(
+            "the reward says what single turns, calls or tokens earned, and weighting.source=%s looks at an answer's "
+            "total only: choose a rule that reads them (weighting.source=%s), or a reward that gives one number",
+            source, ", ".join(sorted(READS_TOKEN_REWARDS)),
+        )  # fmt: skip
 
 
 def give_credit(
@@ -83,6 +104,8 @@ def give_credit(
     Raises:
         ValueError: the rule gave something else than one finite number a row (:meth:`Credit.check`).
     """
+    if any(sample.token_rewards is not None for sample in samples):
+        _warn_if_unread(name)
     needs = rule.traits.measured
     if rule.traits.scope is Scope.ROLLOUT:
         return [

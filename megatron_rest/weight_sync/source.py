@@ -33,7 +33,7 @@ from megatron_rest.model_map import ModelShape, ParameterSpec, hf_shapes, resolv
 from megatron_rest.weight_sync.digest import WORD_BYTES, digest, digest_tensor
 from megatron_rest.weight_sync.layouts import Shard
 
-__all__ = ["MegatronWeightSource", "TensorMeta", "Traffic"]
+__all__ = ["MegatronWeightSource", "TensorMeta"]
 
 _log = logging.getLogger(__name__)
 _DIGEST_BYTES = 2 * WORD_BYTES
@@ -51,14 +51,6 @@ class TensorMeta:
     @property
     def num_bytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Traffic:
-    """Bytes that all ranks of TP x PP together receive in one pass."""
-
-    moved: int  # by the collectives
-    needed: int  # what a rank's engine takes and the rank does not hold itself, summed over ranks with an engine each
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,26 +144,6 @@ class MegatronWeightSource:
             for piece in bucket.pieces
             for name, full in zip(piece.spec.hf_names, hf_shapes(piece.spec, self.shape), strict=True)
         ]
-
-    def traffic(self) -> Traffic:
-        """Bytes of one pass, from the plan alone.
-
-        ``moved`` exceeds ``needed`` by digests, alignment, vocabulary padding and the copies of replicated parameters
-        that TP gathers in order to compare them; all are small beside the matrices.
-        """
-        tp, pp = self._tp_size, 1 if self._pp_group is None else self._pp_group.size()
-        ep = 1 if self._ep_group is None else self._ep_group.size()
-        moved = needed = 0
-        for bucket in self._buckets:
-            if bucket.owner.ep_rank is None:  # gather inside the owning stage, broadcast to the others
-                moved += bucket.num_bytes * (tp * (tp - 1) + (pp - 1) * tp * tp)
-            else:  # with EP beyond TP the owners lie in other replicas, too: their mean is counted
-                moved += bucket.num_bytes * (tp * (ep - 1) // ep + (pp - 1) * tp)
-        for piece in (piece for bucket in self._buckets for piece in bucket.pieces):
-            full = piece.dtype.itemsize * sum(torch.Size(s).numel() for s in hf_shapes(piece.spec, self.shape))
-            copies = tp // ep if piece.spec.expert is not None else 1 if piece.spec.shard_dim is not None else tp
-            needed += (tp * pp - copies) * full
-        return Traffic(moved=moved, needed=needed)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield ``(hf_name, tensor)`` on every rank; contiguous, on the shards' device, the receiver's to keep."""

@@ -26,6 +26,7 @@ def make_report(step: int, *, slope: float = 0.1, seed: int = 0) -> StepReport:
         "reward/format_valid": 1 - math.exp(-step / 10),
         "response/length": 90.0 + step,
         "response/truncated": 0.1,
+        "rollout/count": 64.0,
         "entropy/all": 1 / step,
         "mismatch/abs_log_prob_mean": 2e-6 * (1 + noise.random()),
         "mismatch/abs_log_prob_max": 3e-5 * (1 + noise.random()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.helpers.policies import random_samples
 from tests.helpers.tiny_model import VOCAB_SIZE, build_tiny_model
 
 TEMPERATURE = 0.8
+EXPORTED = "hf_step_000002"
 
 
 def rollouts_of(step: int, *, count: int = 8, with_beta: bool = False) -> SavedRollouts:
@@ -160,6 +162,17 @@ def test_command_writes_json_and_figures_and_the_report_shows_them(run_dir, caps
     lines, _ = write_report([run_dir], run_dir / "plots")
     for line in (*printed.splitlines()[:12],):
         assert line in lines
+
+
+def test_a_step_between_is_measured_with_its_exported_checkpoint(run_dir, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_dir, folder)
+    assert main(["--run", str(folder), "--max-sequences", "4", "--steps", "1", "2"]) == 2
+    assert f"weights ({EXPORTED}" in capsys.readouterr().err
+    shutil.copytree(folder / "hf", folder / EXPORTED)
+    assert [step["step"] for step in measure_run(folder, max_sequences=4)] == [1, 2, 3]
+    [found] = measure_run(folder, max_sequences=4, steps=[2])
+    assert (found["step"], found["model"]) == (2, EXPORTED)
 
 
 def test_what_cannot_be_measured_is_one_clear_line(run_dir, tmp_path, capsys):

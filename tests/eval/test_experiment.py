@@ -13,8 +13,11 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from megatron_rest.analysis.evidence import EVIDENCE_FILE
 from megatron_rest.config import RestConfig, RewardConfig, to_dict
-from megatron_rest.eval.experiment import main
+from megatron_rest.eval import experiment_plots
+from megatron_rest.eval.benchmark_scores import BENCHMARKS_FILE, benchmark_lines, benchmark_outcomes
+from megatron_rest.eval.experiment import main, variance_lines
 from megatron_rest.eval.outcomes import SETS, TITLES, outcomes, pass_steps, read_experiment
 from megatron_rest.eval.prompt_sets import RESULT_FILE, judge_group
 from megatron_rest.rewards import tool_call_reward
@@ -94,9 +97,87 @@ def test_report_is_written_and_drawn(folder, capsys):
     assert "| 6.900 | 5.700, 6.900, 8.100 | +2.400 (+1.903 to +2.897) | +2.400 (+2.400 to +2.400) |" in row
     stored = json.loads((folder / "results.json").read_text())
     assert stored["seeds"] == [1, 2, 3] and len(stored["outcomes"]) == 27
-    for name in ("training", "differences", "weights"):
+    for name in ("training", "entropy", "differences", "weights"):
         pixels = imread(folder / "plots" / f"{name}.png")[..., :3]
         assert 0.005 < (pixels < 0.9).any(axis=-1).mean() < 0.8, name
+
+
+def asked(folder: Path, level: str, relevance: str, *, cases: str = "a") -> None:
+    """Answers to benchmarks: a one for each right one."""
+    parts = {"level-1": ("api-bank", level), "irrelevance": ("bfcl", relevance), "multiple": ("bfcl", "")}
+    categories = {
+        name: {"benchmark": benchmark, "all": 9, "fitting": 4, "cases_sha256": cases, "correct": correct}
+        for name, (benchmark, correct) in parts.items()
+    }
+    (folder / BENCHMARKS_FILE).write_text(json.dumps({"categories": categories}))
+
+
+def test_benchmarks_by_hand(folder):
+    assert benchmark_outcomes(read_experiment(folder)) == []
+    asked(folder / "base" / "warm-start", "0001", "00")
+    for seed, right in ((1, "1001"), (2, "0001")):
+        asked(folder / "grpo" / f"seed-{seed}", right, "10")
+        asked(folder / "dr_grpo" / f"seed-{seed}", "1111", "10")
+    asked(folder / "entropy_ema" / "seed-3", "0000", "11")  # GRPO's third seed was not asked
+    outcomes = benchmark_outcomes(read_experiment(folder))
+    found = {(o.algorithm, o.category): o for o in outcomes}
+    assert {o.category for o in outcomes} == {"api-bank", "level-1", "bfcl", "irrelevance"}, "multiple: none fits"
+    assert found["start", "level-1"].accuracy == 0.25 and found["start", "level-1"].difference_over_seeds is None
+    assert found["grpo", "level-1"].accuracy == pytest.approx(0.375) and found["grpo", "level-1"].seeds == (1, 2)
+    better = found["dr_grpo", "api-bank"]
+    assert better.difference_over_seeds and better.difference_over_seeds.estimate == pytest.approx(0.625)
+    assert better.difference_over_cases and better.difference_over_cases.low > 0
+    assert (better.cases, better.fitting, better.all) == (4, 4, 9)
+    alone = found["entropy_ema", "irrelevance"]
+    assert alone.accuracy == 1.0 and alone.difference_over_seeds is None and alone.difference_over_cases is None
+    text = "\n".join(benchmark_lines(outcomes))
+    assert "### level-1: 4 cases asked of 4 that fit, 9 in all" in text and "| warm start | 0.250 |" in text
+    asked(folder / "grpo" / "seed-1", "1111", "11", cases="b")
+    assert main([str(folder)]) == 2
+
+
+def evidence(step: int) -> dict[str, object]:
+    """A step of variance.json: weights by 1/H have half of the variance; half of it lies in thoughts."""
+    row = {"variance": 1.0, "standard_error": 0.1, "signal": 0.0}
+    regions = {"format": 0.5, "think": 0.5}
+    return {
+        "step": step, "num_sequences": 40, "num_groups": 5, "num_tokens": 9, "num_parameters": 7, "model": "hf",
+        "mean_abs_log_ratio": 0.0, "sketch": 65_521,
+        "variance": [
+            {"name": "uniform", "ratio": 1.0, "ratio_standard_error": 0.0, **row},
+            {"name": "1/H, as trained", "ratio": 0.5, "ratio_standard_error": 0.05, **row},
+        ],
+        "gradient": {name: {"of_squares": share, "of_tokens": 1 - share} for name, share in regions.items()},
+        "entropy": {"regions": {name: {"entropy": 0.25, "tokens": 3, "score_norm": 0.1} for name in regions}},
+    }  # fmt: skip
+
+
+def test_variance_beside_runs_is_in_the_report(folder, capsys):
+    assert variance_lines(read_experiment(folder)) == []
+    (folder / "grpo" / "seed-1" / EVIDENCE_FILE).write_text(json.dumps({"steps": [evidence(1), evidence(4)]}))
+    (folder / "dr_grpo" / "seed-1" / EVIDENCE_FILE).write_text(json.dumps({"steps": [evidence(8)]}))
+    assert main([str(folder)]) == 0
+    text = (folder / "results.md").read_text()
+    assert "| run | step | rollouts | 1/H, as trained |" in text
+    assert "| GRPO, seed 1 | 4 | 40 | 0.50 +- 0.05 |" in text and "| Dr. GRPO, seed 1 | 8 | 40 |" in text
+    assert "| GRPO, seed 1 | 1 | think | 0.250 | 50.0% | 50.0% |" in text
+    assert 0.005 < (imread(folder / "plots" / "variance.png")[..., :3] < 0.9).any(axis=-1).mean() < 0.8
+
+
+def test_curves_are_by_tokens_with_bands_over_seeds(folder):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    assert isinstance(axis, Axes)
+    experiment = read_experiment(folder)
+    experiment_plots._curves(axis, experiment, "reward/static")
+    assert [line.get_label() for line in axis.lines] == [TITLES[name] for name in ALGORITHMS]
+    assert len(axis.collections) == len(ALGORITHMS), "a band each"
+    at, values = axis.lines[0].get_data()
+    lengths = [64 * (90 + step) for step in range(1, 9)]
+    assert at[-1] == pytest.approx(sum(lengths) / 1000) and at[0] == pytest.approx(sum(lengths[:2]) / 1000)
+    assert values[-1] == pytest.approx(0.75), "mean of the last two steps, in which every prompt is asked once"
 
 
 def test_only_finished_and_common_seeds_are_compared(folder):

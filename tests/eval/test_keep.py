@@ -37,6 +37,16 @@ def test_scores_stay_and_texts_and_weights_do_not(tmp_path: Path) -> None:
     assert sorted(p.name for p in kept.parent.iterdir()) == ["seed-1"], "nothing half-written is left"
 
 
+def test_what_was_measured_besides_is_kept(tmp_path: Path) -> None:
+    run_dir = judged(tmp_path / "run")
+    for name in ("benchmarks.json", "variance.json"):
+        (run_dir / name).write_text(f'{{"of": "{name}"}}')
+    keep(run_dir, tmp_path / "kept")
+    said = json.loads((tmp_path / "kept" / "kept.json").read_text())
+    for name in ("benchmarks.json", "variance.json"):
+        assert json.loads((tmp_path / "kept" / name).read_text()) == {"of": name} and name in said["files"]
+
+
 def test_a_run_that_was_not_judged_and_a_folder_that_is_there_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -290,8 +290,15 @@ def test_experiment_dry_run_lists_every_run_and_starts_nothing(done: dict[str, D
     assert list(done["a part"].parts)[:-1] == ["paper-seed-2", "report"]
     parts = done["pretrained"].parts
     names = ("paper-seed-1", "otb-seed-1", "otb-seed-2")
-    stages = [stage for name in names for stage in (name, f"evaluate-{name}", f"keep-{name}")]
-    assert list(parts)[6:-1] == ["evaluate-warm-start", "keep-base-warm-start", *stages, "report"]
+    stages = []
+    for name in names:
+        stages += [name, f"evaluate-{name}", f"benchmarks-{name}"]
+        stages += [f"middle-{name}", f"variance-{name}"] if name == "paper-seed-1" else []
+        stages.append(f"keep-{name}")
+    warm_start = ["evaluate-warm-start", "benchmarks-warm-start", "keep-base-warm-start"]
+    assert list(parts)[6:-1] == [*warm_start, *stages, "report"]
+    assert parts["middle-paper-seed-1"].rstrip().endswith("checkpoints/step_000012")
+    assert parts["variance-paper-seed-1"].rstrip().endswith("--steps 12 24"), "the start is GRPO's"
     assert parts["keep-otb-seed-2"].rstrip().endswith("docs/results/smollm2/otb/seed-2")
     assert done["no such part"].returncode == 2 and "known are base, evaluate" in done["no such part"].stderr
     assert not (folder / "runs").exists()
@@ -346,6 +353,31 @@ def test_learning_rates_are_those_that_earned_most_in_runs_of_their_own(tmp_path
     rates = {name: config.optimizer.lr for name, config in found.items()}
     assert {rates[f"{name}/seed-1"] for name in ("grpo", "dr_grpo")} == {best["grpo"]}
     assert {rate for name, rate in rates.items() if "grpo/" not in name} == {best["paper"]}
+
+
+def test_a_kept_run_is_not_made_again_whatever_its_checkpoints_and_refused_with_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launch.rest_experiment import SETUPS, configurations, is_done
+
+    setup = dataclasses.replace(SETUPS["smollm2"], kept=tmp_path / "kept")
+    name, config = next(iter(configurations(tmp_path, 1, setup).items()))
+    assert (config.checkpoint.save_every, config.trainer.save_rollouts_every) == (12, 12), "measured in the middle, too"
+    assert not is_done(name, config, setup)
+    for lr, every in ((config.optimizer.lr, 4), (1.0, 12)):
+        kept = dataclasses.replace(
+            config,
+            optimizer=dataclasses.replace(config.optimizer, lr=lr),
+            checkpoint=dataclasses.replace(config.checkpoint, save_every=every),
+        )
+        (tmp_path / "kept" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "kept" / name / "config.yaml").write_text(yaml.safe_dump(to_dict(kept)))
+        if lr == config.optimizer.lr:
+            assert is_done(name, config, setup)
+        else:
+            with pytest.raises(SystemExit):
+                is_done(name, config, setup)
+    assert "holds a run with other settings (optimizer.lr)" in capsys.readouterr().err
 
 
 def test_a_baseline_differs_in_the_weights_only(done: dict[str, Done]) -> None:
@@ -528,5 +560,6 @@ def test_a_recipe_fits_its_gpus_by_the_planner(recipe: str, done: dict[str, Done
 def test_launch_files_import_no_torch_and_postpone_no_annotations(path: Path) -> None:
     text = path.read_text()
     assert "import torch\n" not in text
+    assert path.stem not in sys.stdlib_module_names, "python launch/rest_8b.py puts this folder before Python's own"
     if path.name.startswith("rest_") or path.name in ("executors.py", "kubernetes.py"):
         assert "from __future__ import annotations" not in text  # NeMo-Run evaluates annotations

@@ -20,6 +20,7 @@ from megatron_rest.config import ConfigError, LossConfig, WeightingConfig, Weigh
 from megatron_rest.credit_traits import BUILT_IN
 from megatron_rest.mcore.policy import Scores
 from megatron_rest.passes import is_scored, keeps_zero_groups
+from megatron_rest.trainer import credit
 from megatron_rest.trainer.credit import check_rule, give_credit
 from megatron_rest.trainer.updates import split_updates
 from megatron_rest.types import MicroBatch, TrainBatch
@@ -223,6 +224,29 @@ def test_a_rule_that_cannot_work_here(rule, overrides, message):
     config = load(overrides=[f"weighting.source={source}", *overrides])
     with pytest.raises(ConfigError, match=message):
         check_rule(find_credit(config.weighting), config)
+
+
+def test_a_reward_of_turns_that_nobody_reads_is_said_once(caplog):
+    credit._warn_if_unread.cache_clear()
+    turns = ("reward.function=matched_turns",)
+    for source, overrides in [("constant", ()), ("matchtir", turns), ("otb", turns), (f"{__name__}:Positive", turns)]:
+        config = load(overrides=[f"weighting.source={source}", *overrides])
+        check_rule(find_credit(config.weighting), config)
+    assert not caplog.records, "nothing is said of turns, or the rule may read it"
+    config = load(overrides=["weighting.source=constant", *turns])
+    for _ in range(2):
+        check_rule(find_credit(config.weighting), config)
+    [record] = caplog.records
+    assert "weighting.source=constant looks at an answer's total only" in record.getMessage()
+    caplog.clear()
+    step = random_step(0)  # of a reward of one's own it shows in the samples
+    said = [replace(s, token_rewards=np.zeros(len(s.token_ids))) for s in step.samples]
+    batches = [TrainBatch(microbatches=(), totals=None)]  # type: ignore[arg-type]
+    for samples in ([replace(s, token_rewards=None) for s in step.samples], said, said):
+        arguments = {"samples": samples, "rewards": step.rewards, "progress": 0.0, "name": "uniform"}
+        give_credit(rule_of("uniform"), batches, [()], **arguments)
+    [record] = caplog.records
+    assert "weighting.source=uniform" in record.getMessage()
 
 
 def test_a_statistic_that_is_not_there_is_named():
