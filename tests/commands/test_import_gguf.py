@@ -335,7 +335,7 @@ def test_a_length_that_lies_ends_at_once(tmp_path: Path, llama: Any) -> None:
 @pytest.mark.extended
 def test_the_demos_model(tmp_path: Path) -> None:
     """Values as transformers' own loader reads them, logits as it computes them in float32."""
-    from launch.rest_smollm2 import GGUF
+    from launch.rest_demo import GGUF
 
     if not GGUF.is_file():
         pytest.skip(f"{GGUF} is not there: make .cache/smollm2 fetches it")

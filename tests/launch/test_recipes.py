@@ -36,9 +36,9 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "rest_30b_a3b": (["rest_30b_a3b", "--dryrun"], {}),
     "qwen": (["rest_70b", "--dryrun", "family=qwen"], {}),
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
-    "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3", "evaluate=true"], {}),
-    "smollm2": (["rest_smollm2", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
-    "no model file": (["rest_smollm2", "--yes", "gguf=nowhere.gguf"], {}),
+    "toy": (["rest_toy", "--dryrun", "baseline=grpo", "trainer.steps=3", "evaluate=true"], {}),
+    "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "no model file": (["rest_demo", "--yes", "gguf=nowhere.gguf"], {}),
     "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
     "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
     "pretrained": (
@@ -228,8 +228,8 @@ def test_the_recipes_keep_the_papers_numbers(recipe: str, done: dict[str, Done])
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.kl_coef) == (0.2, 0.2, 0.0)
 
 
-def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done], folder: Path) -> None:
-    run = done["demo"]
+def test_toy_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done], folder: Path) -> None:
+    run = done["toy"]
     assert run.returncode == 0, run.stderr
     assert list(run.parts)[:-1] == [
         "tokenizer",
@@ -243,12 +243,12 @@ def test_demo_dry_run_lists_every_stage_and_starts_nothing(done: dict[str, Done]
         "plan",
     ]
     assert run.config.weighting.source == "uniform"
-    assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/demo-grpo"))
+    assert (run.config.trainer.steps, run.config.trainer.run_dir) == (3, str(folder / "runs/toy-grpo"))
     assert not (folder / "runs").exists()
 
 
-def test_the_pretrained_demo_divides_its_rows_and_judges_before_and_after(done: dict[str, Done], folder: Path) -> None:
-    run = done["smollm2"]
+def test_the_demo_divides_its_rows_and_judges_before_and_after(done: dict[str, Done], folder: Path) -> None:
+    run = done["demo"]
     assert run.returncode == 0, run.stderr
     assert list(run.parts)[:-1] == [
         "model",
@@ -265,7 +265,7 @@ def test_the_pretrained_demo_divides_its_rows_and_judges_before_and_after(done: 
     ]
     splits = {run.parts[name].split(" --parts ")[1] for name in ("parts-sft", "parts-test")}
     assert len(splits) == 1 and "--by tools" in splits.pop(), "what is divided alike shares no set of tools"
-    base = folder / "runs/smollm2-base"
+    base = folder / "runs/demo-base"
     config = run.config
     assert config.data.train == str(base / "parts/rl")
     assert config.warm_start.answers == str(base / "parts/warm")

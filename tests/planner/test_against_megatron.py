@@ -24,7 +24,7 @@ from tests.helpers.tiny_model import build_tiny_model
 TOLERANCE = 0.15
 WORLD_SIZE = 4
 SEQUENCES, LENGTH = 16, 176  # the demo's mean; four to a microbatch
-DEMO = "parallel.tensor_parallel=2 parallel.pipeline_parallel=2"  # the layout of launch/rest_demo.py
+DEMO = "parallel.tensor_parallel=2 parallel.pipeline_parallel=2"  # the layout of launch/rest_toy.py
 LAYOUTS = {
     "demo": DEMO,
     "sequence parallel": f"{DEMO} parallel.sequence_parallel=true",
