@@ -517,7 +517,7 @@ def test_the_evaluation_that_a_recipe_starts_is_one_that_the_command_takes(done:
     from megatron_rest.eval.__main__ import _parser
     from megatron_rest.eval.selection import find_categories
 
-    texts = (done["whole"].parts["evaluate/scripts/evaluate.sh"], done["demo"].parts["evaluate"])
+    texts = (done["whole"].parts["evaluate/scripts/evaluate.sh"], done["toy"].parts["evaluate"])
     for text in texts:
         _, _, words = text.strip().splitlines()[-1].partition("megatron_rest.cli eval ")
         assert find_categories(_parser().parse_args(shlex.split(words)).categories)
