@@ -70,7 +70,9 @@ class RunGradients:
     sketch: int  # columns of the sketches that the gram was made of; 0: of whole gradients
 
 
-def measure_run(run_dir: str | Path, *, max_sequences: int = 64, steps: Sequence[int] = ()) -> list[dict[str, Any]]:
+def measure_run(
+    run_dir: str | Path, *, max_sequences: int = 64, answers: int = 0, steps: Sequence[int] = ()
+) -> list[dict[str, Any]]:
     """Variance, entropies and score norms of ``steps`` (none: of all that can be measured), ready for JSON.
 
     Raises:
@@ -96,13 +98,15 @@ def measure_run(run_dir: str | Path, *, max_sequences: int = 64, steps: Sequence
         missing = f"no model in {empty[0]}" if empty else "no rollouts of the first or the last step"
         raise NoRolloutsError(f"{run_dir} cannot be measured: {missing}")
     return [
-        _measure_step(config, read_rollouts(path), folder, run_dir=run_dir, max_sequences=max_sequences)
+        _measure_step(
+            config, read_rollouts(path), folder, run_dir=run_dir, max_sequences=max_sequences, answers=answers
+        )
         for path, folder in found
     ]
 
 
 def _measure_step(
-    config: RestConfig, rollouts: SavedRollouts, folder: Path, *, run_dir: Path, max_sequences: int
+    config: RestConfig, rollouts: SavedRollouts, folder: Path, *, run_dir: Path, max_sequences: int, answers: int
 ) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
@@ -113,6 +117,7 @@ def _measure_step(
         model,
         rollouts,
         max_sequences=max_sequences,
+        answers=answers,
         temperature=config.rollout.temperature,
         per_sequence_mean=config.loss.aggregation is LossAggregation.SEQUENCE_MEAN,
     )
@@ -166,6 +171,7 @@ def measure_gradients(
     rollouts: SavedRollouts,
     *,
     max_sequences: int,
+    answers: int = 0,
     temperature: float = 1.0,
     per_sequence_mean: bool = True,
     block_bytes: int = _BLOCK_BYTES,
@@ -178,13 +184,14 @@ def measure_gradients(
         model: of transformers; its parameters are what is differentiated by.
         rollouts: sampled by ``model`` or by weights near to it.
         max_sequences: whole groups of siblings, as many as fit (at least one).
+        answers: of each prompt, the first ones (0: all): more prompts in the same time, which is what errors shrink by.
         temperature: of the sampler.
         per_sequence_mean: a sequence counts A_i / T_i (``sequence_mean``) instead of A_i.
         block_bytes: memory that gradients may take; less means more passes over the sequences.
         max_blocks: passes over the sequences (8); where more would be needed, sketches are made instead.
         sketch_columns: numbers of a sketch.
     """
-    chosen = _whole_groups(rollouts.group_ids, max_sequences)
+    chosen = _whole_groups(rollouts.group_ids, max_sequences, answers)
     sequences = [_Sequence.of(rollouts, at) for at in (rollouts.slices[i] for i in chosen)]
     tokens = [_token_statistics(model, sequence, temperature) for sequence in sequences]
     counts = np.stack([np.bincount(s.region_ids[s.mask], minlength=_REGIONS) for s in sequences])
@@ -321,9 +328,9 @@ def _blocks(parameters: Sequence[Tensor], max_numbers: int) -> Iterator[list[Ten
         yield block
 
 
-def _whole_groups(group_ids: Array, max_sequences: int) -> Array:
-    """Indices of the first whole groups that fit; a group that is too large alone is cut."""
-    sizes = np.cumsum([np.sum(group_ids == group) for group in np.unique(group_ids)])
-    fitting = int(np.searchsorted(sizes, max_sequences, side="right"))
-    chosen = np.flatnonzero(np.isin(group_ids, np.unique(group_ids)[: max(fitting, 1)]))
-    return chosen[:max_sequences]
+def _whole_groups(group_ids: Array, max_sequences: int, answers: int) -> Array:
+    """Indices of ``answers`` siblings (0: all) of the first groups that fit; a group that is too large alone is cut."""
+    members = [np.flatnonzero(group_ids == group) for group in np.unique(group_ids)]
+    members = [group[:answers] if answers else group for group in members]
+    fitting = int(np.searchsorted(np.cumsum([len(group) for group in members]), max_sequences, side="right"))
+    return np.sort(np.concatenate(members[: max(fitting, 1)]))[:max_sequences]

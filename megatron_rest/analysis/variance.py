@@ -132,21 +132,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gradients", type=Path, help=".npz with a model's per-sequence, per-region gradients")
     parser.add_argument("--run", type=Path, metavar="RUN_DIR", help="measure a run's own rollouts; writes into RUN_DIR")
     parser.add_argument("--max-sequences", type=int, default=64, help="of a saved step, --run only (%(default)s)")
+    parser.add_argument("--answers", type=int, default=0, help="of each prompt, --run only (0: all that were saved)")
     parser.add_argument("--steps", type=int, nargs="+", default=(), metavar="N", help="--run only (all that can be)")
     args = parser.parse_args(argv)
     if args.run is None:
         _tabular(args.out, num_sequences=args.sequences, seed=args.seed, gradients=args.gradients)
         return 0
     try:
-        _run(args.run, max_sequences=args.max_sequences, steps=args.steps)
+        _run(args.run, max_sequences=args.max_sequences, answers=args.answers, steps=args.steps)
     except NoRolloutsError as error:
         print(f"megatron_rest.analysis.variance: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(run_dir: Path, *, max_sequences: int, steps: Sequence[int]) -> None:
-    measured = measure_run(run_dir, max_sequences=max_sequences, steps=steps)
+def _run(run_dir: Path, *, max_sequences: int, answers: int, steps: Sequence[int]) -> None:
+    measured = measure_run(run_dir, max_sequences=max_sequences, answers=answers, steps=steps)
     _write(run_dir / EVIDENCE_FILE, {"steps": measured})
     for step in measured:
         path = run_dir / "plots" / f"variance_step_{step['step']:06d}.png"

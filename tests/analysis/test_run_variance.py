@@ -14,7 +14,7 @@ import yaml
 
 from megatron_rest.analysis.gradient_variance import GradientSketch
 from megatron_rest.analysis.report import write_report
-from megatron_rest.analysis.run_gradients import measure_gradients, measure_run
+from megatron_rest.analysis.run_gradients import _whole_groups, measure_gradients, measure_run
 from megatron_rest.analysis.variance import main
 from megatron_rest.config import load, to_dict
 from megatron_rest.data.rollout_file import SavedRollouts, read_rollouts, write_rollouts
@@ -103,6 +103,14 @@ def test_gram_holds_the_gradients_of_the_weighted_objective(run_dir, block_bytes
     np.testing.assert_allclose(measured.scale, rollouts.advantages[:4] / lengths)
     assert measured.scale[1] == 0
     assert len(measured.entropy) == sum(lengths), "tokens without advantage have an entropy all the same"
+
+
+def test_some_answers_of_more_prompts():
+    groups = np.array([4, 4, 4, 7, 7, 7, 9, 9, 9])
+    assert _whole_groups(groups, 6, 2).tolist() == [0, 1, 3, 4, 6, 7]
+    assert _whole_groups(groups, 5, 2).tolist() == [0, 1, 3, 4], "whole groups only"
+    assert _whole_groups(groups, 6, 0).tolist() == [0, 1, 2, 3, 4, 5]
+    assert _whole_groups(groups, 2, 0).tolist() == [0, 1], "one that is too large alone is cut"
 
 
 def test_sketches_of_gradients_that_do_not_fit_give_the_same_variance(run_dir):
