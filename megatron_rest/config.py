@@ -868,6 +868,9 @@ class TrainerConfig:
     arrays are saved all of them are."""
     threads: int = 0
     """CPU threads of a rank, its engine's included; 0 = the machine's cores divided by its ranks."""
+    offload: bool = False
+    """Gradients leave the device, and the optimiser's state for the host, while colocated engines sample there; they
+    come back for updates and checkpoints (needs rollout.replicas=0)."""
     replay_every: int = 0
     """RL steps between replay bundles in run_dir/replay, one for each optimiser update, weights included; 0 = none."""
     timeout_minutes: int = 30
@@ -1192,6 +1195,16 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
         raise ConfigError(
             f"rollout.quantization={config.rollout.quantization} samples from a rounded policy, which loss.tis_cap "
             "corrects: set it (2.0 is common), or rollout.quantization=none"
+        )
+    if config.trainer.offload and config.rollout.replicas:
+        raise ConfigError(
+            "trainer.offload makes room for engines on the trainer's own devices, and rollout.replicas="
+            f"{config.rollout.replicas} gives them devices of their own: set trainer.offload=false"
+        )
+    if config.trainer.offload and config.megatron.optimizer.get("optimizer_cpu_offload", False):
+        raise ConfigError(
+            "megatron.optimizer.optimizer_cpu_offload leaves the optimiser's state on the host always, and "
+            "trainer.offload takes it there for a while: set one of them to false"
         )
     if (config.weight_sync.transport == "local") == (config.rollout.replicas > 0):
         raise ConfigError(

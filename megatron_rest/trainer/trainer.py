@@ -456,6 +456,8 @@ class RestTrainer:
 
     def sync_weights(self, *, version: int) -> dict[str, float]:
         """Push the policy's weights into the engines and let the canary sing."""
+        if self.config.trainer.offload:  # the engines wake up for it
+            self.policy.offload()
         report, song = self.sentry.guard(version, lambda: self.fleet.deliver(version, self.sing))
         self.fleet.admit(version)
         return {
@@ -509,8 +511,10 @@ class RestTrainer:
             queue=self.fleet.known() if has_queue and is_last else None,
         )
         is_for_any = step == self.config.trainer.steps or self.config.checkpoint.any_layout == "every"
+        if self.config.trainer.offload:  # the optimiser's state comes back to be saved
+            self.fleet.sleep()
         with timer.phase("checkpoint"):
-            return self.checkpoints.save(
+            path = self.checkpoints.save(
                 self.policy,
                 step=step,
                 extra=state.as_extra(),
@@ -518,6 +522,10 @@ class RestTrainer:
                 form=checkpoint.ANY_LAYOUT if is_for_any else checkpoint.AS_IT_LIES,
                 is_complete=is_last or not has_queue,
             )
+        if self.config.trainer.offload and not is_last and step < self.config.trainer.steps:
+            with timer.phase("sync"):
+                self.sync_weights(version=step)  # asleep they may have dropped them
+        return path
 
     def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:
         """Load a checkpoint, put its weights into the engines.

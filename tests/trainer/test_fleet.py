@@ -537,7 +537,7 @@ def test_rollouts_of_later_steps_end_before_the_weights_change() -> None:
         setting.fleet.plan(PROMPTS, seed=seed)
     setting.fleet.begin()
     setting.fleet.settle(refresh=lambda: None)
-    [first, second] = setting.fleet.known()
+    first, second = map(dict, setting.fleet.known())
     assert len(first) == 8 and 2 <= len(second) <= 5, "what was under way has ended, and nothing was begun"
     assert all(rollout.is_whole for rollout in second.values())
     early = set(second)
@@ -561,7 +561,7 @@ def test_cut_rollouts_go_on_with_new_weights_also_from_a_checkpoint() -> None:
         setting.fleet.plan(PROMPTS, seed=seed)
     setting.fleet.begin()
     setting.fleet.settle(refresh=lambda: None)
-    [first, second] = setting.fleet.known()
+    first, second = map(dict, setting.fleet.known())
     assert len(first) == 8 and second and {r.stop_reason for r in second.values()} == {StopReason.CUT}
     assert not setting.fleet._plan[1].is_whole
     saved = torch.load(_file_of(setting.fleet.known()), weights_only=True)
