@@ -359,6 +359,9 @@ class RolloutConfig:
     """Multi-turn environment: bfcl, or package.module:factory of your own; empty = one answer a rollout."""
     environment_arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment's factory (rollout.environment_arguments.steps=4)."""
+    environment_workers: int = 0
+    """Processes of each engine that hold its environments, for such as compute a lot; 0 = threads of the engine's own
+    process."""
     max_turns: int = 8
     """Answers of one rollout in an environment."""
     tool_timeout_seconds: float = 30.0
@@ -391,6 +394,7 @@ class RolloutConfig:
             ("replicas", 0),
             ("nodes", 0),
             ("max_restarts", 0),
+            ("environment_workers", 0),
             ("max_turns", 1),
             ("top_k", 0),
             ("kv_cache_bytes", 1),

@@ -90,6 +90,7 @@ class Conversation:
     translator: Translator
     max_turns: int
     timeout_seconds: float  # of one call to an environment
+    close: Callable[[], object] = lambda: None  # ends what the factory has started
 
 
 @dataclass(slots=True)

@@ -349,6 +349,9 @@ class VllmEngine:
         if self._llm is None:
             return
         self.policy_version = NO_WEIGHTS
+        for conversation in (self._conversation, *self._exams.values()):
+            if conversation is not None:
+                conversation.close()
         llm, self._llm = self._llm, None
         _count_engines(-1)
         llm.llm_engine.engine_core.shutdown()
