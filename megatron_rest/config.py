@@ -46,6 +46,7 @@ __all__ = [
     "LossConfig",
     "MegatronConfig",
     "ModelConfig",
+    "OnUpdate",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
@@ -112,6 +113,13 @@ class LossAggregation(StrEnum):
     SEQUENCE_MEAN = "sequence_mean"  # paper: mean over sequences of the mean over their tokens
     TOKEN_MEAN = "token_mean"  # one weighted mean over all tokens of the global batch
     REFERENCE_CODE = "reference_code"  # published code: weighted mean of each microbatch; for parity tests only
+
+
+class OnUpdate(StrEnum):
+    """What becomes of rollouts of later steps that run when new weights are there (rollout.max_staleness >= 2)."""
+
+    WAIT = "wait"  # they end first: every rollout is of one version
+    KEEP = "keep"  # they are cut, and go on from there with the new weights: a version for every token
 
 
 class RolloutQuantization(StrEnum):
@@ -298,6 +306,9 @@ class DataConfig:
         _at_least("data.resample_zero_groups", self.resample_zero_groups, 0)
 
 
+_MOST_STALE = 64  # versions; the age of a token travels as a byte
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
     """How the engine samples."""
@@ -331,8 +342,12 @@ class RolloutConfig:
     """Nodes that hold nothing but the replicas and announce themselves in run_dir/engines (megatron_rest.rollout.host;
     a heterogeneous Slurm job starts them); 0 = replicas take GPUs of their owners' nodes."""
     max_staleness: int = 0
-    """Optimised policy versions that rollouts may lag behind; 0 = each step waits for its rollouts, 1 = they are
-    sampled while the step before trains (needs replicas and loss.tis_cap)."""
+    """Optimised policy versions that rollouts may lag behind; 0 = each step waits for its rollouts, n = engines are up
+    to n steps ahead of the one that trains (needs replicas and loss.tis_cap); 1 hides sampling behind training, more
+    hides long rollouts as well."""
+    on_update: OnUpdate = OnUpdate.WAIT
+    """Rollouts of later steps that run when new weights are there: wait = they end first; keep = they are cut, and the
+    new weights go on with them (needs max_staleness of 2 or more, and no environment)."""
     engine_timeout_seconds: float = 600.0
     """An engine process that gives no sign of life for so long is taken for hung, ended and started again."""
     max_restarts: int = 3
@@ -344,6 +359,9 @@ class RolloutConfig:
     """Multi-turn environment: bfcl, or package.module:factory of your own; empty = one answer a rollout."""
     environment_arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment's factory (rollout.environment_arguments.steps=4)."""
+    environment_workers: int = 0
+    """Processes of each engine that hold its environments, for such as compute a lot; 0 = threads of the engine's own
+    process."""
     max_turns: int = 8
     """Answers of one rollout in an environment."""
     tool_timeout_seconds: float = 30.0
@@ -376,6 +394,7 @@ class RolloutConfig:
             ("replicas", 0),
             ("nodes", 0),
             ("max_restarts", 0),
+            ("environment_workers", 0),
             ("max_turns", 1),
             ("top_k", 0),
             ("kv_cache_bytes", 1),
@@ -386,8 +405,18 @@ class RolloutConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"rollout.{name} is {getattr(self, name)}, expected a finite number > 0 (seconds)")
         _within("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_ends="least")
-        if self.max_staleness not in (0, 1):
-            raise ConfigError(f"rollout.max_staleness is {self.max_staleness}: 0 (synchronous) or 1 (one step off)")
+        _within("rollout.max_staleness", self.max_staleness, 0, _MOST_STALE)
+        if self.on_update is OnUpdate.KEEP and self.max_staleness < 2:
+            raise ConfigError(
+                f"rollout.on_update=keep goes on with rollouts of later steps, and with rollout.max_staleness "
+                f"{self.max_staleness} none runs when new weights are there: set max_staleness to 2 or more, or "
+                "on_update=wait"
+            )
+        if self.on_update is OnUpdate.KEEP and self.environment:
+            raise ConfigError(
+                f"rollout.on_update=keep cuts rollouts, and rollout.environment {self.environment} cannot be cut with "
+                "them: set on_update=wait"
+            )
         if self.sleep_level not in (0, 1, 2):
             raise ConfigError(f"rollout.sleep_level is {self.sleep_level}: vLLM has 1 and 2; 0 = engines stay awake")
         if self.nodes and (not self.replicas or self.replicas % self.nodes):
@@ -843,6 +872,9 @@ class TrainerConfig:
     arrays are saved all of them are."""
     threads: int = 0
     """CPU threads of a rank, its engine's included; 0 = the machine's cores divided by its ranks."""
+    offload: bool = False
+    """Gradients leave the device, and the optimiser's state for the host, while colocated engines sample there; they
+    come back for updates and checkpoints (needs rollout.replicas=0)."""
     replay_every: int = 0
     """RL steps between replay bundles in run_dir/replay, one for each optimiser update, weights included; 0 = none."""
     timeout_minutes: int = 30
@@ -1114,8 +1146,8 @@ def _check_objective(config: RestConfig) -> None:
         )
     if config.data.resample_zero_groups and config.rollout.max_staleness:
         raise ConfigError(
-            "data.resample_zero_groups draws again when a step's rewards are known, and with rollout.max_staleness=1 "
-            "the engines are at the next step's prompts by then: set one of them to 0"
+            "data.resample_zero_groups draws again when a step's rewards are known, and with rollout.max_staleness="
+            f"{config.rollout.max_staleness} the engines are at the next step's prompts by then: set one of them to 0"
         )
     if config.loss.kl_coef and config.precision.parameters:
         raise ConfigError(
@@ -1149,13 +1181,13 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
         )
     if config.rollout.replicas == 0 and config.rollout.max_staleness:
         raise ConfigError(
-            "rollout.max_staleness=1 samples while the policy trains, which needs engines in processes of their own: "
-            "set rollout.replicas, or rollout.max_staleness to 0"
+            f"rollout.max_staleness={config.rollout.max_staleness} samples while the policy trains, which needs "
+            "engines in processes of their own: set rollout.replicas, or rollout.max_staleness to 0"
         )
     if config.rollout.max_staleness and not _is_corrected(config.loss):
         raise ConfigError(
-            "rollout.max_staleness=1 trains on rollouts of an older policy, which loss.tis_cap corrects: set it (2.0 "
-            "is common), or rollout.max_staleness to 0"
+            f"rollout.max_staleness={config.rollout.max_staleness} trains on rollouts of an older policy, which "
+            "loss.tis_cap corrects: set it (2.0 is common), or rollout.max_staleness to 0"
         )
     cache = str(config.rollout.engine_args.get("kv_cache_dtype", "auto"))
     if cache.startswith(("fp8", "nvfp4", "int8", "turboquant")) and not _is_corrected(config.loss):
@@ -1167,6 +1199,16 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
         raise ConfigError(
             f"rollout.quantization={config.rollout.quantization} samples from a rounded policy, which loss.tis_cap "
             "corrects: set it (2.0 is common), or rollout.quantization=none"
+        )
+    if config.trainer.offload and config.rollout.replicas:
+        raise ConfigError(
+            "trainer.offload makes room for engines on the trainer's own devices, and rollout.replicas="
+            f"{config.rollout.replicas} gives them devices of their own: set trainer.offload=false"
+        )
+    if config.trainer.offload and config.megatron.optimizer.get("optimizer_cpu_offload", False):
+        raise ConfigError(
+            "megatron.optimizer.optimizer_cpu_offload leaves the optimiser's state on the host always, and "
+            "trainer.offload takes it there for a while: set one of them to false"
         )
     if (config.weight_sync.transport == "local") == (config.rollout.replicas > 0):
         raise ConfigError(

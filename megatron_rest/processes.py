@@ -1,14 +1,19 @@
-"""Processes of this machine by what /proc says of them.  Standard library only; a process that is gone is no error."""
+"""Processes of this machine by what /proc says of them, and those that run code of the user's.
+
+Standard library only; a process that is gone is no error.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["mapped_segments", "my_processes", "session_of", "space", "start_of", "variable_of"]
+__all__ = ["mapped_segments", "my_processes", "session_of", "space", "start_of", "start_worker", "variable_of"]
 
 _PROC = Path("/proc")
 _SHM = "/dev/shm/"
@@ -69,3 +74,10 @@ def _stat(pid: int) -> list[str]:
     except OSError:
         return []
     return [] if fields[_STATE] in ("Z", "X") else fields
+
+
+def start_worker(module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """``python -m module`` that finds what this process finds, with pipes for lines of JSON; its errors are ours."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)

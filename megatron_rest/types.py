@@ -54,6 +54,7 @@ class StopReason(StrEnum):
     TURNS = "turns"  # rollout.max_turns answers, and the environment would go on
     TOOL_TIMEOUT = "tool_timeout"  # the environment did not answer within rollout.tool_timeout_seconds
     TOOL_FAILED = "tool_failed"  # the environment itself raised (an error that a tool reports is a tool output)
+    CUT = "cut"  # new weights came before its end (rollout.on_update=keep), and go on with it: nobody trains on it yet
 
     @property
     def is_infrastructure(self) -> bool:
@@ -113,14 +114,36 @@ class Rollout:
     log_probs: np.ndarray  # float32 [R] log-prob under the sampling distribution, nats; 0 where loss_mask is False
     loss_mask: np.ndarray  # bool [R] True where the policy sampled the token
     stop_reason: StopReason
-    policy_version: int  # weights that sampled every one of its tokens
+    policy_version: int  # weights that sampled its last token
     reward: float | None = None  # what its environment gave; None: judged from the text
+    versions: np.ndarray = None  # type: ignore[assignment]  # int32 [R] weights that sampled each token; None: the same
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         if n == 0:
             raise ValueError(f"rollout of prompt {self.prompt_id} is empty: a policy samples at least one token")
+        versions = np.full(n, self.policy_version, np.int32)
+        if self.versions is not None:
+            _same_length("Rollout", n, versions=self.versions)
+            # What nobody sampled has no version of its own.
+            versions = np.where(self.loss_mask, self.versions, versions).astype(np.int32)
+            if int(versions.max()) > self.policy_version:
+                raise ValueError(
+                    f"rollout of prompt {self.prompt_id} has tokens of version {versions.max()}, and its last "
+                    f"token is of policy_version {self.policy_version}: none is newer"
+                )
+        object.__setattr__(self, "versions", versions)
         _same_length("Rollout", n, log_probs=self.log_probs, loss_mask=self.loss_mask)
+
+    @property
+    def oldest_version(self) -> int:
+        """Of the weights that sampled its tokens."""
+        return int(self.versions.min())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has ended."""
+        return self.stop_reason is not StopReason.CUT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

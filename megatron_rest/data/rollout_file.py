@@ -38,8 +38,9 @@ _DTYPES = {
     "token_weights": np.float32,
     "beta": np.float32,
     "token_advantages": np.float32,
+    "versions": np.int32,
 }
-_OPTIONAL = ("beta", "token_advantages")
+_OPTIONAL = ("beta", "token_advantages", "versions")
 _PER_SEQUENCE = ("group_ids", "advantages", "rewards")
 _FILE = re.compile(r"step_(\d{6,})\.npz")
 # zipfile's own, its decompressors', and RuntimeError for an encrypted entry or an unknown compression method
@@ -65,6 +66,7 @@ class SavedRollouts:
     token_weights: np.ndarray  # float32 [T]
     beta: np.ndarray | None = None  # float32 [T], squared score norms, where the run measures them
     token_advantages: np.ndarray | None = None  # float32 [T], where weighting.source may give each token its own
+    versions: np.ndarray | None = None  # int32 [T], policy version that sampled each token; older files have none
 
     def __post_init__(self) -> None:
         num_tokens = int(self.lengths.sum())
@@ -93,7 +95,9 @@ class SavedRollouts:
         group_ids: Sequence[int],
         scores: dict[str, np.ndarray],
     ) -> SavedRollouts:
-        """``scores``: the ``[T]`` arrays that the scoring pass and the weighting made, in the order of ``samples``."""
+        """``scores``: the ``[T]`` arrays that sampling, the scoring pass and the weighting made, in the order of
+        ``samples``.
+        """
         return cls(
             step=step,
             progress=progress,

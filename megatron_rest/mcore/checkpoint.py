@@ -502,6 +502,7 @@ def _sharded_model(policy: MegatronPolicy) -> dict[str, Any]:
 def _sharded_state(policy: MegatronPolicy, *, is_loading: bool, form: str) -> dict[str, Any]:
     metadata, models = _metadata(policy, form), _sharded_model(policy)
     sharded = models if len(models) > 1 else models["model"]
+    policy.restore()
     with torch.no_grad(), aligned(policy.optimizer):
         optimizer = policy.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
         if form == AS_IT_LIES:

@@ -23,6 +23,7 @@ from megatron_rest.data.batching import pad_microbatch
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.mcore.context_parallel import gather, shard
 from megatron_rest.mcore.forward_step import SCORES, forward_step, score_step
+from megatron_rest.mcore.offload import Offload
 from megatron_rest.mcore.output import at_temperature, measuring_beta
 from megatron_rest.mcore.precision import dequantised, settle_scales, untouched_scales, without_fp8
 from megatron_rest.mcore.settings import resolved
@@ -75,6 +76,7 @@ class MegatronPolicy:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.context = context
+        self._offload = Offload(self.chunks, optimizer) if optimizer is not None else None
 
     @property
     def modules(self) -> list[Any]:
@@ -90,6 +92,18 @@ class MegatronPolicy:
         if self.optimizer is not None:
             found["optimizer"] = resolved(self.optimizer.config)
         return found
+
+    def offload(self) -> int:
+        """Gradients and optimiser state leave the device until :meth:`restore`; returns the bytes that it gave back.
+
+        The gradients are forgotten.  What needs either calls ``restore`` itself.
+        """
+        return 0 if self._offload is None else self._offload.leave()
+
+    def restore(self) -> None:
+        """Gradients and optimiser state on the device, where :meth:`offload` has taken them away."""
+        if self._offload is not None:
+            self._offload.come_back()
 
     def score(
         self,
@@ -158,6 +172,7 @@ class MegatronPolicy:
         """
         if self.optimizer is None:
             raise RuntimeError("this policy was built without an optimiser")
+        self.restore()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -219,6 +234,7 @@ class MegatronPolicy:
         """
         for chunk in self.chunks:
             chunk.train()
+        self.restore()
         self.forget_gradients()
         step = partial(forward_step, loss=loss, totals=batch.totals)
         with untouched_scales(self.modules):

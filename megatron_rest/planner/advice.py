@@ -39,6 +39,8 @@ def _single(plan: Plan) -> Iterator[str]:
         yield "parallel.sequence_parallel=true"
     for what in ("mlp", "full")[("none", "mlp", "full").index(p.recompute) :]:
         yield f"parallel.recompute={what}"
+    if not (c.rollout.replicas or c.trainer.offload or plan.hardware.is_cpu):
+        yield "trainer.offload=true"
     longest = c.data.max_prompt_tokens + c.rollout.max_response_tokens
     for divisor in (2, 4):
         tokens = c.trainer.max_tokens_per_microbatch // divisor

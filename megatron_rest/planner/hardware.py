@@ -21,6 +21,7 @@ class Hardware:
     memory_bandwidth: float
     nvlink: float  # one direction
     nic: float  # one GPU's share of its node's network
+    host: float  # to its host's memory, one direction
     gpus_per_node: int = 8
     reserve: int = 3 * GIB
     """Not ours: CUDA context and kernels (0.5), NCCL channels of five groups (about 1.5), fragmentation (1)."""
@@ -49,33 +50,33 @@ class Efficiency:
     all_reduce_far: float = 80e-6  # between nodes (fitted)
     decode_step: float = 3e-3  # seconds of the engine's host between two steps (fitted)
     between: float = 0.10  # of a step that is neither: data, refit, engines that wake up (fitted)
-    links: float = 0.80  # of NVLink and network
+    links: float = 0.80  # of NVLink, network and the way to the host
     tp_exposed: float = 1.0  # of TP's traffic, what no computation hides: ours is not overlapped
 
 
 EFFICIENCY = Efficiency()
 
-# NVLink 4: 900 GB/s both ways; one 400 Gb/s network adapter a GPU
+# NVLink 4: 900 GB/s both ways; one 400 Gb/s network adapter a GPU; PCIe 5 x16 (A100: 4) to the host
 HARDWARE = {
     "h100": Hardware(
         name="h100", memory=80 * 10**9, bf16_flops=989e12, fp8_flops=1979e12, memory_bandwidth=3.35e12, nvlink=450e9,
-        nic=50e9,
+        nic=50e9, host=64e9,
     ),
     "h200": Hardware(
         name="h200", memory=141 * 10**9, bf16_flops=989e12, fp8_flops=1979e12, memory_bandwidth=4.8e12, nvlink=450e9,
-        nic=50e9,
+        nic=50e9, host=64e9,
     ),
     "a100": Hardware(
         name="a100", memory=80 * 10**9, bf16_flops=312e12, fp8_flops=312e12, memory_bandwidth=2.04e12, nvlink=300e9,
-        nic=25e9,
+        nic=25e9, host=32e9,
     ),
     "b200": Hardware(
         name="b200", memory=180 * 10**9, bf16_flops=2250e12, fp8_flops=4500e12, memory_bandwidth=8e12, nvlink=900e9,
-        nic=50e9,
+        nic=50e9, host=64e9,
     ),
     "cpu": Hardware(
         name="cpu", memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), bf16_flops=0, fp8_flops=0,
-        memory_bandwidth=0, nvlink=0, nic=0,
+        memory_bandwidth=0, nvlink=0, nic=0, host=0,
         reserve=730 * 10**6,  # libraries and an engine that has sampled, less its weights and cache: measured
         holes=0.25,  # measured: microbatches differ in size, so one does not fit where the one before it lay
     ),

@@ -21,6 +21,7 @@ __all__ = [
     "engine_weight_bytes",
     "itemsize",
     "kv_bytes_per_token",
+    "offloaded_bytes",
     "stage_memories",
 ]
 
@@ -63,6 +64,7 @@ class StageMemory:
 
 
 _OURS = ("weights", "FP8 copies", "gradients", "optimiser")
+_AWAY = ("gradients", "optimiser")  # while engines sample, with trainer.offload
 
 
 def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *, world_size: int) -> list[StageMemory]:
@@ -71,16 +73,31 @@ def stage_memories(config: RestConfig, shape: ModelShape, hardware: Hardware, *,
     engine = () if config.rollout.replicas else engine_memory(config, shape, hardware)
     is_asleep = config.rollout.sleep_level > 0 and not hardware.is_cpu  # gives its memory back while the policy trains
     updates = [_training(config, shape, hardware, held, stage, world_size) for stage, held in enumerate(stages)]
+    states = [_state(config, held, world_size) for held in stages]
+    # On CPU the host's memory is the device's.
+    away = _AWAY if config.trainer.offload and not hardware.is_cpu else ()
     return [
         StageMemory(
             stage=stage,
-            always=(*_state(config, held, world_size), *(() if is_asleep else engine), _not_ours(hardware, update)),
+            always=(
+                *(item for item in states[stage] if item.name not in away),
+                *(() if is_asleep else engine),
+                _not_ours(hardware, update),
+            ),
             sampling=engine if is_asleep else (),
-            training=update,
+            training=(*(item for item in states[stage] if item.name in away), *update),
             syncing=(*_syncing(config, shape, held), *(engine[:1] if is_asleep else ())),
         )
         for stage, (held, update) in enumerate(zip(stages, updates, strict=True))
     ]
+
+
+def offloaded_bytes(config: RestConfig, shape: ModelShape, *, world_size: int) -> int:
+    """Optimiser state that a rank of the largest stage sends to its host, and takes back, once a step."""
+    if not config.trainer.offload:
+        return 0
+    states = [_state(config, held, world_size) for held in count_stages(shape, config.parallel)]
+    return max(item.num_bytes for state in states for item in state if item.name == "optimiser")
 
 
 def _not_ours(hardware: Hardware, update: tuple[Item, ...]) -> Item:

@@ -9,7 +9,13 @@ from megatron_rest.config import Fp8Recipe, RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
 from megatron_rest.planner.lengths import Lengths
-from megatron_rest.planner.memory import engine_memory, engine_weight_bytes, itemsize, kv_bytes_per_token
+from megatron_rest.planner.memory import (
+    engine_memory,
+    engine_weight_bytes,
+    itemsize,
+    kv_bytes_per_token,
+    offloaded_bytes,
+)
 from megatron_rest.planner.parameters import count_stages
 from megatron_rest.planner.work import StepWork, extra_draws, forward_flops
 
@@ -23,7 +29,7 @@ class StepTime:
     rollout: float
     score: float
     update: float
-    between: float = 0.0  # neither of these: data, engines that sleep and wake, weights
+    between: float = 0.0  # neither of these: data, engines that sleep and wake, weights, trainer.offload
     is_overlapped: bool = False  # the next step's rollouts run while this one trains
 
     @property
@@ -54,7 +60,10 @@ def step_time(
         update=seconds[1],
         is_overlapped=config.rollout.max_staleness > 0,
     )
-    return replace(time, between=efficiency.between / (1 - efficiency.between) * time.total)
+    between = efficiency.between / (1 - efficiency.between) * time.total
+    if config.trainer.offload:  # there and back
+        between += 2 * offloaded_bytes(config, shape, world_size=world_size) / (hardware.host * efficiency.links)
+    return replace(time, between=between)
 
 
 def training_seconds(

@@ -11,12 +11,12 @@ import os
 import queue
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_rest.processes import start_worker
 from megatron_rest.rewards.functions import RewardInput
 from megatron_rest.user_code import NamedCode
 
@@ -100,11 +100,7 @@ class _Worker:
             self._process = None
 
     def _start(self) -> None:
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_rest.rewards.worker", self._named.key, self._named.reference],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ,
-        )  # fmt: skip
+        self._process = start_worker("megatron_rest.rewards.worker", self._named.key, self._named.reference)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(dict(self._named.arguments)).encode() + b"\n")
         self._process.stdin.flush()

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_rest.types import PromptSample, Rollout, RolloutGroup
 
 __all__ = [
     "NO_WEIGHTS",
+    "Cut",
     "EngineLostError",
     "EngineStateError",
     "Exam",
@@ -28,6 +30,7 @@ __all__ = [
     "RolloutRequest",
     "as_groups",
     "make_requests",
+    "part_seed",
     "rollout_seed",
     "turn_seed",
 ]
@@ -55,6 +58,7 @@ class RolloutRequest:
     key: int  # unique in the step: position of the prompt * rollouts_per_prompt + sibling
     prompt: PromptSample
     seed: int
+    begun: Rollout | None = None  # the part of it that older weights have sampled
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +74,15 @@ OnRollout = Callable[[int, Rollout], None]
 """Called with a request's key and its rollout as soon as that is complete."""
 
 
-MoreRequests = Callable[[], "Sequence[RolloutRequest] | None"]
-"""Asked again and again while an engine samples: what to take on besides; None = there will be no more."""
+class Cut(Enum):
+    """An answer of :data:`MoreRequests`."""
+
+    NOW = "cut"
+
+
+MoreRequests = Callable[[], "Sequence[RolloutRequest] | Cut | None"]
+"""Asked again and again while an engine samples: what to take on besides; None = there will be no more; Cut.NOW = nor
+is what runs to go on: it is handed over as far as it came, with ``StopReason.CUT``, unless it has no token yet."""
 
 
 class RolloutEngine(Protocol):
@@ -95,8 +106,8 @@ class RolloutEngine(Protocol):
         """Sample every request; each goes to ``on_rollout`` once, in the order in which they end.
 
         With ``exam`` they are answered greedily, with its environment in the place of the engine's own.  ``more`` is
-        asked at least after every rollout, and the call returns when it has said None and all is handed over.  Raises
-        EngineLostError when the engine goes; what was handed over before stays valid.
+        asked at least after every rollout, and the call returns when it has said None, or to cut, and all is handed
+        over.  Raises EngineLostError when the engine goes; what was handed over before stays valid.
         """
         ...
 
@@ -164,3 +175,8 @@ def rollout_seed(seed: int, prompt_id: str, sibling: int, occurrence: int = 0) -
 def turn_seed(seed: int, turn: int) -> int:
     """Seed of one turn of a rollout; the first turn's is the rollout's own."""
     return seed if turn == 0 else rollout_seed(seed, "turn", turn)
+
+
+def part_seed(seed: int, num_tokens: int) -> int:
+    """Seed of what follows ``num_tokens`` of a turn that was cut: the random numbers before it are used up."""
+    return seed if num_tokens == 0 else rollout_seed(seed, "part", num_tokens)

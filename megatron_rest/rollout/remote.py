@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megatron_rest.help_topics import Topic, see
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
+    Cut,
     EngineLostError,
     EngineStateError,
     Exam,
@@ -46,11 +47,15 @@ _START_SECONDS = 1800.0  # a large model's engine reads, compiles and captures g
 _CLOSE_SECONDS = 30.0
 _BEHIND_SECONDS = 15.0  # how far, on a busy machine, the end of a process may lie behind that of its connection
 _LOOK_SECONDS = 1.0  # between looks whether the process is there: vLLM's own may keep the connection open
+_ASK_SECONDS = 0.1  # between questions for more, while nothing comes: a cut does not wait for the next rollout
 _LOG_BYTES, _LOG_LINES = 8192, 12  # of the end of a process's output: kept, and quoted when it is lost
 
 
 Packed = tuple[dict[str, np.ndarray], dict[str, Any]]
 """Requests as arrays and plain values."""
+
+MorePacked = Callable[[], "Packed | Cut | None"]
+"""As ``MoreRequests``."""
 
 
 class EngineCallError(RuntimeError):
@@ -151,9 +156,9 @@ class RemoteEngine:
             return
         with_rows = bool(self._config.environment) or exam is not None  # nobody else reads them there
 
-        def packed_more() -> Packed | None:
+        def packed_more() -> Packed | Cut | None:
             new = None if more is None else more()
-            return None if new is None else _packed(new, with_rows)
+            return new if new is None or new is Cut.NOW else _packed(new, with_rows)
 
         arrays, values = _packed(requests, with_rows)
         self._sample(
@@ -232,7 +237,7 @@ class RemoteEngine:
         kind: str,
         arrays: dict[str, np.ndarray],
         on_rollout: OnRollout | None = None,
-        more: Callable[[], Packed | None] | None = None,
+        more: MorePacked | None = None,
         **values: Any,
     ) -> dict[str, Any]:
         if self.policy_version == NO_WEIGHTS:
@@ -370,7 +375,7 @@ class _Process:
         arrays: dict[str, np.ndarray],
         timeout: float,
         on_rollout: OnRollout | None = None,
-        more: Callable[[], Packed | None] | None = None,
+        more: MorePacked | None = None,
         **values: Any,
     ) -> dict[str, Any]:
         """One call and its result; rollouts that come before it go to ``on_rollout``, and what ``more`` says to it."""
@@ -400,41 +405,48 @@ class _Process:
         kind: str,
         timeout: float,
         on_rollout: OnRollout | None = None,
-        more: Callable[[], Packed | None] | None = None,
+        more: MorePacked | None = None,
     ) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
         while True:
-            message = self._receive(kind, timeout)
-            match message["kind"]:
-                case "beat":
-                    pass
-                case "rollout":
-                    assert on_rollout is not None, "only a run hands rollouts over"
-                    on_rollout(message["key"], _rollout(message))
-                case "refused":
-                    raise EngineCallError(f"{message['type']}: {message['text']}")
-                case "broken":
-                    self._child.wait(_BEHIND_SECONDS)
-                    self.kill()
-                    raise self._lost(f"failed during {kind} ({message['type']}: {message['text']})")
-                case _:
-                    return message
+            message = self._receive(kind, timeout, deadline, ask=more is not None)
+            if message is not None:
+                deadline = time.monotonic() + timeout
+                match message["kind"]:
+                    case "beat":
+                        pass
+                    case "rollout":
+                        assert on_rollout is not None, "only a run hands rollouts over"
+                        on_rollout(message["key"], _rollout(message))
+                    case "refused":
+                        raise EngineCallError(f"{message['type']}: {message['text']}")
+                    case "broken":
+                        self._child.wait(_BEHIND_SECONDS)
+                        self.kill()
+                        raise self._lost(f"failed during {kind} ({message['type']}: {message['text']})")
+                    case _:
+                        return message
             if more is not None:
                 packed = more()
-                if packed is None:
-                    self._connection.send("enough")
+                if packed is None or packed is Cut.NOW:
+                    self._connection.send("enough" if packed is None else "cut")
                     more = None
                 elif packed[1]["requests"]:
                     self._connection.send("more", packed[0], **packed[1])
 
-    def _receive(self, kind: str, timeout: float) -> dict[str, Any]:
-        """The next message; raises when none comes in time, or none can come any more."""
-        deadline = time.monotonic() + timeout
+    def _receive(self, kind: str, timeout: float, deadline: float, *, ask: bool) -> dict[str, Any] | None:
+        """The next message; raises when none has come until ``deadline``, or none can come any more.
+
+        With ``ask`` None when none comes soon.
+        """
         try:
-            while not self._connection.has_message(min(timeout, _LOOK_SECONDS)):
+            while not self._connection.has_message(min(timeout, _ASK_SECONDS if ask else _LOOK_SECONDS)):
                 if not self.is_alive and not self._connection.has_message():
                     raise ConnectionLostError("the process is gone")
                 if time.monotonic() > deadline:
                     raise TimeoutError
+                if ask:
+                    return None
             return self._connection.receive(timeout)
         except TimeoutError:
             self.kill()
@@ -464,7 +476,8 @@ class _Process:
 
 
 def _packed(requests: Sequence[RolloutRequest], with_rows: bool) -> Packed:
-    """Prompts' tokens one behind another, and the rest of each request; ``with_rows`` what their rows of data hold."""
+    """Prompts' tokens one behind another, those of what older weights have begun, and the rest of each request;
+    ``with_rows`` what their rows of data hold."""
     prompts = [request.prompt for request in requests]
     table = [
         {
@@ -474,12 +487,23 @@ def _packed(requests: Sequence[RolloutRequest], with_rows: bool) -> Packed:
             "ground_truth": request.prompt.ground_truth,
             "index": request.prompt.index,
             "length": len(request.prompt.token_ids),
+            "begun": 0 if request.begun is None else len(request.begun.token_ids),
         }
         for request in requests
     ]
     rows = {p.prompt_id: [p.messages_json, p.tools_json, p.metadata_json] for p in prompts} if with_rows else {}
-    tokens = [np.empty(0, np.int32), *(prompt.token_ids for prompt in prompts)]
-    return {"token_ids": np.concatenate(tokens).astype(np.int32)}, {"requests": table, "rows": rows}
+    begun = [request.begun for request in requests if request.begun is not None]
+    arrays = {
+        "token_ids": _joined(np.int32, (prompt.token_ids for prompt in prompts)),
+        "begun_ids": _joined(np.int32, (rollout.token_ids for rollout in begun)),
+        "begun_log_probs": _joined(np.float32, (rollout.log_probs for rollout in begun)),
+        "begun_versions": _joined(np.int32, (rollout.versions for rollout in begun)),
+    }
+    return arrays, {"requests": table, "rows": rows}
+
+
+def _joined(dtype: type[np.generic], parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *parts]).astype(dtype)
 
 
 def _rollout(message: dict[str, Any]) -> Rollout:
@@ -491,4 +515,5 @@ def _rollout(message: dict[str, Any]) -> Rollout:
         stop_reason=StopReason(message["stop_reason"]),
         policy_version=message["policy_version"],
         reward=message["reward"],
+        versions=message["versions"],
     )

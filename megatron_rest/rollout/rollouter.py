@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_rest.regions import Schemas, schemas_of
-from megatron_rest.rollout.engine import MoreRequests, OnRollout, RolloutRequest, turn_seed
+from megatron_rest.rollout.engine import Cut, MoreRequests, OnRollout, RolloutRequest, part_seed, turn_seed
 from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message
 from megatron_rest.rollout.environments.calls import ParsedCalls
 from megatron_rest.rollout.environments.guest import awaited, checked_observation, checked_reward
@@ -43,7 +43,7 @@ class Turn:
     key: int
     token_ids: np.ndarray  # int32 [n], the stop token included
     log_probs: np.ndarray  # float32 [n]
-    finish: str  # "stop": a stop token; "length": the limit it was given; "abort"
+    finish: str  # "stop": a stop token; "length": the limit it was given; "abort"; "cut": see Sampler.cut
 
 
 class Sampler(Protocol):
@@ -55,6 +55,10 @@ class Sampler(Protocol):
 
     def step(self) -> list[Turn]:
         """One iteration over everything that runs; the turns that ended in it."""
+        ...
+
+    def cut(self) -> list[Turn]:
+        """End everything that runs; what has tokens already, as far as it came."""
         ...
 
     def room(self, num_tokens: int) -> int:
@@ -86,6 +90,7 @@ class Conversation:
     translator: Translator
     max_turns: int
     timeout_seconds: float  # of one call to an environment
+    close: Callable[[], object] = lambda: None  # ends what the factory has started
 
 
 @dataclass(slots=True)
@@ -95,6 +100,7 @@ class _Episode:
     ids: list[np.ndarray] = field(default_factory=list)
     log_probs: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
+    versions: list[np.ndarray] = field(default_factory=list)
     num_tokens: int = 0  # of the response
     turn: int = 0
     environment: Environment | None = None
@@ -107,11 +113,22 @@ class _Episode:
             awaited(self.environment.reset())
         return self.environment
 
-    def append(self, ids: np.ndarray, log_probs: np.ndarray | None) -> None:
+    @classmethod
+    def of(cls, request: RolloutRequest, schemas: Schemas) -> _Episode:
+        """From its prompt, or from where it was cut."""
+        episode, begun = cls(request, request.prompt.token_ids.tolist(), schemas=schemas), request.begun
+        if begun is not None:
+            episode.ids, episode.log_probs, episode.masks = [begun.token_ids], [begun.log_probs], [begun.loss_mask]
+            episode.versions, episode.num_tokens = [begun.versions], len(begun.token_ids)
+        return episode
+
+    def append(self, ids: np.ndarray, log_probs: np.ndarray | None, version: int) -> None:
+        """``log_probs`` None: nobody sampled them."""
         n = len(ids)
         self.ids.append(ids)
         self.log_probs.append(np.zeros(n, np.float32) if log_probs is None else log_probs)
         self.masks.append(np.full(n, log_probs is not None))
+        self.versions.append(np.full(n, version, np.int32))
         self.num_tokens += n
 
     def rollout(self, reason: StopReason, version: int, reward: float | None) -> Rollout:
@@ -123,6 +140,7 @@ class _Episode:
             stop_reason=reason,
             policy_version=version,
             reward=reward,
+            versions=np.concatenate(self.versions),
         )
 
 
@@ -161,7 +179,8 @@ def run_rollouts(
         on_rollout: takes key and rollout.
         conversation: environments; None = one turn a rollout.
         beat: called at least once an iteration, for a supervisor that wants signs of life.
-        more: asked once an iteration for requests to take on besides, until it returns None.
+        more: asked once an iteration for requests to take on besides, until it returns None; or Cut.NOW, which an
+            environment cannot take (it would have to be kept, too).
     """
     _Loop(sampler, max_response_tokens, on_rollout, conversation).run(requests, beat, more)
 
@@ -189,8 +208,11 @@ class _Loop:
             while self._sampling or self._acting or new is not None:
                 for request in new or ():
                     schemas = schemas_of(request.prompt.tools) if self._conversation is not None else {}
-                    self._submit(_Episode(request, request.prompt.token_ids.tolist(), schemas=schemas))
-                new = None if more is None or new is None else more()
+                    self._submit(_Episode.of(request, schemas))
+                answer = None if more is None or new is None else more()
+                if answer is Cut.NOW:
+                    return self._cut()
+                new = answer
                 for turn in self._sampler.step() if self._sampling else ():
                     self._take_turn(self._sampling.pop(turn.key), turn)
                 if not self._sampling and not new and (self._acting or new is not None):
@@ -207,10 +229,21 @@ class _Loop:
         so_far = [*episode.prompt_ids, *(int(i) for ids in episode.ids for i in ids)]
         room = min(self._limit - episode.num_tokens, self._sampler.room(len(so_far)))
         self._sampling[request.key] = episode
-        self._sampler.submit(request.key, so_far, seed=turn_seed(request.seed, episode.turn), max_tokens=room)
+        seed = turn_seed(request.seed, episode.turn)
+        if request.begun is not None:
+            seed = part_seed(seed, episode.num_tokens)
+        self._sampler.submit(request.key, so_far, seed=seed, max_tokens=room)
+
+    def _cut(self) -> None:
+        """Hand over what runs as it is."""
+        assert self._conversation is None, "an environment cannot be cut"
+        for turn in self._sampler.cut():
+            episode = self._sampling.pop(turn.key)
+            episode.append(turn.token_ids, turn.log_probs, self._sampler.policy_version)
+            self._finish(episode, StopReason.CUT, None)
 
     def _take_turn(self, episode: _Episode, turn: Turn) -> None:
-        episode.append(turn.token_ids, turn.log_probs)
+        episode.append(turn.token_ids, turn.log_probs, self._sampler.policy_version)
         match turn.finish:
             case "stop":
                 reason = StopReason.EOS
@@ -258,7 +291,7 @@ class _Loop:
         elif self._sampler.room(len(episode.prompt_ids) + length) < 1:
             self._ask_reward(episode, conversation, StopReason.CONTEXT)
         else:
-            episode.append(tokens, None)
+            episode.append(tokens, None, self._sampler.policy_version)
             self._submit(episode)
 
     def _ask_reward(self, episode: _Episode, conversation: Conversation, reason: StopReason) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from megatron_rest.rollout.conversations import exam_conversation
 from megatron_rest.rollout.devices import expands_segments
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
+    Cut,
     EngineStateError,
     Exam,
     MoreRequests,
@@ -167,9 +169,10 @@ class VllmEngine:
         self._usable()
         self._check(requests)
 
-        def checked_more() -> Sequence[RolloutRequest] | None:
+        def checked_more() -> Sequence[RolloutRequest] | Cut | None:
             new = more() if more is not None else None
-            self._check(new or ())
+            if new is not Cut.NOW:
+                self._check(new or ())
             return new
 
         conversation = self._conversation if exam is None else self._exam_conversation(exam)
@@ -226,6 +229,19 @@ class VllmEngine:
         ended = [output for output in self._usable().llm_engine.step() if output.finished]
         self._running.difference_update(output.request_id for output in ended)
         return [_turn(output) for output in ended]
+
+    def cut(self) -> list[Turn]:
+        """End all turns that run; those that have tokens, as far as this process has seen them."""
+        from vllm.v1.engine import FinishReason
+
+        states = self._usable().llm_engine.output_processor.request_states.values()
+        turns = [
+            replace(_turn(state.make_request_output([], None, FinishReason.ABORT, None)), finish="cut")
+            for state in states
+            if state.detokenizer.num_output_tokens()
+        ]
+        self._abandon()
+        return turns
 
     def room(self, num_tokens: int) -> int:
         """Tokens that the context takes behind ``num_tokens``."""
@@ -333,6 +349,9 @@ class VllmEngine:
         if self._llm is None:
             return
         self.policy_version = NO_WEIGHTS
+        for conversation in (self._conversation, *self._exams.values()):
+            if conversation is not None:
+                conversation.close()
         llm, self._llm = self._llm, None
         _count_engines(-1)
         llm.llm_engine.engine_core.shutdown()

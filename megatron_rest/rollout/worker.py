@@ -19,14 +19,16 @@ import time  # noqa: E402
 import traceback  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
+import numpy as np  # noqa: E402
+
 from megatron_rest.config import ConfigError, RolloutConfig, from_dict  # noqa: E402
 from megatron_rest.rollout.chat import ChatSettings  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
-from megatron_rest.rollout.engine import EngineStateError, Exam, RefusedRequestError, RolloutRequest  # noqa: E402
+from megatron_rest.rollout.engine import Cut, EngineStateError, Exam, RefusedRequestError, RolloutRequest  # noqa: E402
 from megatron_rest.rollout.keeper import end_processes, own_engine_folder  # noqa: E402
 from megatron_rest.rollout.vllm_engine import VllmEngine  # noqa: E402
 from megatron_rest.rollout.wire import Connection, ConnectionLostError  # noqa: E402
-from megatron_rest.types import PromptSample, Rollout  # noqa: E402
+from megatron_rest.types import PromptSample, Rollout, StopReason  # noqa: E402
 
 _BEAT_SECONDS = 1.0
 _REFUSALS = (RefusedRequestError, EngineStateError, ConfigError)
@@ -71,7 +73,7 @@ class Worker:
         while True:
             message = self._connection.receive()
             kind = message["kind"]
-            if kind in ("more", "enough"):  # of a run that was refused meanwhile
+            if kind in ("more", "enough", "cut"):  # of a run that was refused meanwhile
                 continue
             if kind == "close":
                 self._engine.close()
@@ -117,21 +119,23 @@ class Worker:
             case _:
                 raise RefusedRequestError(f"unknown call {kind!r}")
 
-    def _more(self) -> list[RolloutRequest] | None:
+    def _more(self) -> list[RolloutRequest] | Cut | None:
         """Requests that the owner has sent since the last look; None when it has said that there are no more."""
         requests: list[RolloutRequest] = []
         while not self._has_enough and self._connection.has_message():
             message = self._connection.receive()
             if message["kind"] == "more":
                 requests += _requests(message)
-            else:
-                self._has_enough = True
+                continue
+            self._has_enough = True
+            if message["kind"] == "cut":
+                return Cut.NOW
         return None if self._has_enough and not requests else requests
 
     def _hand_over(self, key: int, rollout: Rollout) -> None:
         self._connection.send(
             "rollout",
-            {"token_ids": rollout.token_ids, "log_probs": rollout.log_probs, "loss_mask": rollout.loss_mask},
+            {name: getattr(rollout, name) for name in ("token_ids", "log_probs", "loss_mask", "versions")},
             key=key,
             prompt_id=rollout.prompt_id,
             stop_reason=str(rollout.stop_reason),
@@ -149,10 +153,12 @@ class Worker:
 
 def _requests(message: dict[str, Any]) -> list[RolloutRequest]:
     requests = []
-    offset = 0
+    offset = of_begun = 0
     for item in message["requests"]:
         token_ids = message["token_ids"][offset : offset + item["length"]]
         offset += item["length"]
+        part = slice(of_begun, of_begun + item["begun"])
+        of_begun += item["begun"]
         messages, tools, metadata = message["rows"].get(item["prompt_id"], ("[]", "[]", "{}"))
         prompt = PromptSample(
             prompt_id=item["prompt_id"],
@@ -163,8 +169,22 @@ def _requests(message: dict[str, Any]) -> list[RolloutRequest]:
             tools_json=tools,
             metadata_json=metadata,
         )
-        requests.append(RolloutRequest(key=item["key"], prompt=prompt, seed=item["seed"]))
+        begun = _begun(message, part, item["prompt_id"]) if item["begun"] else None
+        requests.append(RolloutRequest(key=item["key"], prompt=prompt, seed=item["seed"], begun=begun))
     return requests
+
+
+def _begun(message: dict[str, Any], part: slice, prompt_id: str) -> Rollout:
+    versions = message["begun_versions"][part]
+    return Rollout(
+        prompt_id=prompt_id,
+        token_ids=message["begun_ids"][part],
+        log_probs=message["begun_log_probs"][part],
+        loss_mask=np.ones(len(versions), bool),  # without an environment the policy samples all
+        stop_reason=StopReason.CUT,
+        policy_version=int(versions[-1]),
+        versions=versions,
+    )
 
 
 def _end(status: int) -> NoReturn:

@@ -151,7 +151,6 @@ def _exchange(subject: Subject) -> list[Finding]:
         rollouts=config.data.prompts_per_step * config.rollout.rollouts_per_prompt,
         response=round(subject.lengths.response),
         world_size=subject.world_size,
-        group_size=config.rollout.rollouts_per_prompt,
     )
     detail = f"{found.received / 1e6:,.0f} MB a rank and step"
     return [Finding(name="exchange: bytes received over what rollouts say", value=found.ratio, unit="", bound=1.5,

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_rest.trainer.exchange import pack_groups
-from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.trainer.exchange import pack_rollouts
+from megatron_rest.types import Rollout, StopReason
 
 __all__ = ["Exchange", "simulate_exchange"]
 
-_INFORMATION = 9  # bytes a token: id, log-prob, whether the policy sampled it
+_INFORMATION = 9  # bytes a token: id, log-prob, the version that sampled it
 _PACKED = 1 << 18  # tokens that are packed for it; what is there is proportional
 
 
@@ -27,10 +27,9 @@ class Exchange:
         return self.received / self.information
 
 
-def simulate_exchange(*, rollouts: int, response: int, world_size: int, group_size: int = 8) -> Exchange:
+def simulate_exchange(*, rollouts: int, response: int, world_size: int) -> Exchange:
     """Of ``rollouts`` responses of ``response`` tokens each, from the trainer's own packing of a part of them."""
-    count = max(_PACKED // response // group_size, 1) * group_size
-    prompt = PromptSample(prompt_id="p", token_ids=np.zeros(1, np.int32), ground_truth="")
+    count = max(_PACKED // response, 1)
     one = Rollout(
         prompt_id="p",
         token_ids=np.zeros(response, np.int32),
@@ -39,6 +38,6 @@ def simulate_exchange(*, rollouts: int, response: int, world_size: int, group_si
         stop_reason=StopReason.EOS,
         policy_version=0,
     )
-    packed = pack_groups([RolloutGroup(prompt=prompt, rollouts=(one,) * group_size)] * (count // group_size)).numel()
+    packed = pack_rollouts(dict.fromkeys(range(count), one)).numel()
     sizes = 8 * world_size  # one number of every rank
     return Exchange(received=round(packed * rollouts / count) + sizes, information=_INFORMATION * rollouts * response)

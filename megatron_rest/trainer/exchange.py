@@ -1,7 +1,8 @@
 """Rollouts of every rank, on every rank, under their keys.
 
-What an owner has goes to all once, as one flat tensor of bytes, nine a token: however many ranks there are, each
-receives the rollouts and nothing else.  Nothing that a policy sampled is ever pickled.
+What an owner has goes to all once, as one flat tensor of bytes, nine a token (id, log-prob, and how much older than the
+rollout's newest version the one is that sampled it): however many ranks there are, each receives the rollouts and
+nothing else.  Nothing that a policy sampled is ever pickled.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.mcore.policy import Scores
-from megatron_rest.types import MicroBatch, PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.types import MicroBatch, Rollout, StopReason, TrainSample
 
 __all__ = [
     "all_gather_rollouts",
     "all_token_scores",
     "all_token_values",
-    "pack_groups",
     "pack_rollouts",
     "token_places",
-    "unpack_groups",
+    "token_versions",
     "unpack_rollouts",
 ]
 
@@ -111,6 +111,17 @@ def token_places(lengths: Sequence[int], microbatch: MicroBatch) -> torch.Tensor
     return (starts[microbatch.sequence_ids.clamp_min(0)] + microbatch.position_ids + 1)[microbatch.loss_mask]
 
 
+def token_versions(samples: Sequence[TrainSample], rollouts: Sequence[Rollout]) -> np.ndarray:
+    """int32 ``[sum of lengths]``: the version that sampled each token of a step, 0 where nobody did; ``rollouts`` are
+    those of ``samples``, in the same order.
+    """
+    versions = []
+    for sample, rollout in zip(samples, rollouts, strict=True):
+        prompt = np.zeros(len(sample.token_ids) - len(rollout.token_ids), np.int32)
+        versions += [prompt, np.where(rollout.loss_mask, rollout.versions, 0).astype(np.int32)]
+    return np.concatenate(versions)
+
+
 def all_token_values(
     lengths: Sequence[int],
     microbatches: Sequence[MicroBatch],
@@ -139,26 +150,12 @@ def all_token_values(
     return table
 
 
-def pack_groups(groups: Sequence[RolloutGroup]) -> torch.Tensor:
-    """All there is to say about ``groups``, of one size, but their prompts: uint8, flat."""
-    return pack_rollouts(dict(enumerate(rollout for group in groups for rollout in group.rollouts)))
-
-
-def unpack_groups(packed: torch.Tensor, prompts: Sequence[PromptSample]) -> list[RolloutGroup]:
-    """Undo :func:`pack_groups`, given the prompts of the groups in their order."""
-    size = int(packed[:8].numpy().view(np.int64)[0]) // max(len(prompts), 1)
-    rollouts = unpack_rollouts(packed, [prompt.prompt_id for prompt in prompts for _ in range(size)])
-    return [
-        RolloutGroup(prompt=prompt, rollouts=tuple(rollouts[i * size + sibling] for sibling in range(size)))
-        for i, prompt in enumerate(prompts)
-    ]
-
-
 def pack_rollouts(rollouts: Mapping[int, Rollout]) -> torch.Tensor:
     """Rollouts by key, without the names of their prompts; uint8, flat.
 
-    How many there are, then five numbers of each (int64); rewards, log-probs (float32), token ids (int32), masks (one
-    byte).
+    How many there are, then five numbers of each (int64); rewards, log-probs (float32), token ids (int32), ages (one
+    byte): by how many versions the weights that sampled a token are older than those of the last one, 255 if the policy
+    has not sampled it.
     """
     parts = list(rollouts.values())
     header = [len(parts), *(number for key, rollout in rollouts.items() for number in _header(key, rollout))]
@@ -168,12 +165,13 @@ def pack_rollouts(rollouts: Mapping[int, Rollout]) -> torch.Tensor:
         np.array(rewards, np.float32),
         *(r.log_probs.astype(np.float32, copy=False) for r in parts),
         *(r.token_ids.astype(np.int32, copy=False) for r in parts),
-        *(r.loss_mask.astype(np.uint8, copy=False) for r in parts),
+        *(np.where(r.loss_mask, r.policy_version - r.versions, _NOT_SAMPLED).astype(np.uint8) for r in parts),
     ]
     return torch.from_numpy(np.concatenate([np.ascontiguousarray(column).view(np.uint8) for column in columns]))
 
 
 _HEADER = 5  # integers a rollout
+_NOT_SAMPLED = 255  # in the place of an age; rollout.max_staleness is less
 
 
 def _header(key: int, rollout: Rollout) -> tuple[int, ...]:
@@ -182,7 +180,7 @@ def _header(key: int, rollout: Rollout) -> tuple[int, ...]:
     return key, len(rollout.token_ids), reason, rollout.policy_version, int(has_reward)
 
 
-def unpack_rollouts(packed: torch.Tensor, prompt_ids: Sequence[str]) -> dict[int, Rollout]:
+def unpack_rollouts(packed: torch.Tensor, prompt_ids: Sequence[str] | Mapping[int, str]) -> dict[int, Rollout]:
     """Undo :func:`pack_rollouts`, given the name of the prompt of each key; arrays are views of ``packed``."""
     data, at = packed.numpy(), 0
 
@@ -195,7 +193,7 @@ def unpack_rollouts(packed: torch.Tensor, prompt_ids: Sequence[str]) -> dict[int
     headers = take(_HEADER * total, np.int64).reshape(total, _HEADER)
     bounds = np.cumsum([0, *headers[:, 1]])
     rewards, log_probs = take(total, np.float32), take(int(bounds[-1]), np.float32)
-    token_ids, masks = take(int(bounds[-1]), np.int32), take(int(bounds[-1]), np.uint8)
+    token_ids, ages = take(int(bounds[-1]), np.int32), take(int(bounds[-1]), np.uint8)
     rollouts = {}
     for i, (key, _, reason, version, has_reward) in enumerate(headers.tolist()):
         of_rollout = slice(bounds[i], bounds[i + 1])
@@ -203,9 +201,10 @@ def unpack_rollouts(packed: torch.Tensor, prompt_ids: Sequence[str]) -> dict[int
             prompt_id=prompt_ids[key],
             token_ids=token_ids[of_rollout],
             log_probs=log_probs[of_rollout],
-            loss_mask=masks[of_rollout].astype(bool),
+            loss_mask=ages[of_rollout] != _NOT_SAMPLED,
             stop_reason=_STOP_REASONS[reason],
             policy_version=version,
             reward=float(rewards[i]) if has_reward else None,
+            versions=version - ages[of_rollout].astype(np.int32),
         )
     return rollouts

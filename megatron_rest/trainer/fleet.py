@@ -1,9 +1,14 @@
 """The engines of all ranks as one: who samples what, weights into all of them, and what happens when one goes.
 
-    begin(prompts, seed)      engines in processes of their own are dealt requests one by one (deal.py), in a thread of
-                              their owner's; engines inside the ranks have a fixed share, sampled by collect()
-    collect(refresh)          wait; what a lost engine had goes back to the deal, its successor starts meanwhile and
-                              gets the present weights, alone, as soon as it is there; all groups on all ranks
+    plan(prompts, seed)       what comes behind all that is planned already
+    begin()                   engines in processes of their own are dealt what is planned, one by one and in its order
+                              (deal.py), in a thread of their owner's; engines inside the ranks have a fixed share,
+                              sampled by settle()
+    settle(refresh)           wait for all of the oldest prompts; what a lost engine had goes back to the deal, its
+                              successor starts meanwhile and gets the present weights, alone, as soon as it is there.
+                              What runs for later prompts then ends, too (rollout.on_update wait), or is cut (keep)
+                              and goes on after the next begin().  All that was sampled is on all ranks
+    take()                    the oldest prompts with their rollouts
     examine(prompts, exam)    the same with one greedy answer a prompt, while no rollouts are under way
     deliver(version, canary)  weights into every engine that has started, verified; one that is lost on the way is
                               started again and joins in when it is ready, the others get all again
@@ -21,17 +26,18 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_rest.config import ConfigError, RolloutConfig
+from megatron_rest.config import ConfigError, OnUpdate, RolloutConfig
 from megatron_rest.mcore.build import ParallelContext
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
+    Cut,
     EngineLostError,
     Exam,
     RolloutEngine,
@@ -162,7 +168,7 @@ class EngineFleet:
         self._delivered: tuple[int, ...] = ()  # engines that took the last transfer
         self._serving: tuple[int, ...] = ()  # of those to all engines
         self._share: _FixedShare | _DealtShare | None = None
-        self._prompts: Sequence[PromptSample] = ()
+        self._plan: list[_Batch] = []
         self._store: dist.Store | None = None
         self._speeds = [1.0] * len(placement.owners)  # tokens a second of each engine, in the last step
 
@@ -173,61 +179,66 @@ class EngineFleet:
 
     @property
     def is_begun(self) -> bool:
-        """Whether rollouts are under way or waiting to be collected."""
+        """Whether rollouts are under way or waiting to be settled."""
         return self._share is not None
+
+    @property
+    def num_planned(self) -> int:
+        """Plans that have not been taken."""
+        return len(self._plan)
+
+    @property
+    def can_settle(self) -> bool:
+        """Whether the oldest prompts' rollouts are under way, or all there."""
+        return self.is_begun or bool(self._plan and self._plan[0].is_whole)
 
     def continue_count(self, num_restarts: int) -> None:
         """Engines that were started again before this start of the run."""
         self._restarts_before = self.num_restarts = num_restarts
 
-    def begin(self, prompts: Sequence[PromptSample], *, seed: int) -> None:
-        """Start this rank's part of the rollouts.  On every rank, though nobody waits for another one."""
-        self._begin(
-            prompts,
-            self._config.rollouts_per_prompt,
-            seed,
-            max_response_tokens=self._config.max_response_tokens,
-            exam=None,
-        )
+    def plan(self, prompts: Sequence[PromptSample], *, seed: int, known: Mapping[int, Rollout] | None = None) -> None:
+        """Sample ``prompts`` behind what is planned; ``known`` are rollouts of theirs that are there, or cut, by their
+        keys.  The same on every rank."""
+        requests = make_requests(prompts, rollouts_per_prompt=self._config.rollouts_per_prompt, seed=seed)
+        self._plan.append(_Batch(requests, self._config.rollouts_per_prompt, dict(known or {})))
+
+    def begin(self) -> None:
+        """Start this rank's part of what is planned.  On every rank, though nobody waits for another one."""
+        self._begin(_Work.of(self._plan, self._config.max_response_tokens, exam=None))
 
     def examine(
         self, prompts: Sequence[PromptSample], exam: Exam, *, max_response_tokens: int, refresh: Callable[[], object]
     ) -> list[RolloutGroup]:
-        """One greedy answer to every prompt, in their order, on every rank.  Collective; as :meth:`collect`.
+        """One greedy answer to every prompt, in their order, on every rank.  Collective; as :meth:`settle`.
 
         The engines hold the present weights, and no rollouts are under way.
         """
         assert not self.is_begun, "the engines are busy with rollouts"
-        self._begin(prompts, 1, 0, max_response_tokens=max_response_tokens, exam=exam)
-        return self.collect(refresh)
+        batch = _Batch(make_requests(prompts, rollouts_per_prompt=1, seed=0), 1, {})
+        self._begin(_Work.of([batch], max_response_tokens, exam=exam))
+        self.settle(refresh)
+        return batch.groups()
 
-    def _begin(
-        self,
-        prompts: Sequence[PromptSample],
-        group_size: int,
-        seed: int,
-        *,
-        max_response_tokens: int,
-        exam: Exam | None,
-    ) -> None:
-        self._prompts = prompts
-        requests = make_requests(prompts, rollouts_per_prompt=group_size, seed=seed)
-        job = _Job(requests, group_size, max_response_tokens, exam)
+    def _begin(self, work: _Work) -> None:
+        if not work.requests:
+            return
         if not self._config.replicas:
             num_engines = len(self.placement.owners)
-            mine = [r for r in requests if (r.key // group_size) % num_engines == self._index]
-            self._share = _FixedShare(job, self.engine, mine)
+            mine = [r for r in work.requests if (r.key // work.group_size) % num_engines == self._index]
+            self._share = _FixedShare(work, self.engine, mine)
             return
         if self._store is None:  # a connection of its own: the main thread may block in the other one
             store: Any = dist.distributed_c10d._get_default_store()
             self._store = store.clone()
-        deal = Deal(self._store, next(_deal_numbers), requests)
-        self._share = _DealtShare(job, deal, self._station, window=self._window(len(requests), exam))
+        deal = Deal(self._store, next(_deal_numbers), work.requests)
+        window = self._window(work.num_of_step, work.exam)
+        is_cut = self._config.on_update is OnUpdate.KEEP and work.exam is None
+        self._share = _DealtShare(work, deal, self._station, window=window, is_cut=is_cut)
         self._share.start()
 
     def _window(self, total: int, exam: Exam | None) -> int:
         """Requests that this rank's engine has at the same time: as many as keep it busy, and not more of them than
-        its part of the whole by the speed that it showed."""
+        its part of a step by the speed that it showed."""
         if self._index is None:
             return 0
         environment = self._config.environment if exam is None else exam.environment
@@ -236,29 +247,44 @@ class EngineFleet:
         return math.ceil(min(most, max(part, 1.0)))
 
     def collect(self, refresh: Callable[[], object]) -> list[RolloutGroup]:
-        """All groups of the step, in the order of its prompts, on every rank.  Collective.
+        """:meth:`settle`, then :meth:`take`."""
+        self.settle(refresh)
+        return self.take()
+
+    def take(self) -> list[RolloutGroup]:
+        """The oldest prompts with their rollouts, which are settled; the plan goes on behind them."""
+        return self._plan.pop(0).groups()
+
+    def known(self) -> list[Mapping[int, Rollout]]:
+        """Rollouts that are there, or cut, of each plan, by their keys; the same on every rank when nothing is under
+        way."""
+        return [batch.known for batch in self._plan]
+
+    def settle(self, refresh: Callable[[], object]) -> None:
+        """Return when the oldest prompts have all their rollouts and no engine samples.  Collective.
 
         ``refresh`` gives the present weights to engines that have none (:meth:`deliver`).  Raises EngineLostError on
         every rank after more than ``rollout.max_restarts`` losses in a row of one engine.
         """
-        assert self._share is not None, "begin() comes first"
         share = self._share
+        if share is None:
+            assert self._plan and self._plan[0].is_whole, "begin() comes first"
+            return
         if isinstance(share, _FixedShare):
             share.sample()
         else:
             self._wait_for(share, refresh)
         self._share = None
-        prompt_ids = [request.prompt.prompt_id for request in share.job.requests]
-        rollouts = all_gather_rollouts(share.done if self._hands_over else {}, prompt_ids)
-        return as_groups(share.job.requests, rollouts, share.job.group_size)
+        prompt_ids = [request.prompt.prompt_id for request in share.work.requests]
+        share.work.note(all_gather_rollouts(share.done if self._hands_over else {}, prompt_ids))
 
     def _wait_for(self, share: _DealtShare, refresh: Callable[[], object]) -> None:
-        """Until all ranks together have all rollouts."""
+        """Until all ranks together have all rollouts of the oldest prompts, and their engines have stopped."""
         pause = _LEAST_PAUSE
         while True:
             station = self._station
             state = self._agree(
-                done=len(share.done),
+                done=share.num_awaited,
                 failed=share.error is not None,
                 waiting=station is not None and station.is_waiting,
                 serving=station is not None and station.is_serving,
@@ -267,7 +293,7 @@ class EngineFleet:
             if state["failed"]:
                 share.over.set()
                 raise share.error or EngineLostError("the engine of another rank failed: that rank says how")
-            if state["done"] == len(share.job.requests):
+            if state["done"] == share.work.num_awaited:
                 break
             if state["waiting"] and (state["left"] or not state["serving"]):
                 try:
@@ -277,9 +303,11 @@ class EngineFleet:
             time.sleep(pause)
             pause = min(2 * pause, _PAUSE)
         share.finish()
+        if self._agree(failed=share.error is not None)["failed"]:
+            raise share.error or EngineLostError("the engine of another rank failed: that rank says how")
         if self._station is not None and self._station.is_serving:
             self._station.praise()
-        if share.job.exam is None:
+        if share.work.exam is None:
             self._note_speeds(share.speed())
 
     def _note_speeds(self, mine: float) -> None:
@@ -445,13 +473,58 @@ class EngineFleet:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """What is to be sampled in a step, by all engines together."""
+class _Batch:
+    """The prompts of a step, and what is there of their rollouts."""
 
     requests: Sequence[RolloutRequest]
     group_size: int
+    known: dict[int, Rollout]  # by the requests' keys; some may be cut
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.known) == len(self.requests) and all(rollout.is_whole for rollout in self.known.values())
+
+    def groups(self) -> list[RolloutGroup]:
+        assert self.is_whole, "its rollouts are not settled"
+        return as_groups(self.requests, self.known, self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is to be sampled until the next weights come, by all engines together."""
+
+    requests: Sequence[RolloutRequest]  # in the order in which they are dealt; keys are the places in it
+    num_awaited: int  # the first so many are those of the oldest prompts
+    num_of_step: int  # rollouts of these, whether they are there or not
     max_response_tokens: int
     exam: Exam | None
+    group_size: int
+    _places: Sequence[tuple[_Batch, int]] = field(repr=False)  # whose each request is, and its key there
+
+    @classmethod
+    def of(cls, batches: Sequence[_Batch], max_response_tokens: int, *, exam: Exam | None) -> _Work:
+        """All that is not there yet."""
+        places = [
+            (batch, request)
+            for batch in batches
+            for request in batch.requests
+            if request.key not in batch.known or not batch.known[request.key].is_whole
+        ]
+        return cls(
+            [replace(r, key=key, begun=b.known.get(r.key)) for key, (b, r) in enumerate(places)],
+            sum(batch is batches[0] for batch, _ in places),
+            len(batches[0].requests) if batches else 0,
+            max_response_tokens,
+            exam,
+            batches[0].group_size if batches else 1,
+            [(batch, request.key) for batch, request in places],
+        )
+
+    def note(self, rollouts: Mapping[int, Rollout]) -> None:
+        """What has been sampled, by key."""
+        for key, rollout in rollouts.items():
+            batch, own_key = self._places[key]
+            batch.known[own_key] = rollout
 
 
 class _FixedShare:
@@ -460,8 +533,8 @@ class _FixedShare:
     The ranks of an engine that lies over several must ask it the same.
     """
 
-    def __init__(self, job: _Job, engine: RolloutEngine | None, mine: Sequence[RolloutRequest]) -> None:
-        self.job = job
+    def __init__(self, work: _Work, engine: RolloutEngine | None, mine: Sequence[RolloutRequest]) -> None:
+        self.work = work
         self.done: dict[int, Rollout] = {}
         self._engine, self._mine = engine, mine
 
@@ -469,25 +542,29 @@ class _FixedShare:
         if self._engine is not None and self._mine:
             self._engine.run(
                 self._mine,
-                max_response_tokens=self.job.max_response_tokens,
+                max_response_tokens=self.work.max_response_tokens,
                 on_rollout=self.done.__setitem__,
-                exam=self.job.exam,
+                exam=self.work.exam,
             )
 
 
 class _DealtShare:
     """The rollouts that this rank's engine process is dealt; none on a rank without one."""
 
-    def __init__(self, job: _Job, deal: Deal, station: Station | None, *, window: int) -> None:
-        self.job = job
+    def __init__(self, work: _Work, deal: Deal, station: Station | None, *, window: int, is_cut: bool) -> None:
+        self.work = work
         self.deal = deal
         self.done: dict[int, Rollout] = {}
+        self.num_awaited = 0
+        """Rollouts of the oldest prompts among them."""
         self._station = station
         self._window = window
+        self._is_cut = is_cut
         self._taken: dict[int, RolloutRequest] = {}  # of the engine's present life
         self.over = threading.Event()
         """Nothing more is wanted."""
         self._error: Exception | None = None
+        self._num_begun = 0  # tokens of what it was handed over that older weights had sampled
         self._began = time.monotonic()
         self._last = self._began  # when the last rollout came
         self._thread = threading.Thread(target=self._serve, name="rollouts", daemon=True)
@@ -502,14 +579,14 @@ class _DealtShare:
             self._thread.start()
 
     def finish(self) -> None:
-        """When all ranks together have all."""
+        """When all ranks together have what they wait for: return when this rank's engine has stopped."""
         self.over.set()
         if self._station is not None:
             self._thread.join()
 
     def speed(self) -> float:
         """Tokens a second of this rank's engine in this step; 0 if it sampled none."""
-        tokens = sum(int(rollout.loss_mask.sum()) for rollout in self.done.values())
+        tokens = sum(int(rollout.loss_mask.sum()) for rollout in self.done.values()) - self._num_begun
         return tokens / max(self._last - self._began, 1e-3)
 
     def _serve(self) -> None:
@@ -524,9 +601,9 @@ class _DealtShare:
                 try:
                     station.engine.run(
                         requests,
-                        max_response_tokens=self.job.max_response_tokens,
+                        max_response_tokens=self.work.max_response_tokens,
                         on_rollout=self._keep,
-                        exam=self.job.exam,
+                        exam=self.work.exam,
                         more=self._more,
                     )
                 except EngineLostError as error:
@@ -538,16 +615,21 @@ class _DealtShare:
             self._error = error
 
     def _keep(self, key: int, rollout: Rollout) -> None:
-        del self._taken[key]
+        begun = self._taken.pop(key).begun
+        self._num_begun += 0 if begun is None else len(begun.token_ids)
         self._last = time.monotonic()
         self.done[key] = rollout
+        self.num_awaited += key < self.work.num_awaited
 
     def _take(self) -> list[RolloutRequest]:
         requests = self.deal.take(self._window - len(self._taken))
         self._taken |= {request.key: request for request in requests}
         return requests
 
-    def _more(self) -> Sequence[RolloutRequest] | None:
+    def _more(self) -> Sequence[RolloutRequest] | Cut | None:
+        if self.over.is_set():
+            return Cut.NOW if self._is_cut else None
         if len(self._taken) >= self._window:
             return ()
-        return self._take() or None
+        # Open as long as something runs: a cut has to reach it, and what a lost engine had may come.
+        return self._take() or (() if self._taken else None)

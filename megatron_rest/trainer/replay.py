@@ -68,7 +68,7 @@ def record_update(
     if context.rank != 0:
         return None
     loss_sum, num_tokens = metrics["loss"]
-    newest = {rollout.policy_version for group in groups for rollout in group.rollouts}
+    oldest = min(rollout.oldest_version for group in groups for rollout in group.rollouts)
     rollout = config.rollout
     facts = BundleFacts(
         step=step,
@@ -78,7 +78,7 @@ def record_update(
         model_dtype=config.model.dtype,
         rollout_dtype=rollout.dtype,
         fp8_recipe=str(config.precision.recipe) if config.precision.recipe is not Fp8Recipe.NONE else "none",
-        is_on_policy=newest == {step - 1} and rollout.top_p == 1.0 and rollout.top_k == 0,
+        is_on_policy=oldest == step - 1 and rollout.top_p == 1.0 and rollout.top_k == 0,
         loss_sum=loss_sum,
         num_tokens=num_tokens,
         totals={name: getattr(batch.totals, name) for name in ("num_tokens", "num_sequences", "weight_sum")},

@@ -109,7 +109,7 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
             resolved=_resolved(trainer),
         )
     trackers = _trackers(config, after_step=start) if context.rank == 0 else None
-    if start == 0 and not trainer.is_one_step_off:  # one step off, the first step validates it
+    if start == 0 and not trainer.is_ahead:  # there the first step validates it
         _validate(trainer, 0, console)
     total = config.trainer.steps - start
     with (
@@ -139,7 +139,7 @@ def _train(trainer: RestTrainer, run_dir: Path) -> None:
                 raise StoppedEarly(
                     f"asked to stop: step {step} of {config.trainer.steps} is saved; the same command continues"
                 )
-    if trainer.is_one_step_off and start < config.trainer.steps and trainer.validator is not None:
+    if trainer.is_ahead and start < config.trainer.steps and trainer.validator is not None:
         trainer.sync_weights(version=config.trainer.steps)  # no step has sent the last one's weights
         _validate(trainer, config.trainer.steps, console)
     trainer.on_phase(config.trainer.steps, "export")

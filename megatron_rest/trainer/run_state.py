@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from megatron_rest.trainer.exchange import pack_groups, unpack_groups
-from megatron_rest.types import PromptSample, RolloutGroup
+from megatron_rest.trainer.exchange import pack_rollouts, unpack_rollouts
+from megatron_rest.types import PromptSample, Rollout
 
-__all__ = ["RunState"]
+__all__ = ["RunState", "prompt_names"]
 
-_ROLLOUTS = "rollouts"
+_ROLLOUTS = "rollouts_by_token"
+_FURTHEST = 1 << 32  # more than a step has rollouts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +28,11 @@ class RunState:
     weighting: Mapping[str, Any]  # moving averages of the measuring weight sources
     num_restarts: int  # engines started again so far
     skipped_in_a_row: int  # updates whose loss or gradients were not finite
-    next_prompts: tuple[str, ...]  # ids of the next step's prompts, so that other data or another seed is noticed
-    queue: list[RolloutGroup] | None  # rollouts of the next step, where they are sampled before their step begins
+    next_prompts: tuple[tuple[str, ...], ...]  # ids of the prompts of each step that may be under way, the next one
+    # first: so that other data or another seed is noticed
+    group_size: int  # siblings of each prompt in ``queue``
+    queue: Sequence[Mapping[int, Rollout]] | None  # rollouts of those steps by their keys, whole or cut; None: they are
+    # sampled when their step begins, or come by CheckpointWriter.complete
 
     def as_extra(self) -> dict[str, Any]:
         """For ``CheckpointWriter.save``: numbers, strings and tensors."""
@@ -36,26 +40,60 @@ class RunState:
             "weighting": dict(self.weighting),
             "num_restarts": self.num_restarts,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "next_prompts": list(self.next_prompts),
-            "queue": None if self.queue is None else {_ROLLOUTS: pack_groups(self.queue)},
+            "next_prompts": [list(names) for names in self.next_prompts],
+            "group_size": self.group_size,
+            "queue": None if self.queue is None else {_ROLLOUTS: _pack(self.queue)},
         }
 
     @staticmethod
-    def queue_tensors(groups: Sequence[RolloutGroup]) -> dict[str, torch.Tensor]:
+    def queue_tensors(queue: Sequence[Mapping[int, Rollout]]) -> dict[str, torch.Tensor]:
         """``queue`` alone, for ``CheckpointWriter.complete``."""
-        return {f"queue.{_ROLLOUTS}": pack_groups(groups)}
+        return {f"queue.{_ROLLOUTS}": _pack(queue)}
 
     @classmethod
-    def of_extra(cls, extra: Mapping[str, Any], prompts: Sequence[PromptSample]) -> RunState:
-        """Undo :meth:`as_extra`; ``prompts`` are the next step's.  A queue of other prompts is dropped."""
-        next_prompts = tuple(extra["next_prompts"])
-        queue = None
-        if extra["queue"] is not None and next_prompts == tuple(prompt.prompt_id for prompt in prompts):
-            queue = unpack_groups(extra["queue"][_ROLLOUTS], prompts)
+    def of_extra(
+        cls, extra: Mapping[str, Any], prompts: Sequence[Sequence[PromptSample]], *, group_size: int
+    ) -> RunState:
+        """Undo :meth:`as_extra`; ``prompts`` are those of the next step and of later ones that may be under way.
+
+        What was sampled for other prompts, or in groups of another size, is dropped, and with it all that comes later.
+        """
+        saved = tuple(tuple(names) for names in extra["next_prompts"])
+        same = 0
+        for theirs, ours in zip(saved, prompt_names(prompts), strict=False):
+            if theirs != ours:
+                break
+            same += 1
+        packed, saved_size = (extra["queue"] or {}).get(_ROLLOUTS), int(extra.get("group_size", 0))
         return cls(
             weighting=extra["weighting"],
             num_restarts=int(extra["num_restarts"]),
             skipped_in_a_row=int(extra["skipped_in_a_row"]),
-            next_prompts=next_prompts,
-            queue=queue,
+            next_prompts=saved,
+            group_size=saved_size,
+            queue=_unpack(packed, saved, saved_size)[:same]
+            if packed is not None and saved_size == group_size
+            else None,
         )
+
+
+def prompt_names(prompts: Sequence[Sequence[PromptSample]]) -> tuple[tuple[str, ...], ...]:
+    """Ids of the prompts of each step."""
+    return tuple(tuple(prompt.prompt_id for prompt in of_step) for of_step in prompts)
+
+
+def _pack(queue: Sequence[Mapping[int, Rollout]]) -> torch.Tensor:
+    return pack_rollouts({i * _FURTHEST + key: r for i, known in enumerate(queue) for key, r in known.items()})
+
+
+def _unpack(packed: torch.Tensor, names: Sequence[Sequence[str]], group_size: int) -> list[dict[int, Rollout]]:
+    ids = {
+        i * _FURTHEST + place * group_size + sibling: name
+        for i, of_step in enumerate(names)
+        for place, name in enumerate(of_step)
+        for sibling in range(group_size)
+    }
+    queue: list[dict[int, Rollout]] = [{} for _ in names]
+    for key, rollout in unpack_rollouts(packed, ids).items():
+        queue[key // _FURTHEST][key % _FURTHEST] = rollout
+    return queue

@@ -40,6 +40,7 @@ def sample_rows(
             "group": number,
             "sibling": sibling,
             "policy_version": rollout.policy_version,
+            "oldest_version": rollout.oldest_version,
             "stop_reason": str(rollout.stop_reason),
             "is_judged": verdict.is_judged[index],
             "prompt": _text(table, prompt.token_ids),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -12,11 +14,20 @@ from megatron_rest.algorithms.importance import truncated_ratios
 from megatron_rest.algorithms.kl import kl_estimate
 from megatron_rest.config import LossConfig
 from megatron_rest.mcore.policy import Scores, UpdateReport
+from megatron_rest.trainer.exchange import token_places, token_versions
 from megatron_rest.trainer.judge import Verdict
 from megatron_rest.trainer.metrics import SumCount
-from megatron_rest.types import MicroBatch, RolloutGroup, StopReason, TokenRegion, TrainBatch
+from megatron_rest.types import MicroBatch, Rollout, RolloutGroup, StopReason, TokenRegion, TrainBatch, TrainSample
 
-__all__ = ["REGION_NAMES", "packing_metrics", "reward_metrics", "rollout_metrics", "token_metrics", "update_metrics"]
+__all__ = [
+    "REGION_NAMES",
+    "TokenAges",
+    "packing_metrics",
+    "reward_metrics",
+    "rollout_metrics",
+    "token_metrics",
+    "update_metrics",
+]
 
 REGION_NAMES = {
     TokenRegion.FORMAT: "format",
@@ -72,13 +83,18 @@ def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
 def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: int) -> dict[str, float]:
     """How far the sampling policies lag behind, how rollouts ended, engines replaced so far; the same on every rank."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    ages = [step - 1 - rollout.versions[rollout.loss_mask] for rollout in rollouts]
     metrics = {
         "rollout/count": float(len(rollouts)),
         "prompt/length": fmean(float(len(g.prompt.token_ids)) for g in groups for _ in g.rollouts),
-        "rollout/staleness": fmean(step - 1 - rollout.policy_version for rollout in rollouts),
+        "rollout/staleness": sum(int(of_one.sum()) for of_one in ages) / sum(map(len, ages)),
+        "rollout/staleness_max": float(max(step - 1 - rollout.oldest_version for rollout in rollouts)),
+        "rollout/continued": fmean(rollout.oldest_version < rollout.policy_version for rollout in rollouts),
         "rollout/restarts": float(num_restarts),
     }
     for reason in StopReason:
+        if reason is StopReason.CUT:  # it ends no rollout
+            continue
         metrics[f"stop/{reason}"] = fmean(rollout.stop_reason is reason for rollout in rollouts)
     return metrics
 
@@ -98,17 +114,23 @@ def packing_metrics(batches: Sequence[TrainBatch], *, num_left_out: int) -> dict
 
 
 def token_metrics(
-    microbatches: Sequence[MicroBatch], scores: Sequence[Scores], config: LossConfig, *, dp_group: dist.ProcessGroup
+    microbatches: Sequence[MicroBatch],
+    scores: Sequence[Scores],
+    config: LossConfig,
+    *,
+    dp_group: dist.ProcessGroup,
+    ages: TokenAges | None = None,
 ) -> dict[str, float]:
     """Unweighted entropy, weight mass, token share, mismatch of rollout and training log-probs, share of tokens whose
     importance ratio was truncated, and KL to the reference policy (``loss.kl_estimator``, before the update), by
-    region; the mismatch of first tokens besides.
+    region; the mismatch of first tokens besides, and with ``ages`` tokens, mismatch and truncated ratios by age.
 
     ``microbatches`` carry ``token_weights`` and, under ``loss.kl_coef``, ``ref_log_probs``.  Collectives: one SUM and
     one MAX all-reduce over the data-parallel group.
     """
-    # Rows: regions, all loss tokens (more than the regions', where a dialect leaves some out), first tokens.
-    sums = torch.zeros(len(REGION_NAMES) + 2, 6, dtype=torch.float64)
+    # Rows: regions, ages, all loss tokens (more than the regions', where a dialect leaves some out), first tokens.
+    num_regions, num_ages = len(REGION_NAMES), 0 if ages is None else ages.oldest + 1
+    sums = torch.zeros(num_regions + num_ages + 2, 6, dtype=torch.float64)
     worst_gap = torch.zeros(1, dtype=torch.float64)
     for microbatch, score in zip(microbatches, scores, strict=True):
         mask = microbatch.loss_mask
@@ -116,6 +138,8 @@ def token_metrics(
         regions = microbatch.region_ids[mask]
         for row, region in enumerate(REGION_NAMES):
             sums[row] += table[regions == int(region)].sum(0)
+        if ages is not None:
+            sums[num_regions:-2].index_add_(0, ages.of_microbatch(microbatch), table)
         sums[-2] += table.sum(0)
         sums[-1] += table[_is_first(microbatch.sequence_ids[mask])].sum(0)
         if len(table):
@@ -127,7 +151,12 @@ def token_metrics(
     metrics.add("entropy/all", entropy, tokens)
     metrics.add("mismatch/abs_log_prob_mean", gap, tokens)
     metrics.add("mismatch/first_token", sums[-1, 3], sums[-1, 2])
-    for values, name in zip(sums[:-2].tolist(), REGION_NAMES.values(), strict=True):
+    for age, values in enumerate(sums[num_regions:-2].tolist()):
+        metrics.add(f"tokens/age_{age}", values[2], tokens)
+        metrics.add(f"mismatch/age_{age}", values[3], values[2])
+        if config.tis_cap is not None:
+            metrics.add(f"tis_clipped/age_{age}", values[4], values[2])
+    for values, name in zip(sums[:num_regions].tolist(), REGION_NAMES.values(), strict=True):
         metrics.add(f"entropy/{name}", values[0], values[2])
         metrics.add(f"weight_mass/{name}", values[1], mass)
         metrics.add(f"tokens/{name}", values[2], tokens)
@@ -141,6 +170,25 @@ def token_metrics(
     if config.tis_cap is not None:
         metrics.add("tis_clipped/all", clipped, tokens)
     return {**metrics.means(), "mismatch/abs_log_prob_max": float(worst_gap)}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAges:
+    """By how many versions the policy that sampled each token of a step lies behind the one that trains on it."""
+
+    lengths: Sequence[int]  # of all sequences, in the order of their ``sequence_id``
+    ages: torch.Tensor  # int64 [sum(lengths)]; no age where nobody sampled
+    oldest: int  # largest that there may be
+
+    @classmethod
+    def of(cls, samples: Sequence[TrainSample], rollouts: Sequence[Rollout], *, step: int, oldest: int) -> TokenAges:
+        """``rollouts`` are those of ``samples``, in the same order."""
+        ages = torch.from_numpy(step - 1 - token_versions(samples, rollouts).astype(np.int64))
+        return cls([len(sample.token_ids) for sample in samples], ages, oldest)
+
+    def of_microbatch(self, microbatch: MicroBatch) -> torch.Tensor:
+        """int64 [loss tokens]"""
+        return self.ages[token_places(self.lengths, microbatch)]
 
 
 def _token_table(microbatch: MicroBatch, score: Scores, config: LossConfig) -> torch.Tensor:

@@ -31,18 +31,19 @@ from megatron_rest.passes import is_scored, keeps_zero_groups
 from megatron_rest.trainer.canary import Canary, Sentry, Song, canary_prompt, canary_tolerance
 from megatron_rest.trainer.certificate import MismatchCertificate, canary_samples, measure_mismatch
 from megatron_rest.trainer.credit import check_rule, give_credit
-from megatron_rest.trainer.exchange import all_token_scores
+from megatron_rest.trainer.exchange import all_token_scores, token_versions
 from megatron_rest.trainer.fleet import EngineFleet, Singers
 from megatron_rest.trainer.judge import Judge, Verdict
 from megatron_rest.trainer.metrics import PhaseTimer
 from megatron_rest.trainer.pace import Pace
 from megatron_rest.trainer.profiler import Profiler
 from megatron_rest.trainer.replay import is_recorded, record_update
-from megatron_rest.trainer.run_state import RunState
+from megatron_rest.trainer.run_state import RunState, prompt_names
 from megatron_rest.trainer.sample_rows import chosen, sample_rows
 from megatron_rest.trainer.setup import PolicyParts, make_batch
 from megatron_rest.trainer.skips import SkipCount
 from megatron_rest.trainer.step_metrics import (
+    TokenAges,
     packing_metrics,
     reward_metrics,
     rollout_metrics,
@@ -55,6 +56,7 @@ from megatron_rest.types import (
     BatchTotals,
     MicroBatch,
     PromptSample,
+    Rollout,
     RolloutGroup,
     StepReport,
     TokenRegion,
@@ -129,7 +131,6 @@ class RestTrainer:
         self.on_phase: Callable[[int, str], object] = lambda step, phase: None
         """Told the step and the name of every phase that begins."""
         self.draw_metrics: dict[str, float] = {}  # of this step's extra draws
-        self._collected: list[RolloutGroup] | None = None  # of the next step, where a checkpoint wanted them early
 
     def progress(self, step: int) -> float:
         """Curriculum progress in [0, 1]; steps count from 1."""
@@ -138,18 +139,18 @@ class RestTrainer:
     def step(self, step: int) -> StepReport:
         """Prompts -> rollouts -> rewards -> scores -> weights -> update -> weights into the engines.
 
-        One step off (``rollout.max_staleness`` 1) the weights of the step before go in as soon as its rollouts are
-        there, and the engines sample the next step's while this one trains.
+        With ``rollout.max_staleness`` K > 0 the weights of the step before go in as soon as this step's rollouts are
+        there, and the engines sample those of the next K steps, in their order, while this one trains.
         """
         metrics: dict[str, float] = {}
         with self.profiler.step(step), self.timer(step) as timer:
             with timer.phase("rollout"):
                 groups = self.roll_out(step)
-            if self.is_one_step_off:
+            if self.is_ahead:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step - 1)
                 metrics |= self.validate(step - 1, timer)
-                self.begin_rollouts(step + 1)
+                self.begin_rollouts(step + 1, until=step + self.config.rollout.max_staleness)
             with timer.phase("reward"):
                 verdict = self.judge(groups, step=step)
                 updates = self.updates(verdict)
@@ -182,12 +183,12 @@ class RestTrainer:
                 metrics |= rollout_metrics(groups, step=step, num_restarts=self.fleet.num_restarts)
                 metrics |= packing_metrics(batches, num_left_out=sum(len(u.left_out) for u in updates))
                 metrics |= self.draw_metrics
-                metrics |= self.token_metrics(batches, scores)
+                metrics |= self.token_metrics(batches, scores, groups, verdict, step=step)
                 metrics |= update_metrics(reports)
                 self.save_samples(step, groups, verdict)
                 if is_saved(step, self.config.trainer):
                     self.save_rollouts(step, groups, verdict, [*batches, *rest], [*scores, *rest_scores])
-            if not self.is_one_step_off:
+            if not self.is_ahead:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step)
                 metrics |= self.validate(step, timer)
@@ -207,33 +208,42 @@ class RestTrainer:
         return [self.prompts[i] for i in indices]
 
     @property
-    def is_one_step_off(self) -> bool:
+    def is_ahead(self) -> bool:
+        """Whether engines sample for later steps while a step trains."""
         return self.config.rollout.max_staleness > 0
 
-    def begin_rollouts(self, step: int) -> None:
-        """The engines start on the prompts of ``step``, if the run has such a step."""
-        if step <= self.config.trainer.steps:
-            seed = step_seed(self.config.trainer.seed, step)
-            self.fleet.begin(self.prompts_of(step), seed=seed)
+    def steps_under_way(self, step: int) -> range:
+        """Steps whose rollouts may be under way, or there, when ``step`` begins; it is the first of them."""
+        ahead = max(self.config.rollout.max_staleness, 1)
+        return range(step, min(step + ahead, self.config.trainer.steps + 1))
+
+    def begin_rollouts(self, step: int, *, until: int) -> None:
+        """The engines start on the prompts of ``step``, which is the oldest that is wanted, to ``until``."""
+        for later in range(step + self.fleet.num_planned, min(until, self.config.trainer.steps) + 1):
+            self.fleet.plan(self.prompts_of(later), seed=step_seed(self.config.trainer.seed, later))
+        self.fleet.begin()
 
     def roll_out(self, step: int) -> list[RolloutGroup]:
-        """All groups of the step in prompt order, none sampled by a policy older than the bound."""
-        if self._collected is not None:
-            groups, self._collected = self._collected, None
-            return groups
-        if not self.fleet.is_begun:
-            self.begin_rollouts(step)
-        groups = self.draw_again(step, self.collect(step))
-        if self.checkpoints.is_waiting:
-            self.checkpoints.complete(RunState.queue_tensors(groups))
+        """All groups of the step in prompt order, no token of them sampled by a policy older than the bound."""
+        self.settle(step)
+        groups = self.draw_again(step, self.fleet.take())
         self.fleet.sleep()
-        oldest = min(rollout.policy_version for group in groups for rollout in group.rollouts)
-        if oldest < step - 1 - self.config.rollout.max_staleness:
-            raise RuntimeError(f"step {step} was handed rollouts of policy version {oldest}: older than the bound")
+        oldest = min(rollout.oldest_version for rollout in _rollouts(groups))
+        if oldest < self.oldest_allowed(step):
+            raise RuntimeError(f"step {step} was handed tokens of policy version {oldest}: older than the bound")
         return groups
 
-    def collect(self, step: int) -> list[RolloutGroup]:
-        return self.fleet.collect(refresh=partial(self.sync_weights, version=step - 1))
+    def oldest_allowed(self, step: int) -> int:
+        """Policy version that tokens of a step's rollouts are of at least."""
+        return step - 1 - self.config.rollout.max_staleness
+
+    def settle(self, step: int) -> None:
+        """Wait for the rollouts of ``step``; what there is of later ones then belongs to a checkpoint that waits."""
+        if not self.fleet.can_settle:
+            self.begin_rollouts(step, until=self.steps_under_way(step)[-1])
+        self.fleet.settle(refresh=partial(self.sync_weights, version=step - 1))
+        if self.checkpoints.is_waiting:
+            self.checkpoints.complete(RunState.queue_tensors(self.fleet.known()))
 
     def draw_again(self, step: int, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         """More prompts while too few groups have rewards that differ (``data.resample_zero_groups``).
@@ -250,8 +260,9 @@ class RestTrainer:
         while is_zero.count(False) < wanted and draw < most:
             draw += 1
             prompts = self.prompts_of(step, draw=draw)
-            self.fleet.begin(prompts, seed=step_seed(seed, step, draw=draw))
-            more = self.collect(step)
+            self.fleet.plan(prompts, seed=step_seed(seed, step, draw=draw))
+            self.fleet.begin()
+            more = self.fleet.collect(refresh=partial(self.sync_weights, version=step - 1))
             groups = [*groups, *more]
             is_zero += self.judge(more, step=step).is_zero_group
         self.draw_metrics = {"rollout/extra_draws": float(draw), "rollout/dropped_groups": float(len(groups) - wanted)}
@@ -342,13 +353,25 @@ class RestTrainer:
             dp_group=self.context.dp_group,
         )
 
-    def token_metrics(self, batches: Sequence[TrainBatch], scores: Sequence[Sequence[Scores]]) -> dict[str, float]:
+    def token_metrics(
+        self,
+        batches: Sequence[TrainBatch],
+        scores: Sequence[Sequence[Scores]],
+        groups: Sequence[RolloutGroup],
+        verdict: Verdict,
+        *,
+        step: int,
+    ) -> dict[str, float]:
         """Entropy, weight mass and mismatch over all updates of the step that were scored."""
         microbatches: list[MicroBatch] = [
             m for b, part in zip(batches, scores, strict=True) if part for m in b.microbatches
         ]
         parts = [s for part in scores for s in part]
-        return token_metrics(microbatches, parts, self.config.loss, dp_group=self.context.dp_group)
+        ages = None
+        if self.is_ahead:
+            most = self.config.rollout.max_staleness
+            ages = TokenAges.of(verdict.samples, _rollouts(groups), step=step, oldest=most)
+        return token_metrics(microbatches, parts, self.config.loss, dp_group=self.context.dp_group, ages=ages)
 
     def save_samples(self, step: int, groups: Sequence[RolloutGroup], verdict: Verdict) -> None:
         """Rollouts to read, written by rank 0: all where the arrays are saved, else some."""
@@ -391,7 +414,7 @@ class RestTrainer:
             progress=self.progress(step),
             rewards=[reward.total for reward in verdict.rewards],
             group_ids=[i for i, group in enumerate(groups) for _ in group.rollouts],
-            scores=values,
+            scores=values | {"versions": token_versions(verdict.samples, _rollouts(groups))},
         )
         self.rollout_files.write(rollouts)
 
@@ -433,6 +456,8 @@ class RestTrainer:
 
     def sync_weights(self, *, version: int) -> dict[str, float]:
         """Push the policy's weights into the engines and let the canary sing."""
+        if self.config.trainer.offload:  # the engines wake up for it
+            self.policy.offload()
         report, song = self.sentry.guard(version, lambda: self.fleet.deliver(version, self.sing))
         self.fleet.admit(version)
         return {
@@ -465,27 +490,31 @@ class RestTrainer:
     def save(self, step: int, metrics: Mapping[str, float], timer: PhaseTimer, *, is_last: bool) -> Path:
         """A checkpoint of this step and all that the run is; complete at once, or when ``checkpoints`` has written it.
 
-        One step off the rollouts of the next step are under way, and belong to the checkpoint, since no engine will
-        hold the weights again that sample them.  They are waited for (phase ``wait``) if this is the run's last step;
-        else training goes on, and the checkpoint is whole when the next step has them.  A run that continues from here
-        does not write the files of rollouts before it again: they are complete first.
+        Where engines are ahead the rollouts of the next steps are under way, and belong to the checkpoint, since no
+        engine will hold the weights again that sample them.  Those of the next step are waited for (phase ``wait``) if
+        this is the run's last; else training goes on, and the checkpoint is whole when the next step has them: then no
+        engine samples, and what there is of later steps belongs to it, too.  A run that continues from here does not
+        write the files of rollouts before it again: they are complete first.
         """
         with timer.phase("wait"):
             self.rollout_files.wait()
-        has_queue = self.is_one_step_off and step < self.config.trainer.steps
+        has_queue = self.is_ahead and step < self.config.trainer.steps
         if has_queue and is_last:
             with timer.phase("wait"):
-                self._collected = self.roll_out(step + 1)
+                self.settle(step + 1)
         state = RunState(
             weighting=self.weighting.state_dict(),
             num_restarts=self.fleet.num_restarts,
             skipped_in_a_row=self.skips.in_a_row,
-            next_prompts=tuple(prompt.prompt_id for prompt in self.prompts_of(step + 1)),
-            queue=self._collected,
+            next_prompts=prompt_names([self.prompts_of(later) for later in self.steps_under_way(step + 1)]),
+            group_size=self.config.rollout.rollouts_per_prompt,
+            queue=self.fleet.known() if has_queue and is_last else None,
         )
         is_for_any = step == self.config.trainer.steps or self.config.checkpoint.any_layout == "every"
+        if self.config.trainer.offload:  # the optimiser's state comes back to be saved
+            self.fleet.sleep()
         with timer.phase("checkpoint"):
-            return self.checkpoints.save(
+            path = self.checkpoints.save(
                 self.policy,
                 step=step,
                 extra=state.as_extra(),
@@ -493,6 +522,10 @@ class RestTrainer:
                 form=checkpoint.ANY_LAYOUT if is_for_any else checkpoint.AS_IT_LIES,
                 is_complete=is_last or not has_queue,
             )
+        if self.config.trainer.offload and not is_last and step < self.config.trainer.steps:
+            with timer.phase("sync"):
+                self.sync_weights(version=step)  # asleep they may have dropped them
+        return path
 
     def resume(self, path: str | Path, *, is_verified: bool = False) -> tuple[int, list[str]]:
         """Load a checkpoint, put its weights into the engines.
@@ -501,9 +534,9 @@ class RestTrainer:
         data.
         """
         loaded = checkpoint.load(path, self.policy, is_verified=is_verified)
-        prompts, notes = self.prompts_of(loaded.step + 1), []
-        state = RunState.of_extra(loaded.extra, prompts)
-        if state.next_prompts != tuple(prompt.prompt_id for prompt in prompts):
+        prompts, notes = [self.prompts_of(step) for step in self.steps_under_way(loaded.step + 1)], []
+        state = RunState.of_extra(loaded.extra, prompts, group_size=self.config.rollout.rollouts_per_prompt)
+        if prompts and state.next_prompts[:1] != prompt_names(prompts)[:1]:
             notes.append(
                 f"the prompts of step {loaded.step + 1} are not those that this checkpoint's run would have come to: "
                 "data.* or trainer.seed differ"
@@ -514,7 +547,7 @@ class RestTrainer:
             notes.append("saved under another rule of token credit (weighting.source): this one begins anew")
         self.fleet.continue_count(state.num_restarts)
         self.skips.in_a_row = state.skipped_in_a_row
-        self._collected = state.queue if self.is_one_step_off else None
+        self.plan_again(loaded.step + 1, state.queue or ())
         self.sync_weights(version=loaded.step)
         if loaded.rng is not None:
             rng.restore(loaded.rng)
@@ -522,6 +555,19 @@ class RestTrainer:
             notes.append("saved at another layout: random streams begin anew from trainer.seed")
         dist.barrier()
         return loaded.step, notes
+
+    def plan_again(self, step: int, queue: Sequence[Mapping[int, Rollout]]) -> None:
+        """What a checkpoint holds of the rollouts of ``step`` and later ones; the oldest that are too old for this
+        configuration are dropped, and sampled again."""
+        for later, known in enumerate(queue, step):
+            oldest, can_go_on = self.oldest_allowed(later), not self.config.rollout.environment
+            kept = {k: r for k, r in known.items() if r.oldest_version >= oldest and (r.is_whole or can_go_on)}
+            self.fleet.plan(self.prompts_of(later), seed=step_seed(self.config.trainer.seed, later), known=kept)
+
+
+def _rollouts(groups: Sequence[RolloutGroup]) -> list[Rollout]:
+    """In the order of the step's samples."""
+    return [rollout for group in groups for rollout in group.rollouts]
 
 
 def is_saved(step: int, config: TrainerConfig) -> bool:

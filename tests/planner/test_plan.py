@@ -190,3 +190,21 @@ def test_the_command_needs_no_torch_and_says_by_its_status_whether_it_fits(tmp_p
     wrong = plan("optimizer.lrr=1")
     assert wrong.returncode == 2
     assert "did you mean optimizer.lr?" in wrong.stderr
+
+
+def test_what_leaves_while_engines_sample_is_not_there_beside_them() -> None:
+    """Gradients and optimiser count in an update, and not beside the engine's cache."""
+    settings = ("rollout.sleep_level=2", "rollout.gpu_memory_utilization=0.6")
+    stay, leave = (
+        make_plan(configuration(*settings, f"trainer.offload={flag}"), HARDWARE["h100"], world_size=64)
+        for flag in ("false", "true")
+    )
+    for before, after in zip(stay.stages, leave.stages, strict=True):
+        moved = {item.name: item.num_bytes for item in before.always if item.name in ("gradients", "optimiser")}
+        assert len(moved) == 2 and sum(i.num_bytes for i in before.sampling) > sum(i.num_bytes for i in before.training)
+        assert after.training_peak == before.training_peak
+        assert sum(i.num_bytes for i in before.always) - sum(i.num_bytes for i in after.always) == sum(moved.values())
+        assert after.peak < before.peak
+    assert stay.time is not None and leave.time is not None
+    state = max(i.num_bytes for stage in stay.stages for i in stage.always if i.name == "optimiser")
+    assert leave.time.total - stay.time.total == pytest.approx(2 * state / (64e9 * 0.8))

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from safetensors.torch import load_file
 from megatron_rest.config import RolloutConfig, WeightSyncConfig
 from megatron_rest.model_map import ModelShape, parameter_map
 from megatron_rest.processes import mapped_segments, start_of
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineLostError, EngineStateError, Exam, make_requests
+from megatron_rest.rollout.engine import (
+    NO_WEIGHTS,
+    Cut,
+    EngineLostError,
+    EngineStateError,
+    Exam,
+    RolloutRequest,
+    make_requests,
+)
 from megatron_rest.rollout.remote import EngineCallError, RemoteEngine
 from megatron_rest.rollout.wire import Connection, ConnectionLostError
 from megatron_rest.types import PromptSample, Rollout
@@ -81,6 +90,7 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
 
         engine.run(requests[:4], max_response_tokens=200, on_rollout=fed.__setitem__, more=more)
         assert {k: r.token_ids.tolist() for k, r in fed.items()} == {k: r.token_ids.tolist() for k, r in whole.items()}
+        _cut_and_go_on(engine, requests, whole)
         ids, likely = engine.next_tokens([1, 2, 3], 4)
         tokens, log_probs = engine.greedy([1, 2, 3], 5)
         assert ids[0] == tokens[0] and likely[0] == log_probs[0] and (np.diff(likely) <= 0).all() and len(ids) == 4
@@ -109,6 +119,26 @@ def test_engine_process_answers_hangs_and_is_ended(tmp_path: Path) -> None:
     finally:
         engine.close()
         engine.close()
+
+
+def _cut_and_go_on(engine: RemoteEngine, requests: list[RolloutRequest], whole: dict[int, Rollout]) -> None:
+    """Cut as soon as the first has ended; what was begun travels there and back."""
+    parts: dict[int, Rollout] = {}
+    engine.run(requests, max_response_tokens=200, on_rollout=parts.__setitem__, more=lambda: Cut.NOW if parts else ())
+    cut = {key: rollout for key, rollout in parts.items() if not rollout.is_whole}
+    assert cut
+    for key, rollout in parts.items():
+        assert rollout.token_ids.tolist() == whole[key].token_ids[: len(rollout.token_ids)].tolist()
+    engine.policy_version = 4
+    ended: dict[int, Rollout] = {}
+    again = [replace(request, begun=cut[request.key]) for request in requests if request.key in cut]
+    engine.run(again, max_response_tokens=200, on_rollout=ended.__setitem__)
+    for key, rollout in ended.items():
+        count = len(cut[key].token_ids)
+        assert rollout.is_whole and rollout.token_ids[:count].tolist() == cut[key].token_ids.tolist()
+        assert rollout.log_probs[:count].tolist() == cut[key].log_probs.tolist()
+        assert rollout.versions.tolist() == [3] * count + [4] * (len(rollout.token_ids) - count)
+    engine.policy_version = 3
 
 
 def _die_while_connecting(engine: RemoteEngine, folder: Path) -> None:

@@ -12,13 +12,14 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from megatron_rest.regions import Schemas
-from megatron_rest.rollout.engine import make_requests, turn_seed
+from megatron_rest.rollout.engine import Cut, make_requests, part_seed, turn_seed
 from megatron_rest.rollout.environments.base import Answer, Message, Observation
 from megatron_rest.rollout.environments.calls import ParsedCalls, parse_calls
 from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
@@ -52,6 +53,12 @@ class ScriptedSampler:
     def step(self) -> list[Turn]:
         key = next(iter(self.running))
         return [self.running.pop(key)]
+
+    def cut(self) -> list[Turn]:
+        """Two tokens of each; one of no length has none yet."""
+        turns = [replace(t, token_ids=t.token_ids[:2], log_probs=t.log_probs[:2]) for t in self.running.values()]
+        self.running.clear()
+        return [turn for turn in turns if self.answers[turn.key][self.turns[turn.key]]]
 
     def room(self, num_tokens: int) -> int:
         return CONTEXT - num_tokens
@@ -260,3 +267,26 @@ def test_requests_may_come_while_others_run() -> None:
     )
     assert sorted(done) == list(range(6)) and batches == []
     run_rollouts(sampler, [], max_response_tokens=LIMIT, on_rollout=done.__setitem__, more=lambda: None)
+
+
+def test_a_cut_rollout_goes_on_from_where_it_was() -> None:
+    sampler = ScriptedSampler({0: [3, 4], 1: [5, 6], 2: [0, 1], 3: [60, 60]})
+    requests = make_requests([prompt(i) for i in range(4)], rollouts_per_prompt=1, seed=3)
+    done: dict[int, Rollout] = {}
+    answers = iter([(), Cut.NOW])
+    run_rollouts(sampler, requests, max_response_tokens=LIMIT, on_rollout=done.__setitem__, more=lambda: next(answers))
+    assert {key: rollout.stop_reason for key, rollout in done.items()} == {
+        0: StopReason.EOS, 1: StopReason.CUT, 3: StopReason.CUT,
+    }, "what has no token is not handed over"  # fmt: skip
+    assert done[1].token_ids.tolist() == [10, 11] and done[1].versions.tolist() == [7, 7]
+    sampler.policy_version, sampler.seen = 8, []
+    again = [replace(requests[key], begun=done.get(key)) for key in (1, 2, 3)]
+    run_rollouts(sampler, again, max_response_tokens=LIMIT, on_rollout=done.__setitem__)
+    assert done[1].token_ids.tolist() == [10, 11, 10, 11, 12, 13, 14, 15, END]
+    assert done[1].versions.tolist() == [7] * 2 + [8] * 7 and done[1].policy_version == 8
+    assert done[1].log_probs.tolist() == [-1, -2, -1, -2, -3, -4, -5, -6, -7] and done[1].loss_mask.all()
+    assert done[1].oldest_version == 7 and done[2].oldest_version == 8
+    assert done[3].stop_reason is StopReason.LENGTH and len(done[3].token_ids) == LIMIT, "tokens before the cut count"
+    by_key = {key: (ids, seed, most) for key, ids, seed, most in sampler.seen}
+    assert by_key[1] == ([*range(5), 10, 11], part_seed(requests[1].seed, 2), LIMIT - 2)
+    assert by_key[2] == (list(range(5)), requests[2].seed, LIMIT), "as if it had never been asked for"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import transformers
 
 from megatron_rest.config import RolloutConfig
-from megatron_rest.rollout.engine import NO_WEIGHTS, EngineStateError, Exam, make_requests, rollout_seed
+from megatron_rest.rollout.engine import NO_WEIGHTS, Cut, EngineStateError, Exam, make_requests, rollout_seed
 from megatron_rest.rollout.vllm_engine import VllmEngine
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from tests.helpers.tiny_model import EOS_ID, build_tiny_model
@@ -76,27 +77,66 @@ def test_seeds_are_distinct() -> None:
     assert rollout_seed(1, "p", 2) != rollout_seed(1, "p", 2, occurrence=1)
 
 
+def scored(model: Any, prompt_ids: np.ndarray, ids: np.ndarray, *, top_p: float = 1.0) -> np.ndarray:
+    """float32 [R]: log-probs of ``ids`` behind the prompt, by transformers."""
+    full, start = torch.tensor([*prompt_ids.tolist(), *ids.tolist()]), len(prompt_ids)
+    with torch.no_grad():
+        logits = model(full[None]).logits[0, start - 1 : -1] / TEMPERATURE
+    if top_p < 1:
+        ordered, index = logits.softmax(-1).sort(-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
+    return logits.log_softmax(-1).gather(-1, full[start:, None])[:, 0].numpy()
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 def test_log_probs_are_those_of_the_sampling_distribution(folder: Path, engine: VllmEngine, top_p: float) -> None:
     """float32 against transformers: log_softmax(logits / T), renormalised over the nucleus."""
     used = engine if top_p == 1.0 else make_engine(folder, top_p=top_p)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, rollouts in sample(used, "xy").items():
-        start = len(prompt(name).token_ids)
         for rollout in rollouts:
-            full = torch.tensor([*prompt(name).token_ids.tolist(), *rollout.token_ids.tolist()])
-            with torch.no_grad():
-                logits = model(full[None]).logits[0, start - 1 : -1] / TEMPERATURE
-            if top_p < 1:
-                ordered, index = logits.softmax(-1).sort(-1, descending=True)
-                outside = ordered.cumsum(-1) - ordered >= top_p
-                logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
-            wanted = logits.log_softmax(-1).gather(-1, full[start:, None])[:, 0]
-            np.testing.assert_allclose(rollout.log_probs, wanted.numpy(), atol=1e-4)
+            wanted = scored(model, prompt(name).token_ids, rollout.token_ids, top_p=top_p)
+            np.testing.assert_allclose(rollout.log_probs, wanted, atol=1e-4)
             assert rollout.log_probs.dtype == np.float32 and rollout.token_ids.dtype == np.int32
             assert rollout.loss_mask.all() and rollout.policy_version == used.policy_version == 0
     if used is not engine:
         used.close()
+
+
+def test_a_cut_rollout_goes_on_with_other_weights(folder: Path, engine: VllmEngine) -> None:
+    """Cut after some iterations: a prefix of what would have come, and the rest is scored as its continuation."""
+    requests = make_requests([prompt("c"), prompt("d")], rollouts_per_prompt=8, seed=4)
+    whole: dict[int, Rollout] = {}
+    engine.run(requests, max_response_tokens=64, on_rollout=whole.__setitem__)
+    parts: dict[int, Rollout] = {}
+    answers = iter([*[()] * 12, Cut.NOW])
+    engine.run(requests, max_response_tokens=64, on_rollout=parts.__setitem__, more=lambda: next(answers))
+    cut = {key: rollout for key, rollout in parts.items() if not rollout.is_whole}
+    assert cut and parts.keys() == whole.keys() and {len(r.token_ids) for r in cut.values()} <= {11, 12, 13}
+    for key, rollout in parts.items():
+        count = len(rollout.token_ids)
+        assert rollout.token_ids.tolist() == whole[key].token_ids[:count].tolist()
+        np.testing.assert_allclose(rollout.log_probs, whole[key].log_probs[:count], atol=1e-5)
+    again = [replace(request, begun=cut[request.key]) for request in requests if request.key in cut]
+    ended: dict[int, Rollout] = {}
+    engine.policy_version = 1  # the same weights, so that the log-probs of both parts can be scored
+    try:
+        engine.run(again, max_response_tokens=64, on_rollout=ended.__setitem__)
+        assert ended.keys() == cut.keys() and all(rollout.is_whole for rollout in ended.values())
+        for request in again:
+            rollout, count = ended[request.key], len(cut[request.key].token_ids)
+            assert rollout.token_ids[:count].tolist() == cut[request.key].token_ids.tolist()
+            assert rollout.versions.tolist() == [0] * count + [1] * (len(rollout.token_ids) - count)
+            assert len(rollout.token_ids) <= 64
+        assert any(r.token_ids.tolist() != whole[key].token_ids.tolist() for key, r in ended.items()), "a new seed"
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for request in again[:4]:
+            rollout = ended[request.key]
+            wanted = scored(model, request.prompt.token_ids, rollout.token_ids)
+            np.testing.assert_allclose(rollout.log_probs, wanted, atol=1e-4)
+    finally:
+        engine.policy_version = 0
 
 
 def test_stop_reasons(engine: VllmEngine) -> None:

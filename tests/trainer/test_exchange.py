@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_rest.trainer.exchange import all_gather_rollouts, pack_groups, unpack_groups
-from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.trainer.exchange import all_gather_rollouts, pack_rollouts, token_versions, unpack_rollouts
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason, TrainSample
 from tests.helpers.distributed import run_distributed
 
 
@@ -29,6 +29,7 @@ def make_group(prompt: PromptSample) -> RolloutGroup:
                 loss_mask=rng.integers(0, 2, n).astype(bool),
                 stop_reason=StopReason.LENGTH if n > 4 else StopReason.EOS,
                 policy_version=prompt.index,
+                versions=prompt.index - np.sort(rng.integers(0, 70, n))[::-1],
                 reward=None if n % 2 else n / 4,
             )
         )
@@ -62,27 +63,42 @@ def test_all_ranks_hold_all_rollouts():
                 check(rollouts[key], want)
 
 
-def test_groups_are_packed_and_unpacked():
-    prompts = make_prompts(4)
-    groups = [make_group(prompt) for prompt in prompts]
-    again = unpack_groups(pack_groups(groups), prompts)
-    assert [group.prompt.prompt_id for group in again] == [prompt.prompt_id for prompt in prompts]
-    for got, want in zip(again, groups, strict=True):
-        for a, b in zip(got.rollouts, want.rollouts, strict=True):
-            check(a, b)
+def test_rollouts_are_packed_and_unpacked() -> None:
+    rollouts = {3 * key: rollout for key, rollout in all_rollouts(4).items()}
+    again = unpack_rollouts(pack_rollouts(rollouts), {key: r.prompt_id for key, r in rollouts.items()})
+    assert again.keys() == rollouts.keys()
+    for key, want in rollouts.items():
+        check(again[key], want)
 
 
 def test_nine_bytes_a_token() -> None:
-    """Ids, log-probs and masks, and 44 bytes a rollout: what each rank receives, however many ranks there are."""
-    groups = [make_group(p) for p in make_prompts(50)]
-    rollouts = [r for g in groups for r in g.rollouts]
-    tokens = sum(len(r.token_ids) for r in rollouts)
-    assert pack_groups(groups).numel() == 9 * tokens + 44 * len(rollouts) + 8
+    """Ids, log-probs and ages, and 44 bytes a rollout: what each rank receives, however many ranks there are."""
+    rollouts = all_rollouts(50)
+    tokens = sum(len(r.token_ids) for r in rollouts.values())
+    assert pack_rollouts(rollouts).numel() == 9 * tokens + 44 * len(rollouts) + 8
+
+
+def test_versions_of_a_steps_tokens() -> None:
+    rollouts = [group for prompt in make_prompts(2) for group in make_group(prompt).rollouts]
+    samples = [
+        TrainSample(
+            token_ids=np.zeros(3 + len(r.token_ids), np.int32),
+            loss_mask=np.concatenate([np.zeros(3, bool), r.loss_mask]),
+            region_ids=np.zeros(3 + len(r.token_ids), np.int8),
+            rollout_log_probs=np.zeros(3 + len(r.token_ids), np.float32),
+            advantage=0.0,
+            sequence_id=i,
+        )
+        for i, r in enumerate(rollouts)
+    ]
+    expected = [v for r in rollouts for v in (0, 0, 0, *(r.versions * r.loss_mask))]
+    assert token_versions(samples, rollouts).tolist() == expected
 
 
 def check(a: Rollout, b: Rollout) -> None:
     assert np.array_equal(a.token_ids, b.token_ids)
     assert np.array_equal(a.log_probs, b.log_probs)
     assert np.array_equal(a.loss_mask, b.loss_mask)
+    assert np.array_equal(a.versions, b.versions) and a.versions.dtype == b.versions.dtype
     assert (a.stop_reason, a.policy_version, a.prompt_id) == (b.stop_reason, b.policy_version, b.prompt_id)
     assert a.reward == b.reward

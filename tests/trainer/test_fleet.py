@@ -5,6 +5,7 @@ The engine and the transfer are scripted here: what is tested is who is asked fo
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from megatron_rest.config import (
     ConfigError,
     LossConfig,
+    OnUpdate,
     RestConfig,
     RolloutConfig,
     RolloutQuantization,
@@ -29,6 +31,7 @@ from megatron_rest.config import (
 )
 from megatron_rest.rollout.engine import (
     NO_WEIGHTS,
+    Cut,
     EngineLostError,
     Exam,
     MoreRequests,
@@ -37,6 +40,7 @@ from megatron_rest.rollout.engine import (
 )
 from megatron_rest.rollout.remote import RemoteEngine
 from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
+from megatron_rest.trainer.run_state import RunState
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from megatron_rest.weight_sync.sync import WeightSyncError
 from megatron_rest.weight_sync.transport import EngineUnreachableError
@@ -99,7 +103,15 @@ def test_placements_that_do_not_fit_are_refused(settings: dict[str, Any], words:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"max_staleness": 2}, "0 .synchronous. or 1"),
+        ({"max_staleness": 65}, "rollout.max_staleness is 65"),
+        (
+            {"max_staleness": 1, "on_update": OnUpdate.KEEP},
+            "none runs when new weights are there: set max_staleness to 2",
+        ),
+        (
+            {"max_staleness": 2, "on_update": OnUpdate.KEEP, "environment": "bfcl"},
+            "cannot be cut with them: set on_upd",
+        ),
         ({"sleep_level": 3}, "vLLM has 1 and 2"),
         ({"sleep_level": 1, "replicas": 1}, "set one of them to 0"),
         ({"engine_timeout_seconds": 0}, "expected a finite number > 0"),
@@ -252,6 +264,11 @@ def give_weights(setting: Any, version: int = 0) -> None:
     setting.fleet.admit(version)
 
 
+def begin(setting: Any, *, seed: int) -> None:
+    setting.fleet.plan(PROMPTS, seed=seed)
+    setting.fleet.begin()
+
+
 PROMPTS = [PromptSample(prompt_id=f"p{i % 3}", token_ids=np.zeros(1, np.int32), ground_truth="") for i in range(4)]
 
 
@@ -259,7 +276,7 @@ PROMPTS = [PromptSample(prompt_id=f"p{i % 3}", token_ids=np.zeros(1, np.int32), 
 def test_only_what_is_missing_is_sampled_again_with_its_own_seed() -> None:
     calm = make_fleet(ScriptedEngine())
     give_weights(calm)
-    calm.fleet.begin(PROMPTS, seed=5)
+    begin(calm, seed=5)
     expected = calm.fleet.collect(refresh=lambda: pytest.fail("nothing was lost"))
     refreshed: list[int] = []
     setting = make_fleet(ScriptedEngine(deaths=[3, 0]))
@@ -269,7 +286,7 @@ def test_only_what_is_missing_is_sampled_again_with_its_own_seed() -> None:
         refreshed.append(setting.engine.num_restarts)
         give_weights(setting, version=1)
 
-    setting.fleet.begin(PROMPTS, seed=5)
+    begin(setting, seed=5)
     groups = setting.fleet.collect(refresh)
     assert [sorted(keys) for keys in setting.engine.asked] == [list(range(8)), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
     assert refreshed == [1, 2] and setting.fleet.num_restarts == 2
@@ -280,7 +297,7 @@ def test_only_what_is_missing_is_sampled_again_with_its_own_seed() -> None:
     assert tokens[0] != tokens[3], "the same prompt twice is answered twice"
     hopeless = make_fleet(ScriptedEngine(deaths=[0] * 9))
     give_weights(hopeless)
-    hopeless.fleet.begin(PROMPTS, seed=5)
+    begin(hopeless, seed=5)
     with pytest.raises(EngineLostError, match=r"lost 3 times in a row while sampling .rollout.max_restarts 2."):
         hopeless.fleet.collect(refresh=lambda: give_weights(hopeless))
 
@@ -301,7 +318,7 @@ def test_an_exam_is_one_answer_a_prompt_and_survives_a_lost_engine() -> None:
     assert [group.prompt.prompt_id for group in answers] == ["p0", "p1", "p2", "p0"]
     assert [sorted(keys) for keys in setting.engine.asked] == [[0, 1, 2, 3], [0, 1]] and refreshed == [1]
     assert setting.engine.exams == [exam, exam]
-    setting.fleet.begin(PROMPTS, seed=1)
+    begin(setting, seed=1)
     with pytest.raises(AssertionError, match="busy"):
         setting.fleet.examine(PROMPTS, exam, max_response_tokens=9, refresh=lambda: None)
     setting.fleet.collect(refresh=lambda: None)
@@ -347,7 +364,7 @@ def test_what_is_no_loss_ends_the_run() -> None:
     refuses = make_fleet(ScriptedEngine())
     give_weights(refuses)
     refuses.engine.run = lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("prompt p0 has 9 tokens"))
-    refuses.fleet.begin(PROMPTS, seed=1)
+    begin(refuses, seed=1)
     with pytest.raises(ValueError, match="prompt p0 has 9 tokens"):
         refuses.fleet.collect(refresh=lambda: None)
 
@@ -375,7 +392,7 @@ def one_of_two_is_lost(rank: int, world: int, folder: str) -> tuple[Any, ...]:
     engine = ScriptedEngine([1] if rank else [], start=start, gate=lambda life: rank or wait_for(lost))
     setting = make_fleet(engine, rank=rank, ranks=world)
     give_weights(setting)
-    setting.fleet.begin(PROMPTS, seed=5)
+    begin(setting, seed=5)
     groups = setting.fleet.collect(refresh=lambda: pytest.fail("nobody waits for weights"))
     asked = [sorted(keys) for keys in engine.asked]
     give_weights(setting, version=1)  # without the one that still starts
@@ -404,7 +421,7 @@ def test_living_engines_do_the_work_of_a_lost_one_and_take_weights_without_it(tm
 def undisturbed(rank: int, world: int) -> list[list[int]]:
     setting = make_fleet(ScriptedEngine(), rank=rank, ranks=world)
     give_weights(setting)
-    setting.fleet.begin(PROMPTS, seed=5)
+    begin(setting, seed=5)
     return tokens_of(setting.fleet.collect(refresh=lambda: None))
 
 
@@ -421,7 +438,7 @@ def the_new_one_joins_in(rank: int, world: int, folder: str) -> tuple[Any, ...]:
     engine = ScriptedEngine([1] if rank else [], gate=gate)
     setting = make_fleet(engine, rank=rank, ranks=world, max_concurrent=1)
     give_weights(setting)
-    setting.fleet.begin(PROMPTS, seed=5)
+    begin(setting, seed=5)
     groups = setting.fleet.collect(refresh=lambda: give_weights(setting, version=7))
     versions = sorted(r.policy_version for g in groups for r in g.rollouts)
     return tokens_of(groups), setting.connections, versions, engine.policy_version, [len(k) for k in engine.asked]
@@ -449,7 +466,7 @@ def one_is_slow(rank: int, world: int, folder: str) -> list[int]:
     engine = ScriptedEngine(gate=gate)
     setting = make_fleet(engine, rank=rank, ranks=world, max_concurrent=1)
     give_weights(setting)
-    setting.fleet.begin(PROMPTS, seed=5)
+    begin(setting, seed=5)
     if rank == 1:
         deadline = time.monotonic() + 60
         while len(setting.fleet._share.done) < 6 and time.monotonic() < deadline:
@@ -464,3 +481,122 @@ def test_a_slow_engine_takes_less(tmp_path: Path) -> None:
     [slow, fast] = run_distributed(one_is_slow, 2, str(tmp_path))
     assert slow[0] == 2 and fast[0] == 6, "the slow one what it had at first, the other one the rest"
     assert slow[-2:] == fast[-2:] and slow[-2] == 1 < slow[-1], "and by that the next step is dealt"
+
+
+class AheadEngine(ScriptedEngine):
+    """Answers what has been begun before, and the first ``at_once`` that it is asked for in each run; the rest when
+    there is nothing more, or is cut with one token.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__()
+        self.at_once = at_once
+        self.begun: list[dict[int, Rollout | None]] = []  # by seed, by run
+
+    def run(self, requests: Sequence[RolloutRequest], *, on_rollout: OnRollout, **kwargs: Any) -> None:
+        self.asked.append([])
+        self.begun.append({})
+        waiting: list[RolloutRequest] = []
+        new: Sequence[RolloutRequest] | Cut | None = requests
+        while new is not None and new is not Cut.NOW:
+            for request in new:
+                self.asked[-1].append(request.key)
+                self.begun[-1][request.seed] = request.begun
+                if len(self.asked[-1]) <= self.at_once:
+                    on_rollout(request.key, self.answer(request, StopReason.EOS))
+                else:
+                    waiting.append(request)
+            time.sleep(0.001)
+            new = kwargs["more"]()
+        for request in waiting:
+            on_rollout(request.key, self.answer(request, StopReason.EOS if new is None else StopReason.CUT))
+
+    def answer(self, request: RolloutRequest, reason: StopReason) -> Rollout:
+        """One token more."""
+        before = [] if request.begun is None else request.begun.versions.tolist()
+        return Rollout(
+            prompt_id=request.prompt.prompt_id,
+            token_ids=np.full(len(before) + 1, request.seed % 1000, np.int32),
+            log_probs=np.zeros(len(before) + 1, np.float32),
+            loss_mask=np.ones(len(before) + 1, bool),
+            stop_reason=reason,
+            policy_version=self.policy_version,
+            versions=np.array([*before, self.policy_version], np.int32),
+        )
+
+
+def ahead(update: OnUpdate, *, at_once: int) -> Any:
+    return make_fleet(AheadEngine(at_once), max_staleness=2, on_update=update, max_concurrent=4)  # it has 5 at once
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_rollouts_of_later_steps_end_before_the_weights_change() -> None:
+    setting = ahead(OnUpdate.WAIT, at_once=8)
+    give_weights(setting)
+    for seed in (1, 2):
+        setting.fleet.plan(PROMPTS, seed=seed)
+    setting.fleet.begin()
+    setting.fleet.settle(refresh=lambda: None)
+    first, second = map(dict, setting.fleet.known())
+    assert len(first) == 8 and 2 <= len(second) <= 5, "what was under way has ended, and nothing was begun"
+    assert all(rollout.is_whole for rollout in second.values())
+    early = set(second)
+    assert {r.policy_version for g in setting.fleet.take() for r in g.rollouts} == {0}
+    give_weights(setting, version=1)
+    setting.fleet.plan(PROMPTS, seed=3)
+    assert setting.fleet.num_planned == 2
+    setting.fleet.begin()
+    setting.fleet.settle(refresh=lambda: None)
+    assert setting.engine.asked[-1][: 8 - len(early)] == list(range(8 - len(early))), "the oldest first, none twice"
+    groups = setting.fleet.take()
+    versions = [r.versions.tolist() for group in groups for r in group.rollouts]
+    assert versions == [[0] if key in early else [1] for key in range(8)]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_cut_rollouts_go_on_with_new_weights_also_from_a_checkpoint() -> None:
+    setting = ahead(OnUpdate.KEEP, at_once=8)
+    give_weights(setting)
+    for seed in (1, 2):
+        setting.fleet.plan(PROMPTS, seed=seed)
+    setting.fleet.begin()
+    setting.fleet.settle(refresh=lambda: None)
+    first, second = map(dict, setting.fleet.known())
+    assert len(first) == 8 and second and {r.stop_reason for r in second.values()} == {StopReason.CUT}
+    assert not setting.fleet._plan[1].is_whole
+    saved = torch.load(_file_of(setting.fleet.known()), weights_only=True)
+    setting.fleet.take()
+
+    def go_on(used: Any) -> tuple[list[int], dict[int, list[int] | None], list[list[int]]]:
+        give_weights(used, version=1)
+        used.fleet.plan(PROMPTS, seed=3)
+        used.fleet.begin()
+        used.fleet.settle(refresh=lambda: None)
+        begun = {seed: None if r is None else r.versions.tolist() for seed, r in used.engine.begun[-1].items()}
+        versions = [r.versions.tolist() for g in used.fleet.take() for r in g.rollouts]
+        return used.engine.asked[-1][:8], dict(list(begun.items())[:8]), versions
+
+    asked, begun, versions = go_on(setting)
+    assert asked == list(range(8)) and sorted(map(str, begun.values())) == sorted(
+        ["[0]"] * len(second) + ["None"] * (8 - len(second))
+    )
+    assert versions == [[0, 1] if key in second else [1] for key in range(8)]
+    resumed = ahead(OnUpdate.KEEP, at_once=8)
+    names = [[prompt.prompt_id for prompt in PROMPTS]] * 2
+    extra = {"weighting": {}, "num_restarts": 0, "skipped_in_a_row": 0, "next_prompts": names, "group_size": 2}
+    extra["queue"] = {name.split(".")[1]: tensor for name, tensor in saved.items()}
+    queue = RunState.of_extra(extra, [PROMPTS, PROMPTS], group_size=2).queue
+    assert queue is not None
+    for seed, known in zip((1, 2), queue, strict=True):
+        resumed.fleet.plan(PROMPTS, seed=seed, known=known)
+    assert resumed.fleet.can_settle and not resumed.fleet.is_begun
+    resumed.fleet.settle(refresh=lambda: pytest.fail("all is there"))
+    assert tokens_of(resumed.fleet.take()) == [[int(first[2 * i + j].token_ids[0]) for j in range(2)] for i in range(4)]
+    assert go_on(resumed) == (asked, begun, versions), "asked for what the unbroken run asks for"
+
+
+def _file_of(queue: Sequence[Any]) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(RunState.queue_tensors(queue), file)
+    file.seek(0)
+    return file

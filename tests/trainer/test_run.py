@@ -39,7 +39,7 @@ from benchmarks import chaos, long_run
 from megatron_rest.analysis.metric_table import find_metric
 from megatron_rest.commands import tiny
 from megatron_rest.config import WeightingConfig, WeightSource
-from megatron_rest.data.rollout_file import read_rollouts, rollout_files
+from megatron_rest.data.rollout_file import read_rollouts, rollout_files, rollout_path
 from megatron_rest.data.sample_file import FIELDS, read_sample_rows, sample_files
 from megatron_rest.eval.answers import read_answers
 from megatron_rest.replay import __main__ as replay
@@ -547,6 +547,31 @@ def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
     assert versions == ["version_000000", "version_000002", "version_000003"]
     assert steps[0]["mismatch/abs_log_prob_max"] < 1e-4 < steps[1]["mismatch/abs_log_prob_mean"]
     assert all(0 <= step["tis_clipped/all"] < 1 for step in steps) and steps[0]["tis_clipped/all"] == 0
+
+
+@pytest.mark.extended
+def test_engines_are_two_steps_ahead_and_a_continued_run_has_what_they_had(base):
+    """Rollouts are cut by new weights and go on; a run from the checkpoint of step 2 trains on the same ones in step 3."""
+    overrides = ("rollout.max_staleness=2", "rollout.on_update=keep", "loss.tis_cap=2.0", "rollout.max_concurrent=4")
+    overrides += ("trainer.steps=4", "checkpoint.save_every=1", "checkpoint.keep_last=4", "checkpoint.export_hf=false")
+    overrides += ("trainer.save_rollouts_every=1", "parallel.tensor_parallel=1")
+    runs = [base / "two-ahead", base / "two-ahead-again"]
+    for run_dir in runs:
+        again = (f"checkpoint.load={runs[0] / 'checkpoints' / 'step_000002'}",) if run_dir != runs[0] else ()
+        settings = (*tiny.tiny_settings(base), *overrides, f"trainer.run_dir={run_dir}", *again)
+        done = forked.run_module("megatron_rest.trainer", *settings, ranks=1)
+        assert done.returncode == 0, done.stderr[-8000:]
+    steps = chaos.metrics_of(runs[0])
+    assert [row["policy_version"] for row in metrics(runs[0])] == [0, 1, 2, 3]
+    assert all(step["rollout/count"] == 24 and step["rollout/staleness_max"] <= 2 for step in steps)
+    assert max(step["rollout/staleness_max"] for step in steps) >= 1
+    for step in steps:
+        assert sum(step[f"tokens/age_{age}"] for age in range(3)) == pytest.approx(1.0)
+        assert [key for key in step if find_metric(key) is None] == []
+    first, second = (read_rollouts(rollout_path(run_dir, 3)) for run_dir in runs)
+    for name in ("lengths", "token_ids", "rollout_log_probs", "versions", "old_log_probs", "advantages", "rewards"):
+        assert np.array_equal(getattr(first, name), getattr(second, name)), name
+    assert set(np.unique(first.versions[first.loss_mask])) <= {0, 1, 2}
 
 
 @pytest.mark.parametrize("ending", ["success", "ctrl-c", "killed rank"])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_rest.config import LossConfig
 from megatron_rest.data.batching import make_microbatch
 from megatron_rest.mcore.policy import Scores
-from megatron_rest.trainer.step_metrics import REGION_NAMES, rollout_metrics, token_metrics
+from megatron_rest.trainer.step_metrics import REGION_NAMES, TokenAges, rollout_metrics, token_metrics
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason, TrainSample
 from tests.helpers.distributed import run_distributed
 
@@ -40,6 +40,19 @@ def samples(rng: np.random.Generator) -> list[TrainSample]:
     return made
 
 
+def _rollout(sample: TrainSample) -> Rollout:
+    """Its first two tokens are of version 3, the others of 4 (none is of 5)."""
+    return Rollout(
+        prompt_id="p",
+        token_ids=sample.token_ids[3:],
+        log_probs=sample.rollout_log_probs[3:],
+        loss_mask=sample.loss_mask[3:],
+        stop_reason=StopReason.EOS,
+        policy_version=4,
+        versions=np.where(np.arange(len(sample.token_ids) - 3) < 2, 3, 4),
+    )
+
+
 def on_ranks(rank: int, world_size: int) -> list[dict[str, float]]:
     rng = np.random.default_rng(0)
     everything = samples(rng)
@@ -57,7 +70,9 @@ def on_ranks(rank: int, world_size: int) -> list[dict[str, float]]:
             scores.append(Scores(log_probs=microbatch.rollout_log_probs + gap, entropy=entropy))
             microbatches[-1] = replace(microbatch, ref_log_probs=microbatch.rollout_log_probs)
         config = LossConfig(tis_cap=CAP, tis_level=level, kl_coef=0.1)
-        results.append(token_metrics(microbatches, scores, config, dp_group=dist.group.WORLD))
+        rollouts = [_rollout(s) for s in everything]
+        ages = TokenAges.of(everything, rollouts, step=6, oldest=2)
+        results.append(token_metrics(microbatches, scores, config, dp_group=dist.group.WORLD, ages=ages))
     return results
 
 
@@ -67,7 +82,13 @@ def test_mismatch_and_truncation_by_region(world_size: int) -> None:
     everything = samples(rng)
     gaps = [rng.normal(scale=0.3, size=len(s.token_ids)).astype(np.float32) for s in everything]
     tokens = [
-        (int(s.region_ids[t]), float(gap[t]), float(gap[s.loss_mask].sum()), t == np.flatnonzero(s.loss_mask)[0])
+        (
+            int(s.region_ids[t]),
+            float(gap[t]),
+            float(gap[s.loss_mask].sum()),
+            t == np.flatnonzero(s.loss_mask)[0],
+            int(t),
+        )
         for s, gap in zip(everything, gaps, strict=True)
         for t in np.flatnonzero(s.loss_mask)
     ]
@@ -91,6 +112,13 @@ def test_mismatch_and_truncation_by_region(world_size: int) -> None:
                 assert metrics[f"tis_clipped/{name}"] == pytest.approx(share)
                 kl = mean([math.expm1(-t[1]) + t[1] for t in mine])
                 assert metrics[f"kl_ref/{name}"] == pytest.approx(kl, rel=1e-3)
+            old = [t for t in tokens if t[4] < 5]
+            young = [t for t in tokens if t[4] >= 5]
+            assert metrics["tokens/age_2"] == pytest.approx(len(old) / len(tokens)) and metrics["tokens/age_0"] == 0
+            assert metrics["mismatch/age_2"] == pytest.approx(mean([abs(t[1]) for t in old]), rel=1e-4)
+            assert metrics["mismatch/age_1"] == pytest.approx(mean([abs(t[1]) for t in young]), rel=1e-4)
+            share = mean([float(math.exp(t[ratio]) >= CAP) for t in young])
+            assert metrics["tis_clipped/age_1"] == pytest.approx(share) and "mismatch/age_0" not in metrics
             assert metrics["kl_ref/all"] == pytest.approx(mean([math.expm1(-t[1]) + t[1] for t in tokens]), rel=1e-3)
 
 
@@ -104,8 +132,12 @@ def test_how_rollouts_ended_and_how_old_they_are() -> None:
         policy_version=4,
     )
     prompt = PromptSample(prompt_id="p", token_ids=np.zeros(1, np.int32), ground_truth="")
-    rollouts = (one, replace(one, policy_version=3, stop_reason=StopReason.TOOL_TIMEOUT))
+    rollouts = (one, replace(one, versions=np.array([3, 4]), stop_reason=StopReason.TOOL_TIMEOUT))
     metrics = rollout_metrics([RolloutGroup(prompt=prompt, rollouts=rollouts)], step=5, num_restarts=2)
     assert metrics["rollout/count"] == 2 and metrics["rollout/restarts"] == 2
-    assert metrics["rollout/staleness"] == 0.5
+    assert metrics["rollout/staleness"] == 0.25 and metrics["rollout/staleness_max"] == 1, "by token"
+    assert metrics["rollout/continued"] == 0.5
     assert metrics["stop/eos"] == metrics["stop/tool_timeout"] == 0.5 and metrics["stop/length"] == 0
+    assert "stop/cut" not in metrics
+    with pytest.raises(ValueError, match=r"version 4, and its last token is of policy_version 3"):
+        replace(one, policy_version=3)

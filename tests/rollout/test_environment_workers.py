@@ -1,0 +1,145 @@
+"""Environments in processes of their own, with the rollout loop around them: state, faults, what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from megatron_rest.config import RolloutConfig
+from megatron_rest.rollout.engine import make_requests
+from megatron_rest.rollout.environments.base import Answer, Message
+from megatron_rest.rollout.environments.calls import Call, ParsedCalls
+from megatron_rest.rollout.environments.workers import EnvironmentWorkers
+from megatron_rest.rollout.rollouter import Conversation, run_rollouts
+from megatron_rest.types import PromptSample, Rollout, StopReason
+from tests.rollout.test_rollouter import LIMIT, ScriptedSampler, Translator
+
+CODE = """
+import json, os, time
+from megatron_rest.rollout.environments.base import Message, Observation
+
+
+class Counting:
+    def __init__(self, prompt, *, until):
+        if prompt.ground_truth == "refuse":
+            raise ValueError("no such task")
+        self.prompt, self.until, self.seen = prompt, until, []
+
+    async def reset(self):
+        self.seen.append(self.prompt.metadata["start"])
+
+    def step(self, answer):
+        print("said while it worked")  # not to be taken for an answer
+        match self.prompt.ground_truth:
+            case "hang":
+                while True:
+                    pass
+            case "die":
+                os._exit(9)
+            case "none":
+                return None
+        self.seen.append([answer.text, answer.turn, [[c.name, c.arguments] for c in answer.calls.calls]])
+        if len(self.seen) > self.until:
+            return Observation(done=True)
+        return Observation(messages=(Message(role="tool", content=json.dumps([os.getpid(), self.seen])),))
+
+    def reward(self):
+        return 0.5 * len(self.seen)
+
+    def close(self):
+        open(self.prompt.metadata["closed"], "a").write("x")
+"""
+
+
+@pytest.fixture
+def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EnvironmentWorkers]:
+    (tmp_path / "counting_environments.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = EnvironmentWorkers("counting_environments:Counting", {"until": 2}, num_workers=1)
+    yield made
+    made.close()
+    assert all(worker is None or worker._process.wait(60) is not None for worker in made._workers)
+
+
+def prompt(kind: str, folder: Path, index: int = 0) -> PromptSample:
+    return PromptSample(
+        prompt_id=f"p{index}",
+        token_ids=np.arange(5, dtype=np.int32),
+        ground_truth=kind,
+        index=index,
+        metadata_json=json.dumps({"start": index, "closed": str(folder / f"closed{index}")}),
+    )
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_environments_in_a_process(tmp_path: Path, workers: EnvironmentWorkers) -> None:
+    """State, asynchronous methods, calls with arguments; two at once; a failing one; a lost process; a hanging call."""
+    one, two = workers(prompt("", tmp_path, 1)), workers(prompt("", tmp_path, 2))
+    one.reset()
+    two.reset()
+    answer = Answer(text="a\ud800", calls=ParsedCalls((Call("f", {"x": [1, None]}),), ("odd",)), turn=0)
+    observation = one.step(answer)
+    assert isinstance(observation.messages[0], Message)  # type: ignore[union-attr]
+    pid, seen = json.loads(observation.messages[0].content)  # type: ignore[union-attr]
+    assert pid != os.getpid() and seen == [1, ["a\ud800", 0, [["f", {"x": [1, None]}]]]]
+    assert one.step(answer).done and one.reward() == 1.5 and two.reward() == 0.5  # type: ignore[union-attr]
+    one.close()
+    assert (tmp_path / "closed1").read_text() == "x" and not (tmp_path / "closed2").exists()
+    with pytest.raises(RuntimeError, match="ValueError: no such task"):
+        workers(prompt("refuse", tmp_path))
+    refused = workers(prompt("none", tmp_path))
+    refused.reset()
+    with pytest.raises(RuntimeError, match=r"step\(\) returned None, expected an Observation"):
+        refused.step(answer)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ConnectionError, match="the environments' process ended"):
+        two.step(answer)
+    two.close()
+
+    kinds = ["", "hang", "die", ""]
+    sampler = ScriptedSampler({i: [1, 1, 1] for i in range(4)})
+    done: dict[int, Rollout] = {}
+
+    def roll(*indices: int, seconds: float = 120.0) -> list[StopReason]:
+        conversation = Conversation(factory=workers, translator=Translator(), max_turns=4, timeout_seconds=seconds)
+        prompts = [prompt(kinds[i], tmp_path, 10 + i) for i in range(4)]
+        requests = [make_requests(prompts, rollouts_per_prompt=1, seed=3)[i] for i in indices]
+        run_rollouts(
+            sampler, requests, max_response_tokens=LIMIT, on_rollout=done.__setitem__, conversation=conversation
+        )
+        return [done[i].stop_reason for i in indices]
+
+    assert roll(0) == [StopReason.EOS] and done[0].reward == 1.5
+    [worker] = [w for w in workers._workers if w is not None]
+    assert worker._process.pid != pid, "a new process in the place of the killed one"
+    wait_until(lambda: worker.num_environments == 0)
+    assert roll(1, seconds=5.0) == [StopReason.TOOL_TIMEOUT]
+    wait_until(lambda: not psutil.pid_exists(worker._process.pid) or worker._process.poll() is not None)
+    assert roll(2) == [StopReason.TOOL_FAILED]
+    assert roll(3) == [StopReason.EOS], "and the next one has another process again"
+    wait_until(lambda: (tmp_path / "closed13").exists())
+
+
+def test_the_configuration_leads_there() -> None:
+    from megatron_rest.rollout import conversations
+
+    config = RolloutConfig(environment="bfcl", environment_workers=3)
+    factory = conversations._factory(config)
+    assert isinstance(factory, EnvironmentWorkers) and len(factory._workers) == 3
+    assert not isinstance(conversations._factory(RolloutConfig(environment="bfcl")), EnvironmentWorkers)
