@@ -551,7 +551,7 @@ def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
 
 @pytest.mark.extended
 def test_engines_are_two_steps_ahead_and_a_continued_run_has_what_they_had(base):
-    """Rollouts are cut by new weights and go on; a run from the checkpoint of step 2 trains on the same ones in step 3."""
+    """Rollouts are cut by new weights and go on; a run from step 2's checkpoint has the same ones in step 3."""
     overrides = ("rollout.max_staleness=2", "rollout.on_update=keep", "loss.tis_cap=2.0", "rollout.max_concurrent=4")
     overrides += ("trainer.steps=4", "checkpoint.save_every=1", "checkpoint.keep_last=4", "checkpoint.export_hf=false")
     overrides += ("trainer.save_rollouts_every=1", "parallel.tensor_parallel=1")
