@@ -147,7 +147,7 @@ def _variance(measured: Sequence[MeasuredVariance]) -> Figure:
         rows = [(place, row) for place, row in enumerate(found) if row]
         left.errorbar(
             [row["ratio"] for _, row in rows],
-            [place + 0.7 * (i / len(names) - 0.5) for place, _ in rows],
+            [place + 0.7 * ((i + 0.5) / len(names) - 0.5) for place, _ in rows],
             xerr=[1.96 * row["ratio_standard_error"] for _, row in rows],
             fmt="o", color=colour, markersize=4, label=name,
         )  # fmt: skip
@@ -162,7 +162,7 @@ def _variance(measured: Sequence[MeasuredVariance]) -> Figure:
             right.barh(at, widths, 0.33, left=edge, color=REGION_COLOURS[region], alpha=shade, label=title)
             edge = edge + widths
     right.set_xlabel("by region (%): squared gradients (dark), tokens (pale)")
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=len(REGIONS), fontsize=8)
     left.set_yticks(range(len(labels)), labels)
     left.invert_yaxis()
     return figure
