@@ -38,6 +38,7 @@ from transformers import AutoTokenizer
 from benchmarks import chaos, long_run
 from megatron_rest.analysis.metric_table import find_metric
 from megatron_rest.commands import tiny
+from megatron_rest.commands.run_diff import compare_checkpoints, compare_runs
 from megatron_rest.config import WeightingConfig, WeightSource
 from megatron_rest.data.rollout_file import read_rollouts, rollout_files, rollout_path
 from megatron_rest.data.sample_file import FIELDS, read_sample_rows, sample_files
@@ -550,8 +551,27 @@ def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
 
 
 @pytest.mark.extended
+def test_a_run_whose_optimiser_leaves_while_engines_sample_is_the_same(base):
+    """Colocated, with a checkpoint in the middle, written while training goes on: equal bit for bit."""
+    overrides = ("rollout.replicas=0", "weight_sync.transport=local", "parallel.tensor_parallel=1", "trainer.steps=3")
+    overrides += ("parallel.distributed_optimizer=true", "checkpoint.save_every=1", "checkpoint.asynchronous=true")
+    overrides += ("checkpoint.keep_last=3",)
+    runs = [base / "state-stays", base / "state-leaves"]
+    for run_dir in runs:
+        flag = f"trainer.offload={str(run_dir == runs[1]).lower()}"
+        settings = (*tiny.tiny_settings(base), *overrides, flag, f"trainer.run_dir={run_dir}")
+        done = forked.run_module("megatron_rest.trainer", *settings, ranks=1)
+        assert done.returncode == 0, done.stderr[-8000:]
+    for step in (2, 3):
+        diff = compare_checkpoints(*(run_dir / "checkpoints" / f"step_{step:06d}" for run_dir in runs))
+        assert not diff.differences and diff.compared["optimizer"] > 0, diff.differences[:5]
+    diff = compare_runs(*runs, step=3)
+    assert not diff.differences and diff.compared["metrics"] > 0, diff.differences[:5]
+
+
+@pytest.mark.extended
 def test_engines_are_two_steps_ahead_and_a_continued_run_has_what_they_had(base):
-    """Rollouts are cut by new weights and go on; a run from step 2's checkpoint has the same ones in step 3."""
+    """Rollouts are cut by new weights and go on; a run from the checkpoint of step 2 has the same ones in step 3."""
     overrides = ("rollout.max_staleness=2", "rollout.on_update=keep", "loss.tis_cap=2.0", "rollout.max_concurrent=4")
     overrides += ("trainer.steps=4", "checkpoint.save_every=1", "checkpoint.keep_last=4", "checkpoint.export_hf=false")
     overrides += ("trainer.save_rollouts_every=1", "parallel.tensor_parallel=1")
