@@ -82,7 +82,7 @@ faults: $(STAMP) ## break the code in 26 places, one at a time: which of them do
 
 HOST_VERSION := 0.19.2
 HOST := .cache/megatron-core-$(HOST_VERSION)
-HOST_TESTS := tests/mcore/test_host_contract.py tests/mcore/test_head.py tests/mcore/test_policy.py tests/examples
+HOST_TESTS := tests/mcore/test_host_contract.py tests/mcore/test_head.py tests/mcore/test_policy.py tests/trainer/test_run_on_host.py tests/examples
 
 $(HOST): requirements/host.txt | $(STAMP)
 	@rm -rf $@ $@.part && mkdir -p $@.part

@@ -1,4 +1,4 @@
-"""ResT on a 70B model: 8 nodes of 8 H100 train (TP 8 x PP 4 x DP 2), 4 nodes hold vLLM engines.
+"""ResT on a 70B model: 8 nodes of 8 H100 train (TP 4 x PP 8 x DP 2), 4 nodes hold vLLM engines.
 
 nemo-run launch/rest_70b.py --dryrun model.path=/models/Llama-3.3-70B data.train=/data/rlla trainer.run_dir=/runs/r70
 nemo-run launch/rest_70b.py --yes --detach links=6 ...      six jobs of four hours, each continues the last
@@ -24,7 +24,7 @@ from megatron_rest.config import (
     WeightSyncConfig,
 )
 
-NODES = 8  # of ranks; a multiple of 4 (TP 8 x PP 4 = 32 GPUs a replica)
+NODES = 8  # of ranks; a multiple of 4 (TP 4 x PP 8 = 32 GPUs a replica)
 GPUS = NODES * 8  # what megatron-rest plan and simulate take the recipe for
 
 RECIPE = RestConfig(
@@ -34,9 +34,11 @@ RECIPE = RestConfig(
         dtype="bfloat16",
     ),
     parallel=ParallelConfig(
-        tensor_parallel=8,  # one node: TP's all-reduces twice a layer need NVLink; 8 KV heads, one a rank
-        pipeline_parallel=4,  # 80 layers / 4 = 20 a stage; weights 70.6e9 x 2 bytes / 32 = 4.4 GB a GPU
-        virtual_pipeline=5,  # 4 layers a chunk: the bubble (PP-1)/(PP-1 + VPP x microbatches) shrinks by 5
+        # Planned 73 s a step; TP 8 x PP 4 79 s (twice as many TP exchanges of rows, and FP8 blocks x TP: lengths in
+        # steps of 1,024).  With 32 nodes of ranks or more TP 8 x PP 4 is better: 8 stages want 16 microbatches each.
+        tensor_parallel=4,  # half a node: TP's exchanges four times a layer need NVLink; 8 KV heads, two a rank
+        pipeline_parallel=8,  # 80 layers / 8 = 10 a stage; weights 70.6e9 x 2 bytes / 32 = 4.4 GB a GPU
+        virtual_pipeline=5,  # 2 layers a chunk: the bubble (PP-1)/(PP-1 + VPP x microbatches) shrinks by 5
         sequence_parallel=True,  # activations of norms and residuals / 8
         distributed_optimizer=True,  # 12 bytes a parameter over DP 2: 13.6 GB a GPU instead of 27
     ),
@@ -55,12 +57,12 @@ RECIPE = RestConfig(
         max_response_tokens=2048,  # authors
         temperature=1.0,
         dtype="bfloat16",
-        nodes=4,  # half as many GPUs sample as train: planned 66 s against 76, which one step off runs side by side
+        nodes=4,  # half as many GPUs sample as train: planned 50 s beside 66; 3 would do (57) unless answers get long
         replicas=4,  # one a node
         tensor_parallel=8,  # 141 GB of weights over one node: 17.7 GB a GPU
         gpu_memory_utilization=0.9,  # the GPUs are the engine's own: 54 GB of KV cache, 1.3 M tokens
         max_concurrent=512,  # 2048 sequences over 4 replicas: all of a step at once
-        max_staleness=1,  # engines sample the next step while this one trains: planned 85 s a step in place of 159
+        max_staleness=1,  # engines sample the next step while this one trains: planned 73 s a step in place of 129
     ),
     loss=LossConfig(
         clip_low=0.2,  # authors, all three
@@ -85,7 +87,8 @@ RECIPE = RestConfig(
     trainer=TrainerConfig(
         run_dir="/runs/rest_70b",
         steps=105,  # authors
-        max_tokens_per_microbatch=8192,  # two full sequences: 256 an update / DP 2 / 2 = 64 microbatches, 16 x PP
+        # Planned 74 GB of 80.  4096, the longest sequence, takes 62 GB and 76 s; 8192 does not fit (87 GB).
+        max_tokens_per_microbatch=6144,
         timeout_minutes=60,  # the first collective waits for 64 ranks that read 141 GB
     ),
 )
@@ -93,7 +96,7 @@ RECIPE = RestConfig(
 QWEN = dataclasses.replace(
     RECIPE,
     model=dataclasses.replace(RECIPE.model, path="/models/Qwen2.5-72B-Instruct"),
-    # its feed-forward width 29,568 / TP 8 = 3,696 is a multiple of 16, not of blockwise's 128
+    # its feed-forward width 29,568 / TP 4 = 7,392 is a multiple of 16, not of blockwise's 128
     precision=PrecisionConfig(recipe=Fp8Recipe.TENSORWISE, bf16_layers_start=1, bf16_layers_end=1),
 )
 FAMILIES = {"llama": RECIPE, "qwen": QWEN}

@@ -153,9 +153,7 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
 
 
 @run.cli.entrypoint(type="experiment", name="rest_demo")
-def rest_demo(
-    ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base", gguf: str = str(GGUF)
-) -> None:
+def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/demo-base", gguf: str = str(GGUF)) -> None:
     """ResT on SmolLM2-135M-Instruct on this machine's CPU.
 
     Args:

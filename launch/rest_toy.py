@@ -153,9 +153,7 @@ def evaluation(config: RestConfig) -> Stage:
 
 
 @run.cli.entrypoint(type="experiment", name="rest_toy")
-def rest_toy(
-    ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/toy-base", evaluate: bool = False
-) -> None:
+def rest_toy(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/toy-base", evaluate: bool = False) -> None:
     """ResT at toy size on this machine's CPU.
 
     Args:

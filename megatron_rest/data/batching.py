@@ -63,6 +63,7 @@ def make_train_batch(
         multiple=num_microbatches_multiple,
         min_bins=max(min_microbatches, 1),
         row_multiple=alignment.sequence,
+        length_multiple=alignment.total,
         is_sharing=is_sharing,
         cost=cost,
     )

@@ -3,7 +3,8 @@
 The *row* is the unit: one position that goes through the layers.  A bin is a microbatch.  Bins are filled longest
 first, each item into the bin with the least work that has room, and then the fullest ones exchange items with others:
 replicas end together, and a pipeline, all of whose microbatches have the length of the longest, is not paced by one; no
-bin is empty while there are samples enough.
+bin is empty while there are samples enough.  That length is rounded up (FP8's blocks times TP can be 1,024 rows), so a
+pipeline takes as many bins as make their number times the length least.
 
 Samples of a group begin with the same prompt.  Where prompts are shared, a *part* of a group (all of it, if it fits)
 lies in one bin and its common rows are there once; a group is cut into several parts, each with a copy of those rows,
@@ -12,8 +13,10 @@ only where that lets the slowest replica end earlier.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +29,9 @@ __all__ = ["ROWS_ONLY", "Packable", "Part", "RowCost", "deal", "even_bins", "sha
 
 _CUTS = (float("inf"), 2.0, 1.0, 0.75, 0.5, 0.35, 0.25)  # largest part, in mean bins
 _WORTH_CUTTING = 0.98  # a cut computes rows again: it must win at least this
-_EXCHANGES, _EXCHANGES_WORK = 8, 2_000_000  # most of them a bin; and times the number of items
+_EXCHANGES, _EXCHANGES_WORK = 8, 8_000_000  # most of them a bin; and pairs of choices that are looked at
+_MORE_BINS = 3  # multiples beyond the fewest that a pipeline tries
+_FEW_ITEMS = 5  # of a bin that are exchanged in every way
 _SMALLEST_GAIN = 1e-4
 
 
@@ -108,6 +113,7 @@ def deal(
     multiple: int,
     min_bins: int,
     row_multiple: int,
+    length_multiple: int = 1,
     is_sharing: bool,
     cost: RowCost,
 ) -> tuple[list[list[list[Part]]], PackingReport]:
@@ -121,6 +127,7 @@ def deal(
         min_bins: a replica gets at least so many where there are samples enough; more than 1 means a pipeline, whose
             pace is that of its largest bin.
         row_multiple: what every sequence or segment is padded to.
+        length_multiple: what every bin is padded to.
         is_sharing: whether samples of one ``group_id`` share their common rows.
         cost: of rows.
 
@@ -139,7 +146,8 @@ def deal(
     for limit in _CUTS if any(len(g) > 1 for g in groups) else _CUTS[:1]:
         parts = _parts(groups, make, limit=limit, num_bins=dp_size * min_bins, max_rows=max_rows)
         least = min(min_bins, -(-len(samples) // dp_size))
-        replicas = _fill(parts, max_rows, dp_size, multiple, least, is_pipeline=min_bins > 1)
+        of_length = length_multiple if min_bins > 1 else None
+        replicas = _fill(parts, max_rows, dp_size, multiple, least, length_multiple=of_length)
         time = _time(replicas, is_pipeline=min_bins > 1)
         if best is None or time < best[0] * _WORTH_CUTTING:
             best = time, replicas
@@ -148,11 +156,30 @@ def deal(
 
 
 def even_bins(rows: Sequence[int], costs: Sequence[float], *, num_bins: int, max_rows: int) -> list[list[int]] | None:
-    """Indices of the items of each of ``num_bins`` bins, the costliest first; None if they do not fit in."""
+    """Indices of the items of each of ``num_bins`` bins, the costliest first; None if they do not fit in.
+
+    Each item goes where the least work lies; where that leaves one without room, the longest first to where least is
+    left (best fit), which fills bins higher and less evenly.
+    """
+    costliest_first = sorted(range(len(rows)), key=lambda i: (-costs[i], i))
+    bins = _put(costliest_first, rows, costs, num_bins, max_rows, tight=False)
+    if bins is None:
+        longest_first = sorted(range(len(rows)), key=lambda i: (-rows[i], i))
+        bins = _put(longest_first, rows, costs, num_bins, max_rows, tight=True)
+        for b in bins or ():
+            fullest = max(bins or (), key=len)
+            if not b and len(fullest) > 1:
+                b.append(fullest.pop())
+    return bins
+
+
+def _put(
+    order: Sequence[int], rows: Sequence[int], costs: Sequence[float], num_bins: int, max_rows: int, *, tight: bool
+) -> list[list[int]] | None:
     room, load = np.full(num_bins, max_rows), np.zeros(num_bins)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for i in sorted(range(len(rows)), key=lambda i: (-costs[i], i)):
-        b = int(np.argmin(np.where(room >= rows[i], load, np.inf)))
+    for i in order:
+        b = int(np.argmin(np.where(room >= rows[i], room if tight else load, np.inf)))
         if room[b] < rows[i]:
             return None
         room[b] -= rows[i]
@@ -161,45 +188,75 @@ def even_bins(rows: Sequence[int], costs: Sequence[float], *, num_bins: int, max
     return bins
 
 
-def _even_out(bins: list[list[int]], rows: Sequence[int], costs: Sequence[float], *, max_rows: int) -> None:
-    """Let the costliest bin give an item away, or swap one, as long as it and the other one become cheaper than it was.
+def _even_out(
+    bins: list[list[int]], rows: Sequence[int], costs: Sequence[float], *, max_rows: int, enough: float = 0.0
+) -> None:
+    """Let the costliest bin exchange items with another, as long as both become cheaper than it was.
 
-    With three or four items a bin, filling alone leaves the costliest a sixth above the mean.
+    With three or four items a bin, filling alone leaves the costliest a sixth above the mean.  First one item for one
+    or none, then any of the one for any of the other, a few items of each.  It ends when the costliest is at
+    ``enough`` and none is empty.
     """
     size, cost = np.array(rows, np.int64), np.array(costs, float)
-    where = np.empty(len(rows), np.int64)
-    for b, items in enumerate(bins):
-        where[items] = b
-    load = np.bincount(where, cost, minlength=len(bins))
-    room = max_rows - np.bincount(where, size, minlength=len(bins)).astype(np.int64)
-    for _ in range(min(_EXCHANGES * len(bins), _EXCHANGES_WORK // max(len(rows), 1))):
+    load = np.array([cost[b].sum() for b in bins])
+    room = max_rows - np.array([size[b].sum() for b in bins], np.int64)
+    left = _EXCHANGES_WORK
+    for _ in range(_EXCHANGES * len(bins)):
         top = int(load.argmax())
-        if not bins[top]:
+        if not bins[top] or (load[top] <= enough and load.min() > 0):
             return
-        mine = np.array(bins[top], np.int64)
-        # Every item here against every item elsewhere, and against nothing in every bin.
-        others = np.flatnonzero(where != top)
-        to = np.concatenate([where[others], np.arange(len(bins))])
-        back_cost = np.concatenate([cost[others], np.zeros(len(bins))])
-        back_rows = np.concatenate([size[others], np.zeros(len(bins), np.int64)])
-        moved, grown = cost[mine, None] - back_cost, size[mine, None] - back_rows
-        peak = np.maximum(load[top] - moved, load[to] + moved)
-        peak[(grown > room[to]) | (-grown > room[top]) | (to == top)] = np.inf
-        i, j = np.unravel_index(int(peak.argmin()), peak.shape)
-        if peak[i, j] >= load[top] * (1 - _SMALLEST_GAIN):
+        for most in (1, _FEW_ITEMS):
+            found, looked_at = _best_exchange(bins, top, size, cost, load, room, most=most)
+            left -= looked_at
+            if found or left <= 0:
+                break
+        if not found or left <= 0:
             return
-        item, other = int(mine[i]), int(to[j])
-        bins[top].remove(item)
-        bins[other].append(item)
-        where[item] = other
-        if j < len(others):
-            bins[other].remove(int(others[j]))
-            bins[top].append(int(others[j]))
-            where[others[j]] = top
-        load[top] -= moved[i, j]
-        load[other] += moved[i, j]
-        room[top] += grown[i, j]
-        room[other] -= grown[i, j]
+        other, given, taken = found
+        bins[top] = [i for i in bins[top] if i not in given] + taken
+        bins[other] = [i for i in bins[other] if i not in taken] + given
+        for b in (top, other):
+            load[b], room[b] = cost[bins[b]].sum(), max_rows - size[bins[b]].sum()
+
+
+def _best_exchange(
+    bins: list[list[int]],
+    top: int,
+    size: np.ndarray,
+    cost: np.ndarray,
+    load: np.ndarray,
+    room: np.ndarray,
+    *,
+    most: int,
+) -> tuple[tuple[int, list[int], list[int]] | None, int]:
+    """The bin to exchange with, what it gets and what it gives, at most ``most`` items each; and how many were looked
+    at.
+    """
+    seen = [items if most == 1 else items[:most] for items in bins]
+    width = max(map(len, seen))
+    mine, theirs = _choices(len(seen[top]), most), _choices(width, most)
+    table = np.full((len(bins), width), -1)
+    for b, items in enumerate(seen):
+        table[b, : len(items)] = items
+    moved = (mine @ cost[seen[top]])[None, :, None] - (np.where(table < 0, 0.0, cost[table]) @ theirs.T)[:, None, :]
+    grown = (mine @ size[seen[top]])[None, :, None] - (np.where(table < 0, 0, size[table]) @ theirs.T)[:, None, :]
+    peak = np.maximum(load[top] - moved, load[:, None, None] + moved)
+    peak[(grown > room[:, None, None]) | (-grown > room[top])] = np.inf
+    peak[top] = np.inf
+    other, i, j = np.unravel_index(int(peak.argmin()), peak.shape)
+    if not peak[other, i, j] < load[top] * (1 - _SMALLEST_GAIN):
+        return None, peak.size
+    given = [item for item, is_in in zip(seen[top], mine[i], strict=True) if is_in]
+    taken = [item for item, is_in in zip(seen[other], theirs[j], strict=False) if is_in]
+    return (int(other), given, taken), peak.size
+
+
+@cache
+def _choices(count: int, most: int) -> np.ndarray:
+    """int64 ``[n, count]``: which of ``count`` items are chosen, none or one of them, or in every way."""
+    if most == 1:
+        return np.vstack([np.zeros((1, count), np.int64), np.eye(count, dtype=np.int64)])
+    return np.arange(1 << count)[:, None] >> np.arange(count) & 1
 
 
 class _PartMaker:
@@ -264,23 +321,49 @@ def _cut(group: Sequence[int], count: int, make: Callable[[tuple[int, ...]], Par
 
 
 def _fill(
-    parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min_bins: int, *, is_pipeline: bool
+    parts: Sequence[Part], max_rows: int, dp_size: int, multiple: int, min_bins: int, *, length_multiple: int | None
 ) -> list[list[list[Part]]]:
     """``[replica][bin]``."""
     rows, costs = [p.rows for p in parts], [p.cost for p in parts]
-    per_replica = max(-(-sum(rows) // (max_rows * dp_size)), min_bins, 1)
-    while True:
-        per_replica = round_up(per_replica, multiple)
-        bins = even_bins(rows, costs, num_bins=per_replica * dp_size, max_rows=max_rows)
-        if bins is not None:
-            break
-        per_replica += 1
-    _even_out(bins, rows, rows if is_pipeline else costs, max_rows=max_rows)
+    fewest = round_up(max(-(-sum(rows) // (max_rows * dp_size)), min_bins, 1), multiple)
+    while (bins := even_bins(rows, costs, num_bins=fewest * dp_size, max_rows=max_rows)) is None:
+        fewest += multiple
+    if length_multiple is None:
+        _even_out(bins, rows, costs, max_rows=max_rows)
+    else:
+        bins = _of_one_length(bins, rows, max_rows, dp_size, multiple, length_multiple)
     work = [sum(costs[i] for i in b) for b in bins]
     replicas: list[list[list[Part]]] = [[] for _ in range(dp_size)]
     for place, b in enumerate(sorted(range(len(bins)), key=lambda b: (-work[b], b))):
         replicas[_snake(place, dp_size)].append([parts[i] for i in bins[b]])
     return replicas
+
+
+def _of_one_length(
+    bins: list[list[int]], rows: Sequence[int], max_rows: int, dp_size: int, multiple: int, length_multiple: int
+) -> list[list[int]]:
+    """``bins`` made even, or more of them, for a pipeline: all are as long as the longest, and that a multiple, so that
+    what counts is their number times that length.
+    """
+    fewest, total = len(bins) // dp_size, sum(rows)
+
+    def length(longest: int) -> int:
+        return round_up(max(longest, 1), length_multiple)
+
+    best, least = bins, math.inf
+    for count in range(fewest, fewest + _MORE_BINS * multiple + 1, multiple):
+        num_bins = count * dp_size
+        aim = length(-(-total // num_bins))
+        if count * aim >= least:
+            continue
+        more = bins if count == fewest else even_bins(rows, rows, num_bins=num_bins, max_rows=max_rows)
+        if more is None or (count > fewest and not all(more)):
+            continue
+        _even_out(more, rows, rows, max_rows=max_rows, enough=aim)
+        found = count * length(max(sum(rows[i] for i in items) for items in more))
+        if found < least:
+            best, least = more, found
+    return best
 
 
 def _snake(place: int, width: int) -> int:

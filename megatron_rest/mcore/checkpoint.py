@@ -24,6 +24,7 @@ An asynchronous save takes a snapshot and returns; one forked process a rank wri
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -167,6 +168,7 @@ class CheckpointWriter:
                 strategy,
                 async_sharded_save=True,
                 preprocess_common_before_consistancy_check=_without_extra,
+                **_own_writer(dist_checkpointing.save),
             )
         assert request is not None
         if request.async_fn is not None:
@@ -467,6 +469,11 @@ def _rng_object(policy: MegatronPolicy, state: dict[str, Any] | None) -> Any:
 
     context = policy.context
     return ShardedObject("rng", state, (context.world_size,), (context.rank,), replica_id=0)
+
+
+def _own_writer(save: Callable[..., Any]) -> dict[str, str]:
+    """From 0.19 on Megatron's default is a package of NVIDIA's; we write with what Megatron has itself."""
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
 
 
 def _without_extra(common: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 _FP32 = 4
+_GATHERED = 12  # bytes a parameter: master and two moments (mcore/checkpoint.py, "any layout")
 _LOGITS_BLOCK, _LOGITS_BLOCK_CPU = 512 << 20, 64 << 20  # ops/fused_linear.py: block_size=None
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -61,6 +62,18 @@ class StageMemory:
     def training_peak(self) -> int:
         """Without the engine and what is not ours: what a tracker of this process's tensors sees in an update."""
         return sum(item.num_bytes for item in self.always if item.name in _OURS) + _sum(self.training)
+
+    @property
+    def owned(self) -> int:
+        """What this rank writes into a checkpoint as it lies: nothing of its replicas', nothing gathered."""
+        held = {item.name: item.num_bytes for item in self.always}
+        return held["weights"] + held["optimiser"]
+
+    @property
+    def gathered(self) -> int:
+        """What it holds in host memory to write one for any layout: its replicas' masters and moments, too."""
+        held = {item.name: item.num_bytes for item in self.always}
+        return held["weights"] + held["gradients"] // _FP32 * _GATHERED
 
 
 _OURS = ("weights", "FP8 copies", "gradients", "optimiser")
@@ -214,10 +227,15 @@ def _training(
 
 
 def _tokens_per_rank(config: RestConfig, world_size: int) -> int:
-    """Of the longest microbatch, on one context-parallel rank, padding included, if all sequences are longest."""
+    """Of the longest microbatch, on one context-parallel rank, padding included: as long as it may be, unless an update
+    has too few sequences to fill the least number of them.
+    """
     p = config.parallel
-    bins = p.data_parallel(world_size) * _num_microbatches(config, world_size=world_size)
-    tokens = min(config.trainer.max_tokens_per_microbatch, -(-_sequences(config) // bins) * _longest(config))
+    dp, sequences = p.data_parallel(world_size), _sequences(config)
+    least = min(least_microbatches(p), -(-sequences // dp))
+    multiple = microbatches_multiple(p)
+    bins = dp * (-(-least // multiple) * multiple)
+    tokens = min(config.trainer.max_tokens_per_microbatch, -(-sequences // bins) * _longest(config))
     alignment = packing_alignment(config.precision.recipe, p).total
     return -(-tokens // alignment) * alignment // p.context_parallel
 

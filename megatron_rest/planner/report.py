@@ -110,6 +110,13 @@ def _memory(plan: Plan) -> list[str]:
     lines.append(f"  {'peak':<21} {stage.peak / 1e9:8.2f}   of {plan.limit / 1e9:.1f}")
     if len(plan.stages) > 1:
         lines.append("  every stage: " + ", ".join(f"{s.peak / 1e9:.1f}" for s in plan.stages))
+    if not plan.hardware.is_cpu:
+        ranks = min(plan.hardware.gpus_per_node, plan.world_size)
+        own, gathered = (ranks * max(getattr(s, name) for s in plan.stages) / 1e9 for name in ("owned", "gathered"))
+        lines.append(
+            f"host memory of a node's {ranks} ranks while they save, GB: at most {own:.0f} as it lies; at the end, or "
+            f"with checkpoint.any_layout=every, at least {gathered:.0f}"
+        )
     if plan.num_engine_gpus:
         replicas, group = plan.config.rollout.replicas, plan.config.rollout.tensor_parallel
         lines += [f"memory of a GPU of the {replicas} engines with {group} GPUs each, GB:", *_items(plan.engine)]

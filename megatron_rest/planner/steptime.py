@@ -158,14 +158,15 @@ def _rollout_time(
     context = lengths.prompt + lengths.response / 2
     cache = next(item.num_bytes for item in engine_memory(config, shape, hardware) if item.name == "engine: KV cache")
     running = max(min(sequences, r.max_concurrent, cache / (context * kv_bytes_per_token(config, shape))), 1.0)
-    steps = max(r.max_response_tokens, sequences * lengths.response / running)
-    few = shape.num_experts > running * shape.num_experts_per_token
+    steps = math.ceil(max(r.max_response_tokens, sequences * lengths.response / running))
+    on_average = max(sequences * lengths.response / steps, 1.0)  # short answers end before the last step
+    few = shape.num_experts > on_average * shape.num_experts_per_token
     weights = engine_weight_bytes(config, shape, active_only=few)
-    read = weights / group + running * context * kv_bytes_per_token(config, shape)
-    compute = forward_flops(shape, tokens=running, mean_context=context) / (group * hardware.bf16_flops)
+    read = weights / group + on_average * context * kv_bytes_per_token(config, shape)
+    compute = forward_flops(shape, tokens=on_average, mean_context=context) / (group * hardware.bf16_flops)
     share = efficiency.decode_experts if shape.num_experts else efficiency.decode_bandwidth
     one = max(read / (hardware.memory_bandwidth * share), compute / efficiency.prefill) + efficiency.decode_step
     if group > 1:
         wait = efficiency.all_reduce if group <= hardware.gpus_per_node else efficiency.all_reduce_far
         one += 2 * shape.num_layers * wait
-    return prefill / (group * hardware.bf16_flops * efficiency.prefill) + math.ceil(steps) * one
+    return prefill / (group * hardware.bf16_flops * efficiency.prefill) + steps * one

@@ -25,8 +25,9 @@ from megatron_rest.passes import (
 )
 from megatron_rest.planner.lengths import DrawnSample, Lengths
 from megatron_rest.planner.parameters import total_parameters
+from megatron_rest.planner.pipeline import pipeline_seconds
 
-__all__ = ["Assumptions", "StepWork", "extra_draws", "forward_flops", "step_work"]
+__all__ = ["Assumptions", "ReplicaTime", "StepWork", "deal_as_configured", "extra_draws", "forward_flops", "step_work"]
 
 _DRAWS, _DRAWN = 4, 1024  # updates that are looked at, and sequences of them after which no more are
 
@@ -54,7 +55,7 @@ class StepWork:
     score_passes: float  # of all updates of a step together, the reference policy's included
     num_updates: int
     num_scored: int
-    bubble: float  # share of the busiest replica's time in which its pipeline fills and drains
+    bubble: float  # share of the busiest replica's time in which its stages wait for each other
     padding: float  # share in which it computes rows that fill microbatches up to one length
     left_out: float  # share of the sequences that are not trained
     packing: PackingReport
@@ -178,6 +179,7 @@ def deal_as_configured(
         multiple=microbatches_multiple(p),
         min_bins=least_microbatches(p),
         row_multiple=alignment.sequence,
+        length_multiple=alignment.total,
         is_sharing=is_sharing,
         cost=cost,
     )
@@ -187,30 +189,63 @@ def _pack(
     config: RestConfig, world_size: int, samples: Sequence[DrawnSample], cost: RowCost, is_sharing: bool
 ) -> _Packed:
     replicas, report = deal_as_configured(config, world_size, samples, cost, is_sharing=is_sharing)
-    alignment = packing_alignment(config.precision.recipe, config.parallel)
     useful = sum(part.cost for bins in replicas for parts in bins for part in parts)
     head = cost.loss_row * sum(int(s.loss_mask.sum()) for s in samples)
-    time, bubble, padding = max(_replica_time(config, bins, cost, alignment.total) for bins in replicas)
-    return _Packed(time=time, bubble=bubble, padding=padding, useful=useful, layers=1 - head / useful, report=report)
+    times = [ReplicaTime.of(config, bins, samples, cost) for bins in replicas]
+    slowest = max(times, key=lambda t: t.time)
+    return _Packed(
+        time=slowest.time,
+        bubble=slowest.time - slowest.busy,
+        padding=slowest.padding,
+        useful=useful,
+        layers=1 - head / useful,
+        report=report,
+    )
 
 
-def _replica_time(
-    config: RestConfig, bins: Sequence[Sequence[Part]], cost: RowCost, multiple: int
-) -> tuple[float, float, float]:
-    """Time, and what of it is bubble and padding.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaTime:
+    """A forward pass of one replica's share of an update, in units of one row through all layers.
 
-    With pipeline stages every microbatch has the length of the longest, and the costliest sets the pace.
+    ``time`` is a third of what forward and backward passes take in a pipeline, whose order they share: the first have
+    no order of their own in training.
     """
-    p = config.parallel
-    rows = [sum(part.rows for part in parts) for parts in bins]
-    is_pipeline = p.pipeline_parallel > 1
-    wanted = [round_up(max(max(rows) if is_pipeline else n, 1), multiple) for n in rows]
-    padding = [cost(end - n) for n, end in zip(rows, wanted, strict=True)]
-    work = [sum(part.cost for part in parts) + extra for parts, extra in zip(bins, padding, strict=True)]
-    if not is_pipeline:
-        return sum(work), 0.0, sum(padding)
-    bubble = (p.pipeline_parallel - 1) / p.virtual_pipeline * max(work)
-    return len(work) * max(work) + bubble, bubble, sum(padding)
+
+    time: float  # that all GPUs of the replica are there for, idle or not
+    busy: float  # of it, padding included
+    padding: float  # of it: rows that fill microbatches up
+    rows: int
+    padding_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        config: RestConfig,
+        bins: Sequence[Sequence[Part]],
+        samples: Sequence[DrawnSample],
+        cost: RowCost,
+        *,
+        has_head: bool = True,
+    ) -> ReplicaTime:
+        """Of ``bins``, with every microbatch of a pipeline as long as the longest.
+
+        ``has_head`` False: the output layer's work lies evenly on all stages, as it does on none.
+        """
+        p = config.parallel
+        multiple = packing_alignment(config.precision.recipe, p).total
+        rows = [sum(part.rows for part in parts) for parts in bins]
+        is_pipeline = p.pipeline_parallel > 1
+        wanted = [round_up(max(max(rows) if is_pipeline else n, 1), multiple) for n in rows]
+        padding = [cost(end - n) for n, end in zip(rows, wanted, strict=True)]
+        work = [sum(part.cost for part in parts) + extra for parts, extra in zip(bins, padding, strict=True)]
+        time = busy = sum(work)
+        if is_pipeline:
+            answers = [[samples[i] for part in parts for i in part.members] for parts in bins]
+            head = [cost.loss_row * has_head * sum(int(s.loss_mask.sum()) for s in answer) for answer in answers]
+            layers = [all_of_it - of_head for all_of_it, of_head in zip(work, head, strict=True)]
+            stages, chunks = p.pipeline_parallel, p.virtual_pipeline
+            time = pipeline_seconds(layers, stages=stages, chunks=chunks, head=head) * stages / 3
+        return cls(time=time, busy=busy, padding=sum(padding), rows=sum(wanted), padding_rows=sum(wanted) - sum(rows))
 
 
 def _mlp_share(shape: ModelShape) -> float:

@@ -1,12 +1,13 @@
 """Rollouts -> regions, rewards, advantages: everything that looks at what was sampled.
 
 Regions are computed on the bytes of the sampled tokens; the response text exists for the reward only and is never
-tokenised again.
+tokenised again.  Single rollouts are read by one rank each (``reading.py``); what compares them, every rank computes.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,7 @@ from megatron_rest.regions import (
 )
 from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
 from megatron_rest.rewards.functions import Reward, RewardInput, RewardTurn
+from megatron_rest.trainer.reading import Reading, read_together
 from megatron_rest.trainer.rewarding import RewardTerms, token_rewards
 from megatron_rest.trainer.time_limit import time_limit
 from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample, TurnMark
@@ -61,7 +63,7 @@ class Verdict:
 
 
 class Judge:
-    """Turns the groups of a step into train samples.
+    """Turns the groups of a step into train samples.  A call is collective: all ranks, the same groups.
 
     Args:
         token_bytes: bytes of every vocabulary id.
@@ -93,15 +95,20 @@ class Judge:
         self.estimate = find_estimator(advantage)
         self.max_response_tokens = max_response_tokens
         self.marks_turns = marks_turns
-        self._reported: set[str] = set()  # prompts whose references cannot be read
+        self._reported: set[str] = set()  # what was said once: prompts whose references cannot be read
+        # Of the step's rollouts what was read in them: a step that draws again judges some twice.
+        self._read: dict[int, tuple[Rollout, Reading]] = {}
         self.dialect = dialect
         self.stop_token_ids = frozenset(stop_token_ids)
         self.terms = None if reward.is_rule_alone else RewardTerms(reward)
+        self._has_rule = any(term.function == "tool_call" for term in reward.as_terms())
         # Of the step's rollouts what foreign rewards said: a step that draws again judges some twice, and asks once.
-        self._said: dict[int, tuple[Rollout, RewardInput, Sequence[Reward | str]]] = {}
+        self._said: dict[int, Sequence[Reward | str]] = {}
         self._said_in = -1
+        self.waited = 0.0  # seconds of the last call in which other ranks read
 
     def __call__(self, groups: Sequence[RolloutGroup], *, step: int) -> Verdict:
+        self._read_all(groups, step=step)
         judged = [pair for group in self._rewards(groups, step=step) for pair in group]
         rewards = [reward for reward, _ in judged]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -168,21 +175,56 @@ class Judge:
     def _rewards(self, groups: Sequence[RolloutGroup], *, step: int) -> list[list[tuple[RewardOutput, float]]]:
         """Of every rollout its reward, and the total without the schedule."""
         if self.terms is None:
-            return [[self._judge_in_time(group, i, step=step) for i in range(len(group.rollouts))] for group in groups]
-        if step != self._said_in:
-            self._said, self._said_in = {}, step
+            return [[self._rule(rollout) for rollout in group.rollouts] for group in groups]
         new = [(r, g.prompt) for g in groups for r in g.rollouts if _is_whole(r) and id(r) not in self._said]
-        answers = [self.reward_input(rollout, prompt, step=step) for rollout, prompt in new]
-        for (rollout, _), answer, said in zip(new, answers, self.terms(answers), strict=True):
-            self._said[id(rollout)] = (rollout, answer, said)
-        return [[self._added_up(group, i, step=step) for i in range(len(group.rollouts))] for group in groups]
+        said = self.terms(len(new), lambda i: self.reward_input(*new[i], step=step))
+        self._said |= {id(rollout): row for (rollout, _), row in zip(new, said, strict=True)}
+        return [[self._added_up(group, i) for i in range(len(group.rollouts))] for group in groups]
 
-    def _added_up(self, group: RolloutGroup, i: int, *, step: int) -> tuple[RewardOutput, float]:
+    def _read_all(self, groups: Sequence[RolloutGroup], *, step: int) -> None:
+        """Read what is new among ``groups``, each rollout on one rank; collective."""
+        if step != self._said_in:
+            self._read, self._said, self._said_in = {}, {}, step
+        new = [(g, i) for g in groups for i, r in enumerate(g.rollouts) if id(r) not in self._read]
+        started = time.perf_counter()
+        lengths = [len(group.rollouts[i].token_ids) for group, i in new]
+        readings, seconds = read_together(lengths, lambda n: self._read_one(*new[n], step=step))
+        self.waited = time.perf_counter() - started - seconds
+        for (group, i), reading in zip(new, readings, strict=True):
+            self._read[id(group.rollouts[i])] = group.rollouts[i], reading
+            for notice in reading.notices:
+                if group.prompt.prompt_id not in self._reported:
+                    self._reported.add(group.prompt.prompt_id)
+                    _log.warning("%s", notice)
+
+    def _read_one(self, group: RolloutGroup, i: int, *, step: int) -> Reading:
+        rollout, prompt = group.rollouts[i], group.prompt
+        is_foreign = self.terms is not None
+        rule: RewardOutput | None = None
+        static, notices = 0.0, tuple[str, ...]()
+        if not is_foreign or (_is_whole(rollout) and self._has_rule):
+            rule, static, notices = self._judge_in_time(group, i, step=step, only_text=is_foreign)
+        return Reading(
+            rule=rule,
+            static=static,
+            regions=self._regions(prompt.token_ids, rollout),
+            marks=self._marks(prompt.token_ids, rollout) if self.marks_turns else None,
+            num_calls=tuple(len(turn.calls) for turn in self._turns(rollout, prompt)) if is_foreign else (),
+            notices=notices,
+        )
+
+    def _rule(self, rollout: Rollout) -> tuple[RewardOutput, float]:
+        """What the built-in reward said of a rollout that was read, and its total without the schedule."""
+        reading = self._read[id(rollout)][1]
+        assert reading.rule is not None
+        return reading.rule, reading.static
+
+    def _added_up(self, group: RolloutGroup, i: int) -> tuple[RewardOutput, float]:
         """The weighted sum of all terms; not judged if one of them is not."""
         rollout = group.rollouts[i]
         if not _is_whole(rollout):
             return _nothing(str(rollout.stop_reason))
-        _, answer, foreign = self._said[id(rollout)]
+        foreign, reading = self._said[id(rollout)], self._read[id(rollout)][1]
         total = static = 0.0
         fields: dict[str, Any] = {"detail": ()}
         parts: dict[str, float] = {}
@@ -196,7 +238,7 @@ class Judge:
                     return _nothing(f"{name}: the environment gave no reward")
                 value = static_value = rollout.reward
             elif term.function == "tool_call":
-                rule, static_value = self._judge_in_time(group, i, step=step, only_text=True)
+                rule, static_value = self._rule(rollout)
                 value = rule.total
                 fields |= {k: getattr(rule, k) for k in ("format", "correctness", "is_format_valid", "accuracy")}
                 fields["detail"] += rule.detail
@@ -211,9 +253,8 @@ class Judge:
                         fields.setdefault(claim, getattr(reward, claim))
                 fields["detail"] += tuple(f"{name}: {finding}" for finding in reward.findings)
                 if reward.is_fine_grained:
-                    regions = self._regions(group.prompt.token_ids, rollout)
-                    num_calls = [len(turn.calls) for turn in answer.turns]
-                    fine.append(term.weight * token_rewards(reward, rollout.loss_mask, regions, num_calls))
+                    earned = token_rewards(reward, rollout.loss_mask, reading.regions, reading.num_calls)
+                    fine.append(term.weight * earned)
             parts[name] = value
             summands[name] = term.weight * value
             total += term.weight * value
@@ -225,7 +266,7 @@ class Judge:
 
     def _judge_in_time(
         self, group: RolloutGroup, i: int, *, step: int, only_text: bool = False
-    ) -> tuple[RewardOutput, float]:
+    ) -> tuple[RewardOutput, float, tuple[str, ...]]:
         """:meth:`judge`; what does not end within ``reward.timeout_seconds``, or fails, is named."""
         what = f"judging rollout {i} of prompt {group.prompt.prompt_id} in step {step}"
         try:
@@ -239,14 +280,14 @@ class Judge:
 
     def judge(
         self, rollout: Rollout, prompt: PromptSample, *, step: int, only_text: bool = False
-    ) -> tuple[RewardOutput, float]:
-        """The built-in reward of one rollout, and its total without the schedule: its environment's (unless
-        ``only_text``), or that of its last answer.
+    ) -> tuple[RewardOutput, float, tuple[str, ...]]:
+        """The built-in reward of one rollout, its total without the schedule, and what people should be told: its
+        environment's (unless ``only_text``), or that of its last answer.
 
         A reference that cannot be read earns nobody anything; it ends no run.
         """
         if rollout.reward is not None and not only_text:
-            return _given(rollout.reward), rollout.reward
+            return _given(rollout.reward), rollout.reward, ()
         outside = np.flatnonzero(~rollout.loss_mask)
         start = int(outside[-1]) + 1 if len(outside) else 0
         last = rollout.token_ids[start:]
@@ -258,17 +299,15 @@ class Judge:
         judge = partial(tool_call_reward, text, truth, step=step, prefix=prefix, dialect=self.dialect)
         try:
             reward = judge(config=self.reward)
-            return reward, judge(config=self.static_reward).total if self.reward.schedule else reward.total
+            static = judge(config=self.static_reward).total if self.reward.schedule else reward.total
+            return reward, static, ()
         except ReferenceAnswerError as error:
-            if prompt.prompt_id not in self._reported:
-                self._reported.add(prompt.prompt_id)
-                _log.warning("prompt %s: %s; its rollouts get reward 0", prompt.prompt_id, error)
-            return _unjudged(str(error)), 0.0
+            told = () if prompt.prompt_id in self._reported else (f"prompt {prompt.prompt_id}: {error}",)
+            return _unjudged(str(error)), 0.0, tuple(f"{text}; its rollouts get reward 0" for text in told)
 
-    def reward_input(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> RewardInput:
-        """What a reward function is given."""
-        tools = prompt.tools
-        schemas = schemas_of(tools)
+    def _turns(self, rollout: Rollout, prompt: PromptSample) -> list[RewardTurn]:
+        """Of the policy, each with what was said to it afterwards."""
+        schemas = schemas_of(prompt.tools)
         starts = turn_starts(rollout.loss_mask)
         ends = [*(start for start in starts[1:]), len(rollout.token_ids)]
         turns = []
@@ -284,10 +323,15 @@ class Judge:
             )
             observation = self._text(said)
             turns.append(RewardTurn(text=text, calls=calls, call_errors=tuple(read.errors), observation=observation))
+        return turns
+
+    def reward_input(self, rollout: Rollout, prompt: PromptSample, *, step: int) -> RewardInput:
+        """What a reward function is given."""
+        turns = self._turns(rollout, prompt)
         return RewardInput(
             prompt_id=prompt.prompt_id,
             messages=tuple(prompt.messages),
-            tools=tuple(tools),
+            tools=tuple(prompt.tools),
             metadata=prompt.metadata,
             reference=prompt.ground_truth,
             text=turns[-1].text if turns else "",
@@ -352,28 +396,36 @@ class Judge:
         with ``advantage.mask_truncated``, what was cut at the length limit.
         """
         prompt = group.prompt.token_ids
-        regions = self._regions(prompt, rollout)
+        _, reading = self._read.get(id(rollout), (rollout, None))
+        regions = self._regions(prompt, rollout) if reading is None else reading.regions
         is_cut = rollout.stop_reason in (StopReason.LENGTH, StopReason.CONTEXT)
         carries_loss &= not (rollout.stop_reason.is_infrastructure or (is_cut and self.advantage.mask_truncated))
-        nothing = np.zeros(len(prompt), np.float32)
+        marks = None
+        if self.marks_turns:
+            marks = self._marks(prompt, rollout) if reading is None else reading.marks
         earned = None
         if reward is not None and reward.token_rewards is not None:
             is_said = rollout.loss_mask if reward.is_rewarded is None else reward.is_rewarded
             said = np.where(is_said, reward.token_rewards, np.nan)
             earned = np.concatenate([np.full(len(prompt), np.nan), said])
         return TrainSample(
-            token_ids=np.concatenate([prompt, rollout.token_ids]).astype(np.int32),
-            loss_mask=np.concatenate([nothing.astype(bool), rollout.loss_mask & carries_loss]),
-            region_ids=np.concatenate([nothing, regions]).astype(np.int8),
-            rollout_log_probs=np.concatenate([nothing, rollout.log_probs]).astype(np.float32),
+            token_ids=np.concatenate([prompt, rollout.token_ids], dtype=np.int32),
+            loss_mask=_behind(prompt, rollout.loss_mask & carries_loss, np.bool_),
+            region_ids=_behind(prompt, regions, np.int8),
+            rollout_log_probs=_behind(prompt, rollout.log_probs, np.float32),
             advantage=advantage,
             sequence_id=sequence_id,
             group_id=group_id,
-            marks=np.concatenate([nothing, self._marks(prompt, rollout)]).astype(np.uint8)
-            if self.marks_turns
-            else None,
+            marks=None if marks is None else _behind(prompt, marks, np.uint8),
             token_rewards=earned,
         )
+
+
+def _behind(prompt: np.ndarray, values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    """``values`` behind a 0 for every token of the prompt, copied once: every rank does it with all rollouts."""
+    whole = np.zeros(len(prompt) + len(values), dtype)
+    whole[len(prompt) :] = values
+    return whole
 
 
 def _parts(rewards: Sequence[RewardOutput], overlong: np.ndarray) -> PartsOf:

@@ -1,9 +1,9 @@
 """A rank that is slower than the others is named.
 
 Ranks wait for each other in every phase, so wall times say nothing: all are as slow as the slowest.  What each does
-alone and alike says it: judging the step's rollouts (the host), and a product of fixed size (the device).  Both are
-compared once a step; one that takes twice as long as the median rank, and so much longer that it is felt, several steps
-in a row, is named with its node.
+alone and alike says it: judging an equal share of the step's rollouts (the host), and a product of fixed size (the
+device).  Both are compared once a step; one that takes twice as long as the median rank, and so much longer that it is
+felt, several steps in a row, is named with its node.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from megatron_rest.errors import RunError
 from megatron_rest.rewards.functions import Reward, RewardInput, checked_reward
 from megatron_rest.rewards.server import RewardServer
 from megatron_rest.rewards.workers import RewardWorkers
+from megatron_rest.trainer.reading import all_gather_bytes
 from megatron_rest.trainer.time_limit import time_limit
 from megatron_rest.types import TokenRegion
 from megatron_rest.user_code import NamedCode, load_named
@@ -51,18 +52,20 @@ class RewardTerms:
         self._callers = [_caller(term, config) for term in self.terms]
         self._warned: set[str] = set()
 
-    def __call__(self, answers: Sequence[RewardInput]) -> list[list[Reward | str]]:
-        """Of each answer what every term said, or why it said nothing; the same on every rank.
+    def __call__(self, count: int, answer: Callable[[int], RewardInput]) -> list[list[Reward | str]]:
+        """Of each of ``count`` answers what every term said, or why it said nothing; the same on every rank.
+
+        ``answer`` makes those that this rank asks about.
 
         Collectives (where there are several ranks): two all-gathers over all of them, sizes and JSON.
         Raises RunError if a term said nothing of any answer: that is no accident.
         """
         if not self.terms:
-            return [[] for _ in answers]
+            return [[] for _ in range(count)]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = answers[rank::world]
+        mine = [answer(i) for i in range(count)[rank::world]]
         said = [self._ask(number, mine) for number in range(len(self.terms))]
-        table: list[list[Reward | str]] = [[] for _ in answers]
+        table: list[list[Reward | str]] = [[] for _ in range(count)]
         for other, columns in enumerate(all_gather_json(said)):
             for column in columns:
                 for row, value in zip(table[other::world], column, strict=True):
@@ -147,13 +150,7 @@ def all_gather_json(value: Any) -> list[Any]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(mine)]))
-    padded = torch.zeros(max(int(size) for size in sizes), dtype=torch.uint8)
-    padded[: len(mine)] = mine
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+    return [json.loads(part.numpy().tobytes()) for part in all_gather_bytes(mine)]
 
 
 def token_rewards(reward: Reward, loss_mask: np.ndarray, regions: np.ndarray, num_calls: Sequence[int]) -> np.ndarray:

@@ -192,7 +192,7 @@ class RestTrainer:
                 with timer.phase("sync"):
                     metrics |= self.sync_weights(version=step)
                 metrics |= self.validate(step, timer)
-        self.pace.compare(step, judging_seconds=timer.seconds["reward"])
+        self.pace.compare(step, judging_seconds=timer.seconds["reward"] - self.judge.waited)
         metrics["progress"] = self.progress(step)
         return StepReport(step=step, policy_version=self.fleet.version, metrics=metrics, seconds=timer.seconds)
 

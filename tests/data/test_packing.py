@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rest.data import packing
 from megatron_rest.data.alignment import PackingAlignment
 from megatron_rest.data.batching import make_train_batch
 from megatron_rest.data.packing import RowCost, deal, even_bins, shared_rows
@@ -64,6 +65,31 @@ def test_bins_are_a_partition_within_the_limit(items, num_bins):
 def test_longest_first_into_the_emptiest():
     assert even_bins([9, 7, 6, 5, 4], [9, 7, 6, 5, 4], num_bins=2, max_rows=100) == [[0, 3], [1, 2, 4]]
     assert even_bins([9, 7, 6, 5, 4], [9, 7, 6, 5, 4], num_bins=2, max_rows=15) is None
+
+
+def test_what_the_emptiest_has_no_room_for_is_packed_tightly():
+    assert even_bins([5, 5, 4, 3, 3], [5, 5, 4, 3, 3], num_bins=2, max_rows=10) == [[0, 1], [2, 3, 4]]
+    assert even_bins([9, 1, 1], [0, 0, 9], num_bins=3, max_rows=9) == [[2], [0], [1]]
+
+
+@pytest.mark.parametrize(("multiple", "bins"), [(1, 2), (100, 3)])
+def test_a_pipeline_takes_the_bins_whose_rounded_length_costs_least(multiple: int, bins: int):
+    """Six rows of 50: two bins of 150 would be as long as 200, three of 100 are."""
+    samples = [sample(np.arange(11), 40, group=i, number=i) for i in range(6)]
+    replicas, report = deal(
+        samples, max_rows=150, dp_size=1, multiple=1, min_bins=2, row_multiple=1, length_multiple=multiple,
+        is_sharing=False, cost=COST,
+    )  # fmt: skip
+    assert report.num_microbatches == bins
+    assert {sum(part.rows for part in parts) for parts in replicas[0]} == {300 // bins}
+
+
+def test_a_few_items_for_a_few_others():
+    """No item for one or none makes 12 + 12 beside 6 + 6 + 5 + 3 cheaper; one for two does."""
+    rows, bins = [12, 12, 6, 6, 5, 3], [[0, 1], [2, 3, 4, 5]]
+    packing._even_out(bins, rows, rows, max_rows=100)
+    assert sorted(sum(rows[i] for i in items) for items in bins) == [21, 23]
+    assert sorted(i for items in bins for i in items) == list(range(6))
 
 
 def test_what_a_group_shares():

@@ -17,6 +17,7 @@ from megatron_rest.planner.advice import changes_that_fit
 from megatron_rest.planner.hardware import HARDWARE
 from megatron_rest.planner.parameters import count_stages, total_parameters
 from megatron_rest.planner.plan import make_plan
+from megatron_rest.planner.report import as_text
 from megatron_rest.planner.shapes import PUBLISHED
 from megatron_rest.planner.work import forward_flops
 from tests.helpers.tiny_model import build_tiny_model, read_config
@@ -208,3 +209,21 @@ def test_what_leaves_while_engines_sample_is_not_there_beside_them() -> None:
     assert stay.time is not None and leave.time is not None
     state = max(i.num_bytes for stage in stay.stages for i in stage.always if i.name == "optimiser")
     assert leave.time.total - stay.time.total == pytest.approx(2 * state / (64e9 * 0.8))
+
+
+def test_host_memory_of_a_save_is_what_ranks_own_or_all_that_their_replicas_do() -> None:
+    """Two replicas: each owns half of the masters and moments, and gathers the other half for any layout."""
+    config = load(
+        overrides=[
+            "model.path=/nowhere/Qwen3-8B", "model.dtype=bfloat16", "parallel.tensor_parallel=4",
+            "parallel.sequence_parallel=true", "parallel.distributed_optimizer=true", "rollout.dtype=bfloat16",
+            "rollout.gpu_memory_utilization=0.4",
+        ]
+    )  # fmt: skip
+    plan = make_plan(config, HARDWARE["h100"], world_size=8)
+    parameters = count_stages(plan.shape, config.parallel)[0].total
+    [stage] = plan.stages
+    assert (stage.owned, stage.gathered) == (parameters * (2 + 6), parameters * (2 + 12))
+    [line] = [line for line in as_text(plan).splitlines() if line.startswith("host memory")]
+    assert f"at most {8 * stage.owned / 1e9:.0f} as it lies" in line
+    assert line.endswith(f"at least {8 * stage.gathered / 1e9:.0f}")

@@ -21,7 +21,14 @@ from megatron_rest.planner.plan import Plan, make_plan
 from megatron_rest.planner.report import as_dict, as_text
 from megatron_rest.planner.savings import savings_of
 from megatron_rest.planner.shapes import PUBLISHED
-from megatron_rest.planner.work import Assumptions, StepWork, forward_flops, step_work
+from megatron_rest.planner.work import (
+    Assumptions,
+    ReplicaTime,
+    StepWork,
+    deal_as_configured,
+    forward_flops,
+    step_work,
+)
 
 SHAPE = ModelShape.from_hf_config(PUBLISHED["Qwen3-8B"])
 PROMPT, RESPONSE, SIZE = 748, 362, 4
@@ -102,9 +109,26 @@ def test_a_pipeline_pays_for_its_bubble_and_for_one_length():
     found = step_work(config, SHAPE, world_size=8, lengths=spread, assumed=Assumptions(shares_prompts=False))
     bins = found.packing.num_microbatches
     assert bins >= 4
-    assert found.bubble == pytest.approx(1 / (bins + 1), rel=0.05), "the number of microbatches differs by draw"
+    assert 1 / (bins + 1) < found.bubble < 1 / (bins + 1) + 0.1, "and for the output layer, in the last stage alone"
     assert 0 < found.padding < 0.3
     assert found.forward > found.forward_flops / 8
+
+
+def test_the_output_layer_makes_the_last_stage_slower():
+    """Even microbatches: 1F1B's bubble, and with the head what the last stage has to do more than the mean."""
+    config, cost = configuration("parallel.pipeline_parallel=2"), RowCost.of_shape(SHAPE)
+    samples = constant().draw(SIZE * 8, group_size=SIZE, seed=0)
+    replicas, report = deal_as_configured(config, 8, samples, cost, is_sharing=False)
+    even, real = (ReplicaTime.of(config, replicas[0], samples, cost, has_head=flag) for flag in (False, True))
+    bins = report.num_microbatches
+    work = [sum(part.cost for part in parts) for parts in replicas[0]]
+    assert work == pytest.approx([work[0]] * bins)
+    assert even.time == pytest.approx((bins + 1) * work[0])
+    assert even.busy == real.busy == pytest.approx(bins * work[0])
+    head = cost.loss_row * SIZE * 8 * RESPONSE / bins
+    slower, mean = (work[0] - head) / 2 + head, work[0] / 2
+    assert real.time == pytest.approx(2 * (bins * slower + (work[0] - head) / 2))
+    assert slower > 1.02 * mean
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_an_uneven_job_computes_less_of_the_time(folder: Path) -> None:
     deep = ["parallel.pipeline_parallel=4", "parallel.virtual_pipeline=1"]
     few, many = (simulate_balance(config(folder, *deep), shape, lengths, world_size=n) for n in (64, 4))
     flat = simulate_balance(config(folder), shape, lengths, world_size=1)
-    assert few.share < many.share < flat.share <= 1
+    assert few.share < many.share < flat.share <= 1 + 1e-9
     assert flat.padding == 0 and flat.share > 0.999
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rest.simulate.pipeline import pipeline_seconds
+from megatron_rest.planner.pipeline import pipeline_seconds
 
 
 @pytest.mark.parametrize(("stages", "count"), [(1, 3), (2, 4), (4, 8), (4, 32)])
