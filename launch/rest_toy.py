@@ -2,8 +2,8 @@
 
     nemo-run launch/rest_toy.py [--dryrun] [--yes] [baseline=grpo] [section.key=value ...]
 
-What `make demo MODEL=toy` runs: nothing to fetch, a few minutes.  Stages: tokenizer, prompts, model, warm-start (kept in ``base`` and reused), then train, variance, evaluate (if asked
-for) and report.
+What `make demo MODEL=toy` runs: nothing to fetch, a few minutes.  Stages: tokenizer, prompts, model, warm-start (kept
+in ``base`` and reused), then train, variance, evaluate (if asked for) and report.
 """
 
 from pathlib import Path
