@@ -117,9 +117,10 @@ def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: in
 
 
 def _samples(config: RestConfig) -> list[TrainSample]:
-    """Sequences of the largest length, half of them prompt, that fill a microbatch."""
-    length = config.model.max_sequence_length
-    count = max(config.trainer.max_tokens_per_microbatch // length, 1)
+    """Sequences of one length, at most the largest, half of them prompt, that fill a microbatch."""
+    tokens = config.trainer.max_tokens_per_microbatch
+    count = -(-tokens // config.model.max_sequence_length)
+    length = tokens // count
     mask = np.arange(length + 1) > length // 2
     return [
         TrainSample(

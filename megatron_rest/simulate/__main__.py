@@ -5,7 +5,7 @@
     megatron-rest simulate run.yaml --only balance,transfer --median-response 900
 
 One page: bounds that are missed first.  Parts: balance (packing and pipeline), transfer (plans, links, windows),
-exchange (bytes of rollouts), start (process groups), dry (a rank's real model and checkpoint, without memory).
+exchange (bytes of rollouts), judging (a rank's host), start (process groups).
 """
 
 from __future__ import annotations
@@ -157,6 +157,20 @@ def _exchange(subject: Subject) -> list[Finding]:
                     detail=detail)]  # fmt: skip
 
 
+def _judging(subject: Subject) -> list[Finding]:
+    from megatron_rest.simulate.judging import simulate_judging
+
+    config = subject.config
+    found = simulate_judging(
+        rollouts=config.data.prompts_per_step * config.rollout.rollouts_per_prompt,
+        response=round(subject.lengths.response),
+        world_size=subject.world_size,
+        group_size=config.rollout.rollouts_per_prompt,
+    )
+    detail = f"{found.reading:.2f} s if one rank read all; {found.received / 1e6:,.0f} MB received"
+    return [Finding(name="judging: CPU of a rank and step", value=found.seconds, unit="s", bound=1, detail=detail)]
+
+
 def _start(subject: Subject) -> list[Finding]:
     from megatron_rest.simulate.start import simulate_start
 
@@ -179,6 +193,7 @@ _PARTS: dict[str, Callable[[Subject], list[Finding]]] = {
     "balance": _balance,
     "transfer": _transfer,
     "exchange": _exchange,
+    "judging": _judging,
     "start": _start,
 }
 
