@@ -80,11 +80,14 @@ class Stage:
     """Folder this stage fills; a stage whose folder carries its stamp is not run again."""
 
 
-def resolve(base: RestConfig, *, world_size: int, baseline: str = "") -> RestConfig:
-    """The configuration that will run, checked; a mistake ends the program with one line and status 2."""
+def resolve(base: RestConfig, *, world_size: int | None = None, baseline: str = "") -> RestConfig:
+    """The configuration that will run, checked; a mistake ends the program with one line and status 2.
+
+    ``world_size`` None: one replica of the layout, whatever it is.
+    """
     try:
         config = load(GIVEN.file or None, [*_baseline(baseline), *GIVEN.overrides], base=base)
-        validate(config, world_size=world_size)
+        validate(config, world_size=world_size or config.parallel.replica_size)
     except ConfigError as error:
         stop(str(error))
     return config

@@ -36,7 +36,6 @@ THINK_WORDS = 12
 PARTS = ("warm=0.4", "rl=0.3", "heldout=0.3")
 SPLIT_SEED = "3"  # the division that leaves most rows to judge by
 ANSWERS = 4  # to each prompt of the held-out part
-RANKS = 1
 
 
 def recipe(base: Path, run_dir: Path) -> RestConfig:
@@ -111,7 +110,7 @@ def base_stages(base: Path, gguf: Path) -> list[Stage]:
             name="warm-start",
             module="megatron_rest.commands.warm_start",
             arguments=("--config", str(base / "warm-start.yaml")),
-            ranks=RANKS,
+            ranks=1,
             produces=base / "warm-start",
         ),
     ]
@@ -141,7 +140,7 @@ def plan(base: Path, config: RestConfig, gguf: Path) -> list[Stage]:
             name="train",
             module="megatron_rest.trainer",
             arguments=("--config", str(run_dir / "run.yaml")),
-            ranks=RANKS,
+            ranks=config.parallel.replica_size,
         ),
         heldout("after", str(base / "warm-start"), str(run_dir), "--compare"),
         Stage(
@@ -166,12 +165,12 @@ def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/dem
     run_dir = Path(f"runs/demo-{baseline or 'rest'}").absolute()
     if not isinstance(ctx.executor, run.LocalExecutor):
         stop("the demo runs on this machine only: leave out run.executor=")
-    config = resolve(recipe(folder, run_dir), world_size=RANKS, baseline=baseline)
+    config = resolve(recipe(folder, run_dir), baseline=baseline)
     run_dir = Path(config.trainer.run_dir).absolute()
     stages = plan(folder, config, Path(gguf).absolute())
     if ctx.dryrun:
         show_stages(stages, run_dir / "logs")
-        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=RANKS)}")
+        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=config.parallel.replica_size)}")
         print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
         return
     if not (folder / "model").is_dir() and not Path(gguf).is_file():

@@ -209,9 +209,14 @@ class ParallelConfig:
         if self.virtual_pipeline > 1 and self.pipeline_parallel == 1:
             raise ConfigError("parallel.virtual_pipeline > 1 needs parallel.pipeline_parallel > 1")
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks of one data-parallel replica: TP x PP x CP."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+
     def data_parallel(self, world_size: int) -> int:
         """Data-parallel size for ``world_size`` ranks; raises if the layout does not fit."""
-        model = self.tensor_parallel * self.pipeline_parallel * self.context_parallel
+        model = self.replica_size
         if world_size % model:
             raise ConfigError(
                 f"world size {world_size} does not fit tensor_parallel {self.tensor_parallel} x pipeline_parallel "

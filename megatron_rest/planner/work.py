@@ -121,7 +121,7 @@ def step_work(
     p = config.parallel
     reports = [d.report for d in draws]
     return StepWork(
-        forward=unit * fmean(d.time for d in draws) / (p.tensor_parallel * p.pipeline_parallel * p.context_parallel),
+        forward=unit * fmean(d.time for d in draws) / p.replica_size,
         forward_flops=unit * fmean(d.useful for d in draws),
         update_passes=3 + again,
         score_passes=passes + (num_updates if config.loss.kl_coef else 0),

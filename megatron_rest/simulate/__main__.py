@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         base, file, ranks, _ = recipe_or_file(args.config)
         config = load(file, args.overrides, base=base)
         p = config.parallel
-        world_size = args.ranks or ranks or p.tensor_parallel * p.pipeline_parallel * p.context_parallel
+        world_size = args.ranks or ranks or p.replica_size
         p.data_parallel(world_size)
         if not 0 <= args.rank < world_size:
             parser.error(f"--rank {args.rank}: there are {world_size}")

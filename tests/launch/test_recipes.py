@@ -28,6 +28,12 @@ from .forked import Server
 
 CLUSTER = {"rest_8b": 8, "rest_70b": 64, "rest_30b_a3b": 16}  # recipe: ranks
 ENGINE_NODES = {"rest_8b": 0, "rest_70b": 4, "rest_30b_a3b": 1}
+SIX_RANKS = (
+    "parallel.tensor_parallel=3",
+    "parallel.pipeline_parallel=2",
+    "rollout.replicas=1",
+    "weight_sync.transport=gloo",
+)
 CONTAINER = {"SLURM_ACCOUNT": "a1", "REST_IMAGE": "img:1", "REST_MOUNTS": "/lustre:/runs,/lustre:/data,/models"}
 
 RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
@@ -38,6 +44,7 @@ RUNS: dict[str, tuple[list[str], dict[str, str]]] = {
     "grpo": (["rest_8b", "--dryrun", "baseline=grpo"], {}),
     "toy": (["rest_toy", "--dryrun", "baseline=grpo", "trainer.steps=3", "evaluate=true"], {}),
     "demo": (["rest_demo", "--dryrun", "baseline=grpo", "trainer.steps=3"], {}),
+    "demo, six ranks": (["rest_demo", "--dryrun", *SIX_RANKS], {}),
     "no model file": (["rest_demo", "--yes", "gguf=nowhere.gguf"], {}),
     "experiment": (["rest_experiment", "--dryrun", "seeds=2", "trainer.steps=3"], {}),
     "a part": (["rest_experiment", "--dryrun", "only=paper/seed-2,report"], {}),
@@ -272,6 +279,8 @@ def test_the_demo_divides_its_rows_and_judges_before_and_after(done: dict[str, D
     judged = [run.parts[name].split(" --set ")[1] for name in ("before", "after")]
     assert judged[0] == judged[1] == f"heldout={base}/parts/heldout {base}/test-parts/heldout\n"
     assert "--compare" in run.parts["after"]
+    assert " --nproc-per-node 1 " in run.parts["train"]
+    assert " --nproc-per-node 6 " in done["demo, six ranks"].parts["train"], "as many as its layout has"
     missing = done["no model file"]
     assert missing.returncode == 2 and "make demo MODEL=toy needs no model" in missing.stderr
     assert not (folder / "runs").exists()
