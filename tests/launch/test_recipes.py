@@ -301,13 +301,14 @@ def test_experiment_dry_run_lists_every_run_and_starts_nothing(done: dict[str, D
     names = ("paper-seed-1", "otb-seed-1", "otb-seed-2")
     stages = []
     for name in names:
-        stages += [name, f"evaluate-{name}", f"benchmarks-{name}"]
-        stages += [f"middle-{name}", f"variance-{name}"] if name == "paper-seed-1" else []
+        stages += [name, f"evaluate-{name}"]
+        measured = (f"{what}-{name}" for what in ("benchmarks", "middle", "variance"))
+        stages += measured if name == "paper-seed-1" else []
         stages.append(f"keep-{name}")
     warm_start = ["evaluate-warm-start", "benchmarks-warm-start", "keep-base-warm-start"]
     assert list(parts)[6:-1] == [*warm_start, *stages, "report"]
-    assert parts["middle-paper-seed-1"].rstrip().endswith("checkpoints/step_000012")
-    assert parts["variance-paper-seed-1"].rstrip().endswith("--steps 12 24"), "the start is GRPO's"
+    assert parts["middle-paper-seed-1"].rstrip().endswith("checkpoints/step_000008")
+    assert parts["variance-paper-seed-1"].rstrip().endswith("--steps 8 16"), "the start is GRPO's"
     assert parts["keep-otb-seed-2"].rstrip().endswith("docs/results/smollm2/otb/seed-2")
     assert done["no such part"].returncode == 2 and "known are base, evaluate" in done["no such part"].stderr
     assert not (folder / "runs").exists()
