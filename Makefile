@@ -71,7 +71,7 @@ demo: $(STAMP) $(if $(filter smollm2,$(DEMO)),$(SMOLLM2)) ## a pretrained model 
 experiment: $(STAMP) $(if $(filter smollm2,$(MODEL)),$(SMOLLM2)) ## ResT's weightings against GRPO and Dr. GRPO, several seeds, held-out scores; continues where it stopped
 	@$(BIN)/nemo-run launch/rest_experiment.py --yes about=$(or $(MODEL),toy) $(EXPERIMENT_ARGS)
 
-test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 19 minutes on 2 cores
+test: $(STAMP) ## the tests: the main path with real Megatron and vLLM, every operator at TP 1, 2, 4; 14 minutes on 2 cores
 	@$(BIN)/python -m pytest $(WORKERS) -m "not extended" $(TEST_ARGS)
 
 test-all: $(STAMP) ## all tests: the same paths over more layouts, seeds, kills and fuzz cases, too

@@ -36,12 +36,13 @@ class Station:
         """What cannot be made good; the run ends with it."""
         self._max_restarts = max_restarts
         self._in_a_row = 0
+        self._is_lost = False  # until its successor has started
         self._thread = self._start(is_first=True)
 
     @property
     def is_ready(self) -> bool:
         """Whether it has started and can take weights."""
-        return not self._thread.is_alive() and self.engine.is_ready
+        return not self._is_lost and not self._thread.is_alive() and self.engine.is_ready
 
     @property
     def is_waiting(self) -> bool:
@@ -50,11 +51,12 @@ class Station:
 
     def look(self) -> None:
         """Notice an engine that ended while nobody asked it anything."""
-        if self.error is None and not self._thread.is_alive() and not self.engine.is_alive:
+        if self.error is None and not (self._is_lost or self._thread.is_alive() or self.engine.is_alive):
             self.lose(EngineLostError(f"the engine of {self.engine.machine} ended"), "it had nothing to do")
 
     def lose(self, error: Exception, under_way: str) -> None:
         """Start a new process in the place of the lost one; after too many losses in a row keep :attr:`error`."""
+        self._is_lost = True  # first: a process that hangs would look like one that waits for weights
         self.engine.policy_version, self.is_serving = NO_WEIGHTS, False
         if self._may_restart(error, under_way):
             self._thread = self._start(is_first=False)
@@ -87,6 +89,7 @@ class Station:
                 if not is_there:
                     self.engine.restart()
                 self.engine.wait_ready()
+                self._is_lost = False
                 return
             except (EngineLostError, OSError) as error:  # OSError: the node that had it cannot be reached
                 if not self._may_restart(error, "starting"):

@@ -87,7 +87,7 @@ WRONG = {
     "--partition": "settings are written key=value",
     "links=0": "at least 1",
     "run.executor.nodes=3": "say nodes=3",
-    "rollout.replicas=1": "set it to gloo",
+    "rollout.replicas=1": "set one of them to 0",
     "trainer.steps=many": "trainer.steps must be int",
     "rollout.max_response_tokens=99999": "exceeds model.max_sequence_length",
     "config=nowhere.yaml": "cannot read configuration nowhere.yaml",
@@ -372,9 +372,9 @@ def test_a_kept_run_is_not_made_again_whatever_its_checkpoints_and_refused_with_
 
     setup = dataclasses.replace(SETUPS["smollm2"], kept=tmp_path / "kept")
     name, config = next(iter(configurations(tmp_path, 1, setup).items()))
-    assert (config.checkpoint.save_every, config.trainer.save_rollouts_every) == (12, 12), "measured in the middle, too"
+    assert (config.checkpoint.save_every, config.trainer.save_rollouts_every) == (8, 8), "measured in the middle, too"
     assert not is_done(name, config, setup)
-    for lr, every in ((config.optimizer.lr, 4), (1.0, 12)):
+    for lr, every in ((config.optimizer.lr, 4), (1.0, 8)):
         kept = dataclasses.replace(
             config,
             optimizer=dataclasses.replace(config.optimizer, lr=lr),

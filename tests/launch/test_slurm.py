@@ -140,6 +140,7 @@ def test_what_waits_for_a_failed_job_is_not_run(cluster: Cluster) -> None:
 
 
 ENGINES = ("rollout.nodes=2", "rollout.replicas=2", "rollout.tensor_parallel=8", "weight_sync.transport=gloo")
+ENGINES += ("rollout.sleep_level=0",)  # they have GPUs of their own
 
 
 def test_ranks_and_engines_are_groups_of_one_job(cluster: Cluster) -> None:

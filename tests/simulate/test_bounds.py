@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,16 @@ from megatron_rest.simulate.balance import Balance
 from megatron_rest.simulate.judging import Judging
 from megatron_rest.simulate.start import Start
 from megatron_rest.simulate.transfer import Transfer
+from megatron_rest.types import Rollout
 
 
 def always(value: Any) -> Any:
     return lambda *args, **options: value
 
 
-def padded_to_all_ranks(groups: Any) -> torch.Tensor:
+def padded_to_all_ranks(rollouts: Mapping[int, Rollout]) -> torch.Tensor:
     """Ids and masks as int64, and as much again from every rank without an engine."""
-    tokens = sum(len(r.token_ids) for group in groups for r in group.rollouts)
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts.values())
     return torch.zeros(20 * tokens * 4, dtype=torch.uint8)
 
 
@@ -58,7 +60,7 @@ def test_the_old_behaviour_misses_every_bound(
 
 
 def test_rollouts_padded_to_all_ranks_miss_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rest.simulate.exchange.pack_groups", padded_to_all_ranks)
+    monkeypatch.setattr("megatron_rest.simulate.exchange.pack_rollouts", padded_to_all_ranks)
     [found] = scale.exchange()
     assert found.bound == 1.5 and not found.is_reached
 

@@ -131,8 +131,11 @@ class Recorder:
 
     begun: list[tuple[list[int], int]] = field(default_factory=list)
 
-    def begin(self, prompts: list[int], *, seed: int) -> None:
+    def plan(self, prompts: list[int], *, seed: int) -> None:
         self.begun.append((prompts, seed))
+
+    def begin(self) -> None:
+        assert self.begun
 
     def collect(self, refresh: Any) -> list[Any]:
         return list(self.begun[-1][0])
