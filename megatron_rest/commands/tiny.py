@@ -16,7 +16,7 @@ _SAMPLE = Path("samples") / "rlla_sft.json"
 
 
 def make_base(folder: Path) -> Path:
-    """Tokenizer, prompts and a random model in ``folder``, by the commands of the demo; about ten seconds."""
+    """Tokenizer, prompts and a random model in ``folder``, by the commands of the toy's recipe; about ten seconds."""
     import data_tools
 
     sample, tokenizer = str(Path(data_tools.__path__[0]) / _SAMPLE), str(folder / "tokenizer")
