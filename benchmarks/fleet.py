@@ -22,6 +22,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,26 +31,25 @@ import numpy as np
 
 from benchmarks import chaos
 from megatron_rest.commands.tiny import make_base
-from megatron_rest.config import RolloutConfig
 from megatron_rest.rollout.engine import (
-    NO_WEIGHTS,
     Cut,
     EngineLostError,
     Exam,
     MoreRequests,
     OnRollout,
     RolloutRequest,
+    make_requests,
 )
-from megatron_rest.rollout.remote import RemoteEngine
-from megatron_rest.trainer.fleet import EngineFleet, Placement
+from megatron_rest.trainer.fleet import EngineFleet
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from tests.helpers.distributed import run_distributed
+from tests.helpers.stand_in import StandInEngine, fleet_of, give_weights
 
 AT_ONCE = 8
 SHORTEST, LONGEST = 16, 64  # tokens of a response
 
 
-class PacedEngine(RemoteEngine):
+class PacedEngine(StandInEngine):
     """Decodes in time, without arithmetic.
 
     Args:
@@ -58,34 +58,15 @@ class PacedEngine(RemoteEngine):
     """
 
     def __init__(self, seconds: float, start_seconds: float = 0.0) -> None:
+        super().__init__()
         self.seconds, self.start_seconds = seconds, start_seconds
-        self.alive, self.num_restarts, self.policy_version = True, 0, NO_WEIGHTS
         self.dies_after: int | None = None  # iterations of its next run
         self.busy = 0.0  # seconds in which it decoded
         self.tokens = 0
 
-    @property
-    def is_alive(self) -> bool:
-        return self.alive
-
-    @property
-    def is_ready(self) -> bool:
-        return self.alive
-
-    @property
-    def machine(self) -> str:
-        return "here"
-
     def wait_ready(self) -> None:
         if self.num_restarts:
             time.sleep(self.start_seconds)
-
-    def restart(self) -> None:
-        self.alive, self.num_restarts, self.policy_version = True, self.num_restarts + 1, NO_WEIGHTS
-
-    def wake_up(self) -> None: ...
-
-    def sleep(self) -> None: ...
 
     def run(
         self,
@@ -155,23 +136,18 @@ class _NoSync:
 
 
 def make(rank: int, ranks: int, engine: PacedEngine) -> EngineFleet:
-    config = RolloutConfig(replicas=ranks, rollouts_per_prompt=4, max_concurrent=AT_ONCE)
-    placement = Placement(tuple((i,) for i in range(ranks)))
-    connect: Any = lambda is_member: _NoSync(engine if is_member else None)  # noqa: E731
-    return EngineFleet(engine, placement=placement, rank=rank, config=config, connect=connect)
+    settings = {"rollouts_per_prompt": 4, "max_concurrent": AT_ONCE}
+    return fleet_of(
+        engine, lambda is_member: _NoSync(engine if is_member else None), rank=rank, ranks=ranks, **settings
+    )
 
 
 def one_step(fleet: EngineFleet, prompts: Sequence[PromptSample], version: int) -> list[list[int]]:
     """Deliver weights, roll out; what was sampled, as sums of tokens by group."""
-
-    def give() -> None:
-        fleet.deliver(version, lambda singers: 0.0)
-        fleet.admit(version)
-
-    give()
+    give_weights(fleet, version)
     fleet.plan(prompts, seed=version)
     fleet.begin()
-    groups = fleet.collect(refresh=give)
+    groups = fleet.collect(refresh=partial(give_weights, fleet, version))
     return [[int(r.token_ids.sum()) for r in group.rollouts] for group in groups]
 
 
@@ -209,8 +185,6 @@ def slow(rank: int, ranks: int, count: int, seconds: float, steps: int, factor: 
 
 
 def _lengths(prompts: Sequence[PromptSample], version: int) -> list[int]:
-    from megatron_rest.rollout.engine import make_requests
-
     return [length_of(r) for r in make_requests(prompts, rollouts_per_prompt=4, seed=version)]
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from launch.compat import ensure_nemo_run_importable
 from launch.live import LiveExperiment
-from launch.recipe import ROOT, Stage
+from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, write_atomically
 from launch.terminal import Pty
 from megatron_rest.code_version import code_version
+from megatron_rest.config import RestConfig
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["command", "run_stages", "show_stages"]
+__all__ = ["command", "run_here", "run_stages", "show_stages"]
 
 _STAMP = ".complete"
 
@@ -62,6 +63,28 @@ def run_stages(title: str, stages: Sequence[Stage], executor: run.LocalExecutor,
         for stage in due:
             experiment.add(_script(stage, log_dir, terminal), name=stage.name)
         experiment.run(sequential=True)
+
+
+def run_here(
+    title: str,
+    stages: Sequence[Stage],
+    config: RestConfig,
+    warm_start: RestConfig,
+    *,
+    base: Path,
+    world_size: int,
+    ctx: run.cli.RunContext,
+) -> None:
+    """One run with its warm start (kept in ``base``) on this machine; a dry run prints all of it."""
+    run_dir = Path(config.trainer.run_dir).absolute()
+    if ctx.dryrun:
+        show_stages(stages, run_dir / "logs")
+        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=world_size)}")
+        print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
+        return
+    claim(config)
+    write_atomically(base / "warm-start.yaml", as_yaml(warm_start))
+    run_stages(title, stages, ctx.executor, run_dir / "logs")
 
 
 def show_stages(stages: Sequence[Stage], log_dir: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
-from launch.local import run_stages, show_stages
-from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, warm_start_of, write_atomically
+from launch.local import run_here
+from launch.recipe import ROOT, Stage, resolve, stop, warm_start_of
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -166,18 +166,11 @@ def rest_demo(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/dem
     if not isinstance(ctx.executor, run.LocalExecutor):
         stop("the demo runs on this machine only: leave out run.executor=")
     config = resolve(recipe(folder, run_dir), baseline=baseline)
-    run_dir = Path(config.trainer.run_dir).absolute()
-    stages = plan(folder, config, Path(gguf).absolute())
-    if ctx.dryrun:
-        show_stages(stages, run_dir / "logs")
-        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=config.parallel.replica_size)}")
-        print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
-        return
-    if not (folder / "model").is_dir() and not Path(gguf).is_file():
+    if not ctx.dryrun and not (folder / "model").is_dir() and not Path(gguf).is_file():
         stop(f"gguf={gguf} is not there: make demo fetches it; make demo MODEL=toy needs no model")
-    claim(config)
-    write_atomically(folder / "warm-start.yaml", as_yaml(warm_start_config(config, folder)))
-    run_stages("rest_demo", stages, ctx.executor, run_dir / "logs")
+    stages = plan(folder, config, Path(gguf).absolute())
+    warm_start, ranks = warm_start_config(config, folder), config.parallel.replica_size
+    run_here("rest_demo", stages, config, warm_start, base=folder, world_size=ranks, ctx=ctx)
 
 
 if __name__ == "__main__":

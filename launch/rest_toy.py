@@ -10,8 +10,8 @@ from pathlib import Path
 
 from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
-from launch.local import run_stages, show_stages
-from launch.recipe import ROOT, Stage, as_yaml, claim, plan_text, resolve, stop, warm_start_of, write_atomically
+from launch.local import run_here
+from launch.recipe import ROOT, Stage, resolve, stop, warm_start_of
 from megatron_rest.config import (
     CheckpointConfig,
     DataConfig,
@@ -167,17 +167,9 @@ def rest_toy(ctx: run.cli.RunContext, baseline: str = "", base: str = "runs/toy-
     if not isinstance(ctx.executor, run.LocalExecutor):
         stop("the toy runs on this machine only: leave out run.executor=")
     config = resolve(recipe(folder, run_dir), world_size=RANKS, baseline=baseline)
-    run_dir = Path(config.trainer.run_dir).absolute()
-    warm_start = warm_start_config(config, folder)
     stages = plan(folder, config, evaluate=evaluate)
-    if ctx.dryrun:
-        show_stages(stages, run_dir / "logs")
-        print(f"# ----- plan -----\n{plan_text(config, 'cpu', world_size=RANKS)}")
-        print(f"# ----- {run_dir / 'run.yaml'} -----\n{as_yaml(config)}", end="")
-        return
-    claim(config)
-    write_atomically(folder / "warm-start.yaml", as_yaml(warm_start))
-    run_stages("rest_toy", stages, ctx.executor, run_dir / "logs")
+    warm_start = warm_start_config(config, folder)
+    run_here("rest_toy", stages, config, warm_start, base=folder, world_size=RANKS, ctx=ctx)
 
 
 if __name__ == "__main__":

@@ -38,13 +38,14 @@ from megatron_rest.rollout.engine import (
     OnRollout,
     RolloutRequest,
 )
-from megatron_rest.rollout.remote import RemoteEngine
-from megatron_rest.trainer.fleet import EngineFleet, Placement, engine_devices
+from megatron_rest.trainer.fleet import Placement, engine_devices
 from megatron_rest.trainer.run_state import RunState
 from megatron_rest.types import PromptSample, Rollout, StopReason
 from megatron_rest.weight_sync.sync import WeightSyncError
 from megatron_rest.weight_sync.transport import EngineUnreachableError
+from tests.helpers import stand_in
 from tests.helpers.distributed import run_distributed
+from tests.helpers.stand_in import StandInEngine, fleet_of
 
 
 def test_engines_are_spread_over_ranks() -> None:
@@ -123,7 +124,7 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], words: str) -> 
         RolloutConfig(**values)
 
 
-class ScriptedEngine(RemoteEngine):
+class ScriptedEngine(StandInEngine):
     """Dies during run after so many rollouts, as the script says; None = does not.
 
     ``gate`` is called before each rollout, ``start`` by each process that starts.
@@ -135,33 +136,14 @@ class ScriptedEngine(RemoteEngine):
         gate: Callable[[int], object] = lambda life: None,
         start: Callable[[int], object] = lambda life: None,
     ) -> None:
+        super().__init__()
         self.deaths = list(deaths)
         self.gate, self.start = gate, start
-        self.alive = True
         self.asked: list[list[int]] = []  # keys, by run
         self.exams: list[Exam | None] = []
-        self.num_restarts = 0
-        self.policy_version = NO_WEIGHTS
-
-    @property
-    def is_alive(self) -> bool:
-        return self.alive
-
-    @property
-    def is_ready(self) -> bool:
-        return self.alive
-
-    @property
-    def machine(self) -> str:
-        return "here"
 
     def wait_ready(self) -> None:
         self.start(self.num_restarts)
-
-    def wake_up(self) -> None: ...
-
-    def restart(self) -> None:
-        self.alive, self.num_restarts, self.policy_version = True, self.num_restarts + 1, NO_WEIGHTS
 
     def run(
         self,
@@ -253,15 +235,13 @@ def make_fleet(
             raise EngineUnreachableError("did not meet", [0])
         return ScriptedSync(engine if is_member else None, steps)
 
-    config = RolloutConfig(replicas=ranks, rollouts_per_prompt=2, max_restarts=restarts, **settings)
-    placement = Placement(tuple((i,) for i in range(ranks)))
-    fleet = EngineFleet(engine, placement=placement, rank=rank, config=config, connect=connect)
+    settings |= {"rollouts_per_prompt": 2, "max_restarts": restarts}
+    fleet = fleet_of(engine, connect, rank=rank, ranks=ranks, **settings)
     return SimpleNamespace(fleet=fleet, engine=engine, connections=connections, script=steps)
 
 
 def give_weights(setting: Any, version: int = 0) -> None:
-    setting.fleet.deliver(version, lambda singers: 0.0)
-    setting.fleet.admit(version)
+    stand_in.give_weights(setting.fleet, version)
 
 
 def begin(setting: Any, *, seed: int) -> None:
@@ -529,15 +509,21 @@ def ahead(update: OnUpdate, *, at_once: int) -> Any:
     return make_fleet(AheadEngine(at_once), max_staleness=2, on_update=update, max_concurrent=4)  # it has 5 at once
 
 
-@pytest.mark.usefixtures("one_rank")
-def test_rollouts_of_later_steps_end_before_the_weights_change() -> None:
-    setting = ahead(OnUpdate.WAIT, at_once=8)
+def settled_ahead(update: OnUpdate) -> tuple[Any, dict[int, Rollout], dict[int, Rollout]]:
+    """The first of two steps is there, and what there is of the second when its weights change."""
+    setting = ahead(update, at_once=8)
     give_weights(setting)
     for seed in (1, 2):
         setting.fleet.plan(PROMPTS, seed=seed)
     setting.fleet.begin()
     setting.fleet.settle(refresh=lambda: None)
     first, second = map(dict, setting.fleet.known())
+    return setting, first, second
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_rollouts_of_later_steps_end_before_the_weights_change() -> None:
+    setting, first, second = settled_ahead(OnUpdate.WAIT)
     assert len(first) == 8 and 2 <= len(second) <= 5, "what was under way has ended, and nothing was begun"
     assert all(rollout.is_whole for rollout in second.values())
     early = set(second)
@@ -555,13 +541,7 @@ def test_rollouts_of_later_steps_end_before_the_weights_change() -> None:
 
 @pytest.mark.usefixtures("one_rank")
 def test_cut_rollouts_go_on_with_new_weights_also_from_a_checkpoint() -> None:
-    setting = ahead(OnUpdate.KEEP, at_once=8)
-    give_weights(setting)
-    for seed in (1, 2):
-        setting.fleet.plan(PROMPTS, seed=seed)
-    setting.fleet.begin()
-    setting.fleet.settle(refresh=lambda: None)
-    first, second = map(dict, setting.fleet.known())
+    setting, first, second = settled_ahead(OnUpdate.KEEP)
     assert len(first) == 8 and second and {r.stop_reason for r in second.values()} == {StopReason.CUT}
     assert not setting.fleet._plan[1].is_whole
     saved = torch.load(_file_of(setting.fleet.known()), weights_only=True)
