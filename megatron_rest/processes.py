@@ -6,17 +6,32 @@ Standard library only; a process that is gone is no error.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
-__all__ = ["mapped_segments", "my_processes", "session_of", "space", "start_of", "start_worker", "variable_of"]
+__all__ = [
+    "end_worker",
+    "mapped_segments",
+    "my_processes",
+    "serve_as_worker",
+    "session_of",
+    "space",
+    "start_of",
+    "start_worker",
+    "variable_of",
+]
 
 _PROC = Path("/proc")
 _SHM = "/dev/shm/"
+_LOOK_SECONDS = 1.0  # of a worker, between looks at its owner
 _STATE, _SESSION, _START = 0, 3, 19  # fields of /proc/PID/stat behind the name
 
 
@@ -77,7 +92,40 @@ def _stat(pid: int) -> list[str]:
 
 
 def start_worker(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """``python -m module`` that finds what this process finds, with pipes for lines of JSON; its errors are ours."""
+    """``python -m module`` that finds what this process finds, with pipes for lines of JSON; its errors are ours.
+
+    It calls :func:`serve_as_worker` and runs code of the user's, which may start processes: :func:`end_worker` ends
+    them with it, and so does the end of this process.
+    """
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, start_new_session=True)
+
+
+def end_worker(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a worker and what it has started, dead or alive.  The caller collects it."""
+    if process.returncode is None or session_of(process.pid) == 0:  # a number is not used again while its group lives
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def serve_as_worker() -> tuple[IO[bytes], IO[bytes]]:
+    """In a worker, first: the pipes from and to its owner.
+
+    Standard input becomes empty and standard output the errors', so that neither the user's code nor what it starts
+    reads or writes what is not its own.  When the owner is gone this process ends with all it has started.
+    """
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    os.dup2(2, 1)
+    owner = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == owner:
+            time.sleep(_LOOK_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=follow, name="owner", daemon=True).start()
+    return requests, replies

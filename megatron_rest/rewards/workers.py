@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_rest.processes import start_worker
+from megatron_rest.processes import end_worker, start_worker
 from megatron_rest.rewards.functions import RewardInput
 from megatron_rest.user_code import NamedCode
 
@@ -92,7 +92,7 @@ class _Worker:
 
     def kill(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            end_worker(self._process)
             self._process.wait()
             for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:

@@ -11,9 +11,12 @@ from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.engine import Exam
 from megatron_rest.rollout.environments.base import EnvironmentFactory
 from megatron_rest.rollout.environments.find import find_environment
+from megatron_rest.rollout.environments.guest import see_off
 from megatron_rest.rollout.environments.workers import EnvironmentWorkers
 from megatron_rest.rollout.rollouter import Conversation
 from megatron_rest.rollout.translator import ChatTranslator
+
+_CLOSE_SECONDS = 10.0  # for environments whose close() is under way at the end
 
 __all__ = ["exam_conversation", "find_environment", "make_conversation"]
 
@@ -32,8 +35,14 @@ def make_conversation(
         translator=ChatTranslator(load_tokenizer(model_path), chat=chat, stop_token_ids=ends),
         max_turns=config.max_turns,
         timeout_seconds=config.tool_timeout_seconds,
-        close=factory.close if isinstance(factory, EnvironmentWorkers) else lambda: None,
+        close=lambda: _close(factory),
     )
+
+
+def _close(factory: EnvironmentFactory) -> None:
+    see_off(_CLOSE_SECONDS)
+    if isinstance(factory, EnvironmentWorkers):
+        factory.close()
 
 
 def _factory(config: RolloutConfig) -> EnvironmentFactory:

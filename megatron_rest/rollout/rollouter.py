@@ -21,11 +21,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_rest.errors import described
 from megatron_rest.regions import Schemas, schemas_of
 from megatron_rest.rollout.engine import Cut, MoreRequests, OnRollout, RolloutRequest, part_seed, turn_seed
-from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory, Message
+from megatron_rest.rollout.environments.base import Answer, EnvironmentFactory, Message
 from megatron_rest.rollout.environments.calls import ParsedCalls
-from megatron_rest.rollout.environments.guest import awaited, checked_observation, checked_reward
+from megatron_rest.rollout.environments.guest import Guest
 from megatron_rest.types import Rollout, StopReason
 
 __all__ = ["Conversation", "Sampler", "Turn", "run_rollouts"]
@@ -103,20 +104,16 @@ class _Episode:
     versions: list[np.ndarray] = field(default_factory=list)
     num_tokens: int = 0  # of the response
     turn: int = 0
-    environment: Environment | None = None
+    guest: Guest | None = None  # its environment
     schemas: Schemas = field(default_factory=dict)  # of the prompt's tools
 
-    def enter(self, factory: EnvironmentFactory) -> Environment:
-        """This episode's environment, made and reset when it is first needed.  Runs in a thread of the episode."""
-        if self.environment is None:
-            self.environment = factory(self.request.prompt)  # before it is reset: it is closed whatever happens then
-            awaited(self.environment.reset())
-        return self.environment
-
     @classmethod
-    def of(cls, request: RolloutRequest, schemas: Schemas) -> _Episode:
+    def of(cls, request: RolloutRequest, conversation: Conversation | None) -> _Episode:
         """From its prompt, or from where it was cut."""
-        episode, begun = cls(request, request.prompt.token_ids.tolist(), schemas=schemas), request.begun
+        episode, begun = cls(request, request.prompt.token_ids.tolist()), request.begun
+        if conversation is not None:
+            episode.guest = Guest(conversation.factory, request.prompt)
+            episode.schemas = schemas_of(request.prompt.tools)
         if begun is not None:
             episode.ids, episode.log_probs, episode.masks = [begun.token_ids], [begun.log_probs], [begun.loss_mask]
             episode.versions, episode.num_tokens = [begun.versions], len(begun.token_ids)
@@ -157,7 +154,7 @@ class _Action:
 class _Result:
     action: _Action
     value: Any
-    error: Exception | None
+    error: BaseException | None
 
 
 def run_rollouts(
@@ -207,8 +204,7 @@ class _Loop:
         try:
             while self._sampling or self._acting or new is not None:
                 for request in new or ():
-                    schemas = schemas_of(request.prompt.tools) if self._conversation is not None else {}
-                    self._submit(_Episode.of(request, schemas))
+                    self._submit(_Episode.of(request, self._conversation))
                 answer = None if more is None or new is None else more()
                 if answer is Cut.NOW:
                     return self._cut()
@@ -221,8 +217,8 @@ class _Loop:
                 self._end_late()
                 beat()
         finally:
-            for action in self._acting.values():
-                _close(action.episode)
+            for episode in (*self._sampling.values(), *(action.episode for action in self._acting.values())):
+                _leave(episode)
 
     def _submit(self, episode: _Episode) -> None:
         request = episode.request
@@ -259,15 +255,15 @@ class _Loop:
             self._ask_reward(episode, self._conversation, reason)
 
     def _step(self, episode: _Episode, conversation: Conversation, turn: Turn) -> None:
-        text = conversation.translator.text(turn.token_ids)
+        guest, text = episode.guest, conversation.translator.text(turn.token_ids)
+        assert guest is not None
         answer = Answer(text=text, calls=conversation.translator.calls(text, episode.schemas), turn=episode.turn)
 
         def call() -> tuple[np.ndarray | None, float | None]:
             """Tokens of what comes next; or none, and the reward."""
-            environment = episode.enter(conversation.factory)
-            observation = checked_observation(awaited(environment.step(answer)))
+            observation = guest.step(answer)
             if observation.done:
-                return None, checked_reward(awaited(environment.reward()))
+                return None, guest.reward()
             with self._rendering:  # a tokenizer is not made for several threads at once
                 return conversation.translator.render(observation.messages), None
 
@@ -295,12 +291,8 @@ class _Loop:
             self._submit(episode)
 
     def _ask_reward(self, episode: _Episode, conversation: Conversation, reason: StopReason) -> None:
-        self._act(
-            episode,
-            conversation,
-            lambda: checked_reward(awaited(episode.enter(conversation.factory).reward())),
-            lambda reward: self._finish(episode, reason, reward),
-        )
+        assert episode.guest is not None
+        self._act(episode, conversation, episode.guest.reward, lambda reward: self._finish(episode, reason, reward))
 
     def _act(
         self, episode: _Episode, conversation: Conversation, call: Callable[[], Any], then: Callable[[Any], None]
@@ -308,14 +300,8 @@ class _Loop:
         """Run ``call`` in a thread of its own; ``then`` takes its result here, in the loop."""
         action = _Action(episode, time.monotonic() + conversation.timeout_seconds, then)
         self._acting[episode.request.key] = action
-
-        def run() -> None:
-            try:
-                self._results.put(_Result(action, call(), None))
-            except Exception as error:  # noqa: BLE001  an environment is foreign code: its failure ends one rollout
-                self._results.put(_Result(action, None, error))
-
-        threading.Thread(target=run, name="environment", daemon=True).start()
+        assert episode.guest is not None
+        episode.guest.ask(call, lambda value, error: self._results.put(_Result(action, value, error)))
 
     def _wait_for_a_result(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -335,7 +321,7 @@ class _Loop:
             result.action.then(result.value)
             return
         name = result.action.episode.request.prompt.prompt_id
-        _log.warning("the environment of prompt %s failed: %s: %s", name, type(result.error).__name__, result.error)
+        _log.warning("the environment of prompt %s failed: %s", name, described(result.error))
         self._finish(result.action.episode, StopReason.TOOL_FAILED, _NOT_JUDGED)
 
     def _end_late(self) -> None:
@@ -344,12 +330,10 @@ class _Loop:
             self._finish(self._acting.pop(key).episode, StopReason.TOOL_TIMEOUT, _NOT_JUDGED)
 
     def _finish(self, episode: _Episode, reason: StopReason, reward: float | None) -> None:
-        _close(episode)
+        _leave(episode)
         self._on_rollout(episode.request.key, episode.rollout(reason, self._sampler.policy_version, reward))
 
 
-def _close(episode: _Episode) -> None:
-    """In a thread, because it may hang like any other call; nobody waits for it."""
-    environment = episode.environment
-    if environment is not None:
-        threading.Thread(target=lambda: awaited(environment.close()), name="environment-close", daemon=True).start()
+def _leave(episode: _Episode) -> None:
+    if episode.guest is not None:
+        episode.guest.leave()

@@ -25,12 +25,14 @@ from megatron_rest.config import ConfigError, RolloutConfig, from_dict  # noqa: 
 from megatron_rest.rollout.chat import ChatSettings  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
 from megatron_rest.rollout.engine import Cut, EngineStateError, Exam, RefusedRequestError, RolloutRequest  # noqa: E402
+from megatron_rest.rollout.environments.guest import see_off  # noqa: E402
 from megatron_rest.rollout.keeper import end_processes, own_engine_folder  # noqa: E402
 from megatron_rest.rollout.vllm_engine import VllmEngine  # noqa: E402
 from megatron_rest.rollout.wire import Connection, ConnectionLostError  # noqa: E402
 from megatron_rest.types import PromptSample, Rollout, StopReason  # noqa: E402
 
 _BEAT_SECONDS = 1.0
+_BYE_SECONDS = 5.0  # for environments whose close() is under way
 _REFUSALS = (RefusedRequestError, EngineStateError, ConfigError)
 _PASSED_ON = (
     "arguments",
@@ -217,6 +219,7 @@ def main(argv: list[str]) -> None:
     except BaseException:  # noqa: BLE001  it could not start; the owner quotes this
         traceback.print_exc()
         status = 1
+    see_off(_BYE_SECONDS)
     _end(status)
 
 

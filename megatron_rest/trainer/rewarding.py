@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rest.config import RewardConfig, RewardTerm
-from megatron_rest.errors import RunError
+from megatron_rest.errors import RunError, described
 from megatron_rest.rewards.functions import Reward, RewardInput, checked_reward
 from megatron_rest.rewards.server import RewardServer
 from megatron_rest.rewards.workers import RewardWorkers
@@ -87,7 +87,7 @@ class RewardTerms:
                     continue
                 except (TypeError, ValueError) as error:
                     said = error
-            values.append({"failed": f"{type(said).__name__}: {said}"[:_SHOWN]})
+            values.append({"failed": described(said)[:_SHOWN]})
         return values
 
     def _look_at(self, table: Sequence[Sequence[Reward | str]]) -> None:
@@ -138,6 +138,8 @@ class _Here:
                 return self._function(answer, **self._term.arguments)
         except Exception as error:  # noqa: BLE001  foreign code: its failure ends one rollout
             return error
+        except SystemExit as error:
+            return RuntimeError(described(error))
 
 
 def _reward(values: dict[str, Any]) -> Reward:

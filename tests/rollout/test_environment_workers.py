@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from megatron_rest.config import RolloutConfig
+from megatron_rest.processes import start_of
 from megatron_rest.rollout.engine import make_requests
 from megatron_rest.rollout.environments.base import Answer, Message
 from megatron_rest.rollout.environments.calls import Call, ParsedCalls
@@ -24,8 +25,13 @@ from megatron_rest.types import PromptSample, Rollout, StopReason
 from tests.rollout.test_rollouter import LIMIT, ScriptedSampler, Translator
 
 CODE = """
-import json, os, time
+import json, os, subprocess, sys, time
 from megatron_rest.rollout.environments.base import Message, Observation
+
+
+class Unprintable:
+    def __str__(self):
+        raise RuntimeError("no")
 
 
 class Counting:
@@ -44,7 +50,15 @@ class Counting:
                 while True:
                     pass
             case "die":
+                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
+                open(self.prompt.metadata["closed"] + ".child", "w").write(str(child.pid))
                 os._exit(9)
+            case "read":
+                return Observation(messages=(Message(role="tool", content=repr(os.read(0, 9))),))
+            case "slow":
+                time.sleep(2.0)
+            case "unprintable":
+                raise ValueError(Unprintable())
             case "none":
                 return None
         self.seen.append([answer.text, answer.turn, [[c.name, c.arguments] for c in answer.calls.calls]])
@@ -101,8 +115,19 @@ def test_environments_in_a_process(tmp_path: Path, workers: EnvironmentWorkers) 
     assert one.step(answer).done and one.reward() == 1.5 and two.reward() == 0.5  # type: ignore[union-attr]
     one.close()
     assert (tmp_path / "closed1").read_text() == "x" and not (tmp_path / "closed2").exists()
+    refusing = workers(prompt("refuse", tmp_path))
     with pytest.raises(RuntimeError, match="ValueError: no such task"):
-        workers(prompt("refuse", tmp_path))
+        refusing.reset()
+    refusing.close()
+    bad = workers(prompt("unprintable", tmp_path))
+    bad.reset()
+    with pytest.raises(RuntimeError, match=r"ValueError: its text cannot be shown \(RuntimeError\)"):
+        bad.step(answer)
+    bad.close()
+    reading = workers(prompt("read", tmp_path))
+    reading.reset()
+    assert reading.step(answer).messages[0].content == "b''", "the requests are not there for it to read"  # type: ignore[union-attr]
+    reading.close()
     refused = workers(prompt("none", tmp_path))
     refused.reset()
     with pytest.raises(RuntimeError, match=r"step\(\) returned None, expected an Observation"):
@@ -112,13 +137,13 @@ def test_environments_in_a_process(tmp_path: Path, workers: EnvironmentWorkers) 
         two.step(answer)
     two.close()
 
-    kinds = ["", "hang", "die", ""]
-    sampler = ScriptedSampler({i: [1, 1, 1] for i in range(4)})
+    kinds = ["", "hang", "die", "", "slow"]
+    sampler = ScriptedSampler({i: [1, 1, 1] for i in range(5)})
     done: dict[int, Rollout] = {}
 
     def roll(*indices: int, seconds: float = 120.0) -> list[StopReason]:
         conversation = Conversation(factory=workers, translator=Translator(), max_turns=4, timeout_seconds=seconds)
-        prompts = [prompt(kinds[i], tmp_path, 10 + i) for i in range(4)]
+        prompts = [prompt(kinds[i], tmp_path, 10 + i) for i in range(5)]
         requests = [make_requests(prompts, rollouts_per_prompt=1, seed=3)[i] for i in indices]
         run_rollouts(
             sampler, requests, max_response_tokens=LIMIT, on_rollout=done.__setitem__, conversation=conversation
@@ -132,8 +157,13 @@ def test_environments_in_a_process(tmp_path: Path, workers: EnvironmentWorkers) 
     assert roll(1, seconds=5.0) == [StopReason.TOOL_TIMEOUT]
     wait_until(lambda: not psutil.pid_exists(worker._process.pid) or worker._process.poll() is not None)
     assert roll(2) == [StopReason.TOOL_FAILED]
+    child = int((tmp_path / "closed12.child").read_text())
+    wait_until(lambda: not start_of(child))
     assert roll(3) == [StopReason.EOS], "and the next one has another process again"
     wait_until(lambda: (tmp_path / "closed13").exists())
+    assert roll(4, seconds=0.5) == [StopReason.TOOL_TIMEOUT]
+    wait_until(lambda: (tmp_path / "closed14").exists())  # the call came back late; it is closed behind it
+    assert all(worker.is_open for worker in workers._workers if worker is not None), "and the process goes on"
 
 
 def test_the_configuration_leads_there() -> None:

@@ -6,17 +6,27 @@ that cannot be printed.  Every rollout ends once, with a reason; texts are bound
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_rest.rollout.engine import make_requests
+from megatron_rest.rollout.environments import guest
 from megatron_rest.rollout.environments.base import Answer, Message, Observation
-from megatron_rest.rollout.environments.guest import MAX_CHARACTERS, checked_observation, checked_reward
+from megatron_rest.rollout.environments.guest import (
+    MAX_CHARACTERS,
+    MAX_MESSAGES,
+    checked_observation,
+    checked_reward,
+    see_off,
+)
 from megatron_rest.rollout.rollouter import Conversation, run_rollouts
 from megatron_rest.types import Rollout, StopReason
 from tests.rollout.test_rollouter import ScriptedSampler, Translator, prompt
@@ -43,6 +53,7 @@ BAD: tuple[Any, ...] = (
     None, 7, b"bytes", "text", np.float32(1), {"content": "x"}, Unprintable(), message(None), message(3), message(b"x"),
     message(Unprintable()), message("x", "system"), message("x", None), Observation(messages=("text",)),  # type: ignore[arg-type]
     Observation(messages="text"), Observation(messages=(None,)),  # type: ignore[arg-type]
+    Observation(messages=(Message(role="tool", content="x"),) * (MAX_MESSAGES + 1)),
 )  # fmt: skip
 REWARDS: tuple[tuple[Any, bool], ...] = (
     (1, True), (0.5, True), (None, True), (np.float32(0.25), True), (np.int64(-3), True), (True, True),
@@ -85,7 +96,7 @@ class Guest:
 
     def __init__(self, number: int, rng: random.Random) -> None:
         self.number = number
-        self.first = rng.choice([*GOOD, *BAD, OSError("gone"), SystemError()])
+        self.first = rng.choice([*GOOD, *BAD, OSError("gone"), ValueError(Unprintable()), SystemExit(3)])
         self.last, _ = rng.choice(REWARDS)
         self.at_reset = rng.choice([None] * 9 + [KeyError("reset")])
         self.at_close = rng.choice([None] * 9 + [OSError("close")])
@@ -97,7 +108,7 @@ class Guest:
     def step(self, answer: Answer) -> Observation:
         if answer.turn:
             return Observation(done=True)
-        if isinstance(self.first, Exception):
+        if isinstance(self.first, BaseException):
             raise self.first
         return self.first
 
@@ -126,7 +137,6 @@ def play(count: int, seed: int) -> dict[int, Rollout]:
     return done
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.extended)])
 def test_no_guest_ends_a_run(count, caplog):
     caplog.set_level("ERROR")
@@ -137,7 +147,138 @@ def test_no_guest_ends_a_run(count, caplog):
     failed = [r for r in done.values() if r.stop_reason is StopReason.TOOL_FAILED]
     assert 0.4 < len(failed) / count < 0.95
     assert all(rollout.reward is None or math.isfinite(rollout.reward) for rollout in done.values())
-    for thread in threading.enumerate():
-        if thread.name == "environment-close":
-            thread.join(10)
+    see_off(60.0)
     assert sorted(Guest.closed) == list(range(count)), "closed once each, also those that could not be reset"
+
+
+class LateGuest:
+    """Takes its time at one call, and notes in ``done`` what came to its end."""
+
+    def __init__(self, where: str, may_go_on: threading.Event, done: list[str]) -> None:
+        self.where, self.may_go_on, self.done = where, may_go_on, done
+        self._do("make")
+
+    def _do(self, name: str) -> None:
+        if self.where == name:
+            self.may_go_on.wait(60)
+        self.done.append(name)
+
+    def reset(self) -> None:
+        self._do("reset")
+
+    def step(self, answer: Answer) -> Observation:
+        self._do("step")
+        return Observation(done=True)
+
+    def reward(self) -> float:
+        self._do("reward")
+        return 1.0
+
+    def close(self) -> None:
+        self._do("close")
+
+
+class LateAsyncGuest(LateGuest):
+    """The same, awaiting: it is cancelled.  Or not awaiting, which holds up all that share its event loop."""
+
+    async def step(self, answer: Answer) -> Observation:  # type: ignore[override]
+        self._do("step")
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            self.done.append("cancelled")
+        return Observation(done=True)
+
+    async def close(self) -> None:  # type: ignore[override]
+        super().close()
+
+
+def play_one(make: Callable[[], Any], seconds: float) -> StopReason:
+    done: dict[int, Rollout] = {}
+    conversation = Conversation(factory=lambda p: make(), translator=Translator(), max_turns=4, timeout_seconds=seconds)
+    run_rollouts(
+        ScriptedSampler({0: [3, 3]}), make_requests([prompt(0)], rollouts_per_prompt=1, seed=0),
+        max_response_tokens=40, on_rollout=done.__setitem__, conversation=conversation,
+    )  # fmt: skip
+    return done[0].stop_reason
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("where", ["make", "reset", "step", "reward"])
+def test_what_comes_back_late_is_asked_nothing_more_and_closed(where):
+    """Also what did not exist yet when its time was over; behind the call, not beside it."""
+    done: list[str] = []
+    may_go_on = threading.Event()
+    assert play_one(lambda: LateGuest(where, may_go_on, done), seconds=0.2) is StopReason.TOOL_TIMEOUT
+    may_go_on.set()
+    see_off(60.0)
+    order = ["make", "reset", "step", "reward"]
+    assert done == [*order[: order.index(where) + 1], "close"]
+
+
+def test_what_does_not_come_back_is_closed_beside_it_and_again_behind_it(monkeypatch):
+    monkeypatch.setattr(guest, "_GRACE_SECONDS", 0.1)
+    done: list[str] = []
+    may_go_on = threading.Event()
+    assert play_one(lambda: LateGuest("reset", may_go_on, done), seconds=0.2) is StopReason.TOOL_TIMEOUT
+    see_off(60.0)
+    assert done == ["make", "close"]
+    may_go_on.set()
+    wait_until(lambda: done == ["make", "close", "reset", "close"])
+
+
+def test_an_asynchronous_call_that_is_late_is_cancelled():
+    done: list[str] = []
+    make = lambda: LateAsyncGuest("", threading.Event(), done)  # noqa: E731
+    assert play_one(make, seconds=0.2) is StopReason.TOOL_TIMEOUT
+    see_off(60.0)
+    assert done == ["make", "reset", "step", "cancelled", "close"]
+
+
+def test_an_asynchronous_guest_that_does_not_await_holds_up_itself_alone(monkeypatch):
+    monkeypatch.setattr(guest, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(guest, "_ANSWER_SECONDS", 0.1)
+    held, others = [], []
+    may_go_on = threading.Event()
+    assert play_one(lambda: LateAsyncGuest("step", may_go_on, held), seconds=0.2) is StopReason.TOOL_TIMEOUT
+    before = guest._loops[-1:]
+    wait_until(lambda: guest._loops[-1:] != before)
+    assert play_one(lambda: Quick(others), seconds=60.0) is StopReason.EOS
+    may_go_on.set()
+    wait_until(lambda: held[-1:] == ["close"])
+
+
+class Quick:
+    """Asynchronous, and done at once."""
+
+    def __init__(self, done: list[str]) -> None:
+        self.done = done
+
+    async def reset(self) -> None: ...
+
+    async def step(self, answer: Answer) -> Observation:
+        await asyncio.sleep(0)
+        return Observation(done=True)
+
+    async def reward(self) -> float:
+        return 1.0
+
+    async def close(self) -> None:
+        self.done.append("close")
+
+
+def test_a_guest_that_gets_no_thread_ends_its_rollout(monkeypatch):
+    """Thousands that hang have all of them."""
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(guest.threading, "Thread", NoThread)
+    assert play_one(lambda: Quick([]), seconds=60.0) is StopReason.TOOL_FAILED

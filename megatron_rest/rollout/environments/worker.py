@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from megatron_rest.errors import described
+from megatron_rest.processes import serve_as_worker
 from megatron_rest.rollout.environments.base import Answer, Environment, EnvironmentFactory
 from megatron_rest.rollout.environments.calls import Call, ParsedCalls
 from megatron_rest.rollout.environments.find import find_environment
@@ -24,35 +25,34 @@ __all__ = ["main"]
 
 
 class _Server:
-    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, replies: IO[bytes], name: str, arguments: dict[str, Any]) -> None:
         self._name, self._arguments = name, arguments
         self._factory: EnvironmentFactory | None = None
         self._environments: dict[int, Environment] = {}
         self._lock = threading.Lock()
-        self._replies = os.fdopen(os.dup(1), "wb")
-        os.dup2(2, 1)
+        self._replies = replies
 
     def answer(self, message: dict[str, Any]) -> None:
         try:
             said = self._call(message["environment"], message["do"], message)
         except BaseException as error:  # noqa: BLE001  told to the owner; this environment's alone
-            said = {"error": f"{type(error).__name__}: {error}"}
+            said = {"error": described(error)}
         line = json.dumps({"call": message["call"], **said}).encode() + b"\n"
         with self._lock:
             self._replies.write(line)
             self._replies.flush()
 
     def _call(self, key: int, do: str, message: dict[str, Any]) -> dict[str, Any]:
-        if do == "make":
-            self._environments[key] = self._find()(_prompt(message["prompt"]))
-            return {}
-        if do == "close":
-            awaited(self._environments.pop(key).close())
-            return {}
-        environment = self._environments[key]
         if do == "reset":
+            environment = self._environments[key] = self._find()(_prompt(message["prompt"]))
             awaited(environment.reset())
             return {}
+        if do == "close":
+            made = self._environments.pop(key, None)
+            if made is not None:
+                awaited(made.close())
+            return {}
+        environment = self._environments[key]
         if do == "reward":
             return {"reward": checked_reward(awaited(environment.reward()))}
         observation = checked_observation(awaited(environment.step(_answer(message["answer"]))))
@@ -77,8 +77,9 @@ def _answer(values: dict[str, Any]) -> Answer:
 
 def main() -> None:
     """Serve until the owner closes the pipe, or is gone."""
-    server = _Server(**json.loads(sys.stdin.readline()))
-    for line in sys.stdin:
+    requests, replies = serve_as_worker()
+    server = _Server(replies, **json.loads(requests.readline()))
+    for line in requests:
         threading.Thread(target=server.answer, args=(json.loads(line),), daemon=True).start()
     os._exit(0)  # calls that nobody waits for may run
 

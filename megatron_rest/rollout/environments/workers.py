@@ -2,8 +2,9 @@
 
 Each process holds many at once, in threads, and speaks lines of JSON; nothing is pickled.  A process that ends takes
 its own environments with it, which ends their rollouts and no other; the next environment starts another one.  One that
-has a call nobody waits for any more (its rollout ran out of time) gets no further environments and is killed when the
-rest of its own are closed: the call might compute for ever.
+has a call nobody waits for any more (its rollout ran out of time, and the call did not come back) gets no further
+environments and is killed, with what its environments have started, when the rest of its own are closed: the call might
+compute for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rest.processes import start_worker
+from megatron_rest.processes import end_worker, start_worker
 from megatron_rest.rollout.environments.base import Answer, Environment, Message, Observation
 from megatron_rest.types import PromptSample
 
@@ -43,7 +44,7 @@ class EnvironmentWorkers:
         self._lock = threading.Lock()
 
     def __call__(self, prompt: PromptSample) -> Environment:
-        """Raises what the factory raised, as a RuntimeError, and ConnectionError when the process ends."""
+        """It is made with ``reset()``, which may take long: until then there would be nothing that can be closed."""
         with self._lock:
             for place, worker in enumerate(self._workers):
                 if worker is None or not worker.is_open:
@@ -52,13 +53,7 @@ class EnvironmentWorkers:
                     break
             usable = [worker for worker in self._workers if worker is not None and worker.is_open]
             worker = min(usable, key=lambda each: each.num_environments)
-            key = worker.new_key()
-        try:
-            worker.ask(key, "make", prompt=_prompt(prompt))
-        except BaseException:
-            worker.forget(key)
-            raise
-        return _InProcess(worker, key)
+            return _InProcess(worker, worker.new_key(), prompt)
 
     def close(self) -> None:
         """End all processes, whatever they are at."""
@@ -69,13 +64,16 @@ class EnvironmentWorkers:
 
 
 class _InProcess:
-    """One environment of a worker."""
+    """One environment of a worker.
 
-    def __init__(self, worker: _Worker, key: int) -> None:
-        self._worker, self._key = worker, key
+    Its calls raise what the environment raised, as a RuntimeError, and ConnectionError when the process has ended.
+    """
+
+    def __init__(self, worker: _Worker, key: int, prompt: PromptSample) -> None:
+        self._worker, self._key, self._prompt = worker, key, prompt
 
     def reset(self) -> None:
-        self._worker.ask(self._key, "reset")
+        self._worker.ask(self._key, "reset", prompt=_prompt(self._prompt))
 
     def step(self, answer: Answer) -> Observation:
         calls = {"calls": [[c.name, c.arguments] for c in answer.calls.calls], "errors": list(answer.calls.errors)}
@@ -131,14 +129,14 @@ class _Worker:
             self._keys.discard(key)
             is_over = not (self._keys or self.is_open)
         if is_over:
-            self._process.kill()
+            end_worker(self._process)
 
     def retire(self) -> None:
         self.is_open = False
 
     def end(self) -> None:
         self.is_open = False
-        self._process.kill()
+        end_worker(self._process)
 
     def is_busy(self, key: int) -> bool:
         """Whether a call to it is under way."""
@@ -180,10 +178,11 @@ class _Worker:
                     _, answer = self._waiting.pop(said["call"])
             except (ValueError, KeyError, TypeError):
                 why = f"it said {line[:60]!r}"
-                self._process.kill()
+                end_worker(self._process)
                 break
             answer.put(said)
         status = self._process.wait()
+        end_worker(self._process)  # what its environments have started
         self._lose(why or f"status {status}")
 
     def _lose(self, why: str) -> None:
