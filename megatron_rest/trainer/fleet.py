@@ -171,6 +171,7 @@ class EngineFleet:
         self._plan: list[_Batch] = []
         self._store: dist.Store | None = None
         self._speeds = [1.0] * len(placement.owners)  # tokens a second of each engine, in the last step
+        self._paces = [0.0] * len(placement.owners)  # seconds a token of one rollout, from its deal to its end
 
     @property
     def num_engines(self) -> int:
@@ -233,7 +234,8 @@ class EngineFleet:
         deal = Deal(self._store, next(_deal_numbers), work.requests)
         window = self._window(work.num_of_step, work.exam)
         is_cut = self._config.on_update is OnUpdate.KEEP and work.exam is None
-        self._share = _DealtShare(work, deal, self._station, window=window, is_cut=is_cut)
+        reserve = 0 if work.exam is not None else self._reserve()
+        self._share = _DealtShare(work, deal, self._station, window=window, reserve=reserve, is_cut=is_cut)
         self._share.start()
 
     def _window(self, total: int, exam: Exam | None) -> int:
@@ -245,6 +247,17 @@ class EngineFleet:
         most = self._config.max_concurrent * (_AHEAD_WITH_TOOLS if environment else _AHEAD)
         part = total * self._speeds[self._index] / sum(self._speeds[i] for i in self._serving)
         return math.ceil(min(most, max(part, 1.0)))
+
+    def _reserve(self) -> int:
+        """Requests that this rank's engine leaves to faster ones when no more are left.
+
+        A rollout of m tokens dealt to engine i ends after m p_i seconds.  Until then a faster engine j, of r_j tokens a
+        second, could begin r_j (p_i - p_j) others, one after another, and end each of them sooner.
+        """
+        if self._index is None:
+            return 0
+        mine = self._paces[self._index]
+        return int(sum(self._speeds[j] * max(mine - self._paces[j], 0.0) for j in self._serving))
 
     def collect(self, refresh: Callable[[], object]) -> list[RolloutGroup]:
         """:meth:`settle`, then :meth:`take`."""
@@ -295,6 +308,8 @@ class EngineFleet:
                 raise share.error or EngineLostError("the engine of another rank failed: that rank says how")
             if state["done"] == share.work.num_awaited:
                 break
+            if state["serving"] < len(self._serving):  # the faster one may be the lost one
+                share.reserve = 0
             if state["waiting"] and (state["left"] or not state["serving"]):
                 try:
                     refresh()
@@ -308,17 +323,14 @@ class EngineFleet:
         if self._station is not None and self._station.is_serving:
             self._station.praise()
         if share.work.exam is None:
-            self._note_speeds(share.speed())
+            self._note_speeds(share)
 
-    def _note_speeds(self, mine: float) -> None:
-        speeds = torch.zeros(len(self._speeds), dtype=torch.float64)
+    def _note_speeds(self, share: _DealtShare) -> None:
+        found = torch.zeros(2, len(self._speeds), dtype=torch.float64)
         if self._index is not None:
-            speeds[self._index] = mine
-        dist.all_reduce(speeds)
-        measured = [speed for speed in speeds.tolist() if speed > 0]
-        usual = sum(measured) / len(measured)
-        # One that has sampled nothing is taken to be as fast as the others.
-        self._speeds = [(1 - _LEVEL) * (speed or usual) + _LEVEL * usual for speed in speeds.tolist()]
+            found[:, self._index] = torch.tensor([share.speed(), share.pace()])
+        dist.all_reduce(found)
+        self._speeds, self._paces = (_levelled(values) for values in found.tolist())
 
     def deliver(self, version: int, canary: Callable[[Singers], _T | None]) -> tuple[SyncReport, _T]:
         """Weights of ``version`` into the engines, then the canary; what the transfer and the canary say.
@@ -472,6 +484,13 @@ class EngineFleet:
         return dict(zip(values, total[1:].tolist(), strict=True))
 
 
+def _levelled(values: Sequence[float]) -> list[float]:
+    """Of an engine that has sampled nothing (0) what the others have on average; the rest drawn near to that."""
+    measured = [value for value in values if value > 0]
+    usual = sum(measured) / len(measured)
+    return [(1 - _LEVEL) * (value or usual) + _LEVEL * usual for value in values]
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """The prompts of a step, and what is there of their rollouts."""
@@ -551,9 +570,13 @@ class _FixedShare:
 class _DealtShare:
     """The rollouts that this rank's engine process is dealt; none on a rank without one."""
 
-    def __init__(self, work: _Work, deal: Deal, station: Station | None, *, window: int, is_cut: bool) -> None:
+    def __init__(
+        self, work: _Work, deal: Deal, station: Station | None, *, window: int, reserve: int, is_cut: bool
+    ) -> None:
         self.work = work
         self.deal = deal
+        self.reserve = reserve
+        """Requests that are left to faster engines."""
         self.done: dict[int, Rollout] = {}
         self.num_awaited = 0
         """Rollouts of the oldest prompts among them."""
@@ -565,6 +588,8 @@ class _DealtShare:
         """Nothing more is wanted."""
         self._error: Exception | None = None
         self._num_begun = 0  # tokens of what it was handed over that older weights had sampled
+        self._dealt: dict[int, float] = {}  # when each was taken
+        self._seconds = 0.0  # from the deal to the end, of all that it has done
         self._began = time.monotonic()
         self._last = self._began  # when the last rollout came
         self._thread = threading.Thread(target=self._serve, name="rollouts", daemon=True)
@@ -586,8 +611,14 @@ class _DealtShare:
 
     def speed(self) -> float:
         """Tokens a second of this rank's engine in this step; 0 if it sampled none."""
-        tokens = sum(int(rollout.loss_mask.sum()) for rollout in self.done.values()) - self._num_begun
-        return tokens / max(self._last - self._began, 1e-3)
+        return self._num_tokens() / max(self._last - self._began, 1e-3)
+
+    def pace(self) -> float:
+        """Seconds a token of one of its rollouts, from the deal to the end; 0 if it sampled none."""
+        return self._seconds / max(self._num_tokens(), 1)
+
+    def _num_tokens(self) -> int:
+        return sum(int(rollout.loss_mask.sum()) for rollout in self.done.values()) - self._num_begun
 
     def _serve(self) -> None:
         station = self._station
@@ -618,12 +649,17 @@ class _DealtShare:
         begun = self._taken.pop(key).begun
         self._num_begun += 0 if begun is None else len(begun.token_ids)
         self._last = time.monotonic()
+        self._seconds += self._last - self._dealt.pop(key)
         self.done[key] = rollout
         self.num_awaited += key < self.work.num_awaited
 
     def _take(self) -> list[RolloutRequest]:
-        requests = self.deal.take(self._window - len(self._taken))
+        wanted = self._window - len(self._taken)
+        if self.reserve:
+            wanted = min(wanted, self.deal.num_left() - self.reserve)
+        requests = self.deal.take(wanted) if wanted > 0 else []
         self._taken |= {request.key: request for request in requests}
+        self._dealt |= dict.fromkeys((request.key for request in requests), time.monotonic())
         return requests
 
     def _more(self) -> Sequence[RolloutRequest] | Cut | None:

@@ -454,13 +454,60 @@ def one_is_slow(rank: int, world: int, folder: str) -> list[int]:
         done.touch()
     setting.fleet.collect(refresh=lambda: None)
     slowest = min(setting.fleet._speeds)
-    return [sum(len(keys) for keys in engine.asked), *(round(speed / slowest) for speed in setting.fleet._speeds)]
+    speeds = [round(speed / slowest) for speed in setting.fleet._speeds]
+    return [sum(len(keys) for keys in engine.asked), *speeds, setting.fleet._reserve()]
 
 
 def test_a_slow_engine_takes_less(tmp_path: Path) -> None:
     [slow, fast] = run_distributed(one_is_slow, 2, str(tmp_path))
     assert slow[0] == 2 and fast[0] == 6, "the slow one what it had at first, the other one the rest"
-    assert slow[-2:] == fast[-2:] and slow[-2] == 1 < slow[-1], "and by that the next step is dealt"
+    assert slow[1:3] == fast[1:3] and slow[1] == 1 < slow[2], "and by that the next step is dealt"
+    assert slow[-1] > 0 == fast[-1], "the last ones to the fast one"
+
+
+def the_last_are_left_to_the_fast_one(rank: int, world: int, folder: str, is_lost: bool) -> list[int]:
+    """Rank 0's engine would take all while rank 1's waits, but knows that it is slow; then rank 1's goes."""
+    slow_has_waited, lost = Path(folder) / "waited", Path(folder) / "lost"
+
+    def gate(life: int) -> None:
+        if rank and life == 0:
+            wait_for(slow_has_waited)
+
+    engine = ScriptedEngine([1] if rank and is_lost else [], gate=gate, start=lambda life: life and wait_for(lost))
+    setting = make_fleet(engine, rank=rank, ranks=world, max_concurrent=1)
+    give_weights(setting)
+    setting.fleet._speeds, setting.fleet._paces = [1.0, 3.0], [2.0, 1.0]  # so three are left to the fast one
+    begin(setting, seed=5)
+    share, deadline = setting.fleet._share, time.monotonic() + 60
+    if rank == 0:
+        while share.deal.num_left() > 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)  # in which it takes nothing more
+        slow_has_waited.touch()
+
+    def refresh() -> None:
+        give_weights(setting, version=0)
+
+    if is_lost:  # the successor starts when all is done: the reserve must go to the slow one
+        threading.Thread(target=lambda: (_until(lambda: len(share.done) >= 6), lost.touch()), daemon=True).start()
+    setting.fleet.collect(refresh)
+    return [len(share.done)]
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def test_the_last_rollouts_go_to_who_ends_them_first(tmp_path: Path) -> None:
+    """And to the slow engine all the same when the fast one is lost."""
+    (tmp_path / "lives").mkdir()
+    (tmp_path / "dies").mkdir()
+    [[slow], [fast]] = run_distributed(the_last_are_left_to_the_fast_one, 2, str(tmp_path / "lives"), False)
+    assert slow + fast == 8 and fast >= 3, "those that were left to it; without a reserve what it had at first"
+    [[slow], [fast]] = run_distributed(the_last_are_left_to_the_fast_one, 2, str(tmp_path / "dies"), True)
+    assert (slow, fast) == (7, 1)
 
 
 class AheadEngine(ScriptedEngine):
