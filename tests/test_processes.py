@@ -1,8 +1,10 @@
-"""Processes that run code of the user's end with their owner, whatever they are at, and with all they have started."""
+"""Processes end with who started them, whatever they are at, and with all they have started."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,3 +66,30 @@ def test_a_worker_that_hangs_ends_with_its_owner_and_its_children(tmp_path: Path
             until(lambda: not any(start_of(pid) for pid in pids))
         owner.kill()
     until(lambda: not any(start_of(pid) for pid in pids))
+
+
+LAUNCHER = """
+import os, subprocess, sys
+
+rank = "import time; from megatron_rest.trainer.entry import _go_with_the_launcher as follow; follow(); "
+rank += "print('up', flush=True); time.sleep(3600)"
+env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+names = [env | {"TORCHELASTIC_RUN_ID": "none"}, env]
+ranks = [subprocess.Popen([sys.executable, "-c", rank], stdout=subprocess.PIPE, env=each) for each in names]
+assert all(rank.stdout.readline() == b"up\\n" for rank in ranks)
+print(*(rank.pid for rank in ranks), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_rank_ends_when_its_launcher_was_killed_and_one_without_lives_on() -> None:
+    command = [sys.executable, "-c", LAUNCHER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        launched, alone = map(int, launcher.stdout.readline().split())
+        launcher.kill()
+    try:
+        until(lambda: not start_of(launched))
+        assert start_of(alone)
+    finally:
+        os.kill(alone, signal.SIGKILL)

@@ -29,7 +29,16 @@ from typing import IO, Any
 
 from megatron_rest.processes import mapped_segments, my_processes, session_of, space, start_of, variable_of
 
-__all__ = ["FOLDER", "EngineProcesses", "end_all", "end_processes", "new_engine_folder", "own_engine_folder", "sweep"]
+__all__ = [
+    "FOLDER",
+    "EngineProcesses",
+    "end_all",
+    "end_processes",
+    "new_engine_folder",
+    "own_engine_folder",
+    "sweep",
+    "unlink_own_segments",
+]
 
 FOLDER = "REST_ENGINE_FOLDER"
 """Environment variable of an engine's processes: their temporary folder."""
@@ -150,6 +159,16 @@ def end_processes(folder: Path, session: int = 0) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def unlink_own_segments() -> None:
+    """Take the names from what vLLM shares in /dev/shm with an engine inside this process, which has no keeper.
+
+    Whoever needs the memory has it mapped by now; without a name it goes with the last of them, however that ends.
+    """
+    for path in map(Path, mapped_segments(os.getpid())):
+        if path.parent == _SHM and path.name.startswith(_OF_VLLM):
+            path.unlink(missing_ok=True)
+
+
 def sweep() -> None:
     """Remove what engines of dead owners have left on this machine: processes, folders, shared memory."""
     now = time.time()
@@ -159,7 +178,7 @@ def sweep() -> None:
             if status.st_uid == os.getuid() and _is_abandoned(folder, now - status.st_mtime):
                 end_processes(folder, _session_of(_recorded(folder)))
     old = set()
-    for path in _SHM.glob(f"{_OF_VLLM}*"):  # of engines inside a rank, which have no keeper
+    for path in _SHM.glob(f"{_OF_VLLM}*"):  # of engines inside ranks that were killed while they made it
         with suppress(OSError):
             if now - path.stat().st_mtime > _YOUNG_SECONDS:
                 old.add(str(path))

@@ -42,6 +42,7 @@ from megatron_rest.rollout.engine import (
     make_requests,
 )
 from megatron_rest.rollout.engine_args import check_engine_args
+from megatron_rest.rollout.keeper import unlink_own_segments
 from megatron_rest.rollout.process import prepare_process
 from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup
@@ -129,6 +130,9 @@ class VllmEngine:
             )
         if place is not None:
             _check_place(self._llm, place)
+            if config.tensor_parallel > 1:
+                dist.barrier()  # all of them have mapped it
+                unlink_own_segments()
         _count_engines(+1)
         self.policy_version = NO_WEIGHTS if random_weights else 0
         """Version of the weights held; set by the weight transfer, NO_WEIGHTS while there are none."""

@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -24,6 +26,7 @@ from megatron_rest.run_folder import STALE_SECONDS, claim, hold, job_name, wait_
 
 __all__ = ["STOPPED_STATUS", "StoppedEarly", "worker_main"]
 
+_LOOK_SECONDS = 1.0  # between looks at the launcher
 _VISIBLE_SECONDS = 15.0  # until others see a file that is new on the storage
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -65,6 +68,7 @@ def worker_main(
     try:
         config = _configuration(args.config, args.overrides)
         _be_a_rank()
+        _go_with_the_launcher()
         if keeps_folder:
             validate(config, world_size=int(os.environ["WORLD_SIZE"]))
         check_machine(config, trains=keeps_folder)
@@ -116,6 +120,22 @@ def _be_a_rank() -> None:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+def _go_with_the_launcher() -> None:
+    """End this rank when torchrun is gone: one that was killed ends none of its ranks, and they would train on, or wait
+    for each other, with nobody to report to.  Slurm ends its tasks itself."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def follow() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_LOOK_SECONDS)
+        _say_from_here(f"error: the launcher (process {launcher}) is gone, and so this rank ends")
+        _leave(_TERMINATED)
+
+    threading.Thread(target=follow, name="launcher", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ its session, and shares memory with them that nobody unlinks.  With real engines
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -127,6 +128,24 @@ def test_what_dead_runs_left_goes_when_the_next_one_starts(tmp_path: Path, monke
     assert not strange.exists()
     kill(living, living.owner.pid)
     until(lambda: living.left() == [])
+
+
+def test_what_is_mapped_needs_no_name_any_more() -> None:
+    """Of an engine inside this process: its workers' memory lives without one, and goes with the last of them."""
+    from megatron_rest.rollout.keeper import unlink_own_segments
+
+    mine, other = (Path("/dev/shm") / f"{start}test-{os.getpid()}" for start in ("vllm_dist_", "other_"))
+    try:
+        maps = []
+        for path in (mine, other):
+            path.write_bytes(b"shared")
+            with path.open("r+b") as file:
+                maps.append(mmap.mmap(file.fileno(), 0))
+        unlink_own_segments()
+        assert not mine.exists() and other.exists() and maps[0][:6] == b"shared"
+    finally:
+        mine.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
 
 
 def test_a_keeper_ignores_what_a_terminal_sends(tmp_path: Path) -> None:
