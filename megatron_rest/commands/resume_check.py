@@ -35,7 +35,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import psutil
 import yaml
@@ -210,7 +210,13 @@ def _run(
         raise _RunFailedError(f"{title}: ended with status {status}:\n{_end_of(log)}")
 
 
-def kill_tree(process: subprocess.Popen[Any]) -> None:
+class _Process(Protocol):
+    pid: int
+
+    def wait(self) -> object: ...
+
+
+def kill_tree(process: _Process) -> None:
     """SIGKILL to ``process`` and everything below it, all at once as far as that goes; nothing of it is left."""
     try:
         tree = [psutil.Process(process.pid)]

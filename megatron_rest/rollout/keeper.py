@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -34,10 +34,10 @@ __all__ = [
     "EngineProcesses",
     "end_all",
     "end_processes",
+    "keep_own_segments",
     "new_engine_folder",
     "own_engine_folder",
     "sweep",
-    "unlink_own_segments",
 ]
 
 FOLDER = "REST_ENGINE_FOLDER"
@@ -54,6 +54,7 @@ _POLL_SECONDS = 0.01
 _YOUNG_SECONDS = 120.0  # what is younger may belong to somebody who just starts
 
 _living: dict[Path, int] = {}  # folder and session of the engines that this process has started
+_own_segments: set[Path] = set()  # of engines inside this process
 _swept: list[bool] = []
 
 
@@ -139,6 +140,9 @@ def end_all() -> None:
     """End every engine that this process has started; for its own end.  May be called by a signal handler."""
     for folder, session in list(_living.items()):
         end_processes(folder, session)
+    for path in _own_segments:
+        with suppress(OSError):
+            path.unlink()
 
 
 def end_processes(folder: Path, session: int = 0) -> None:
@@ -159,14 +163,18 @@ def end_processes(folder: Path, session: int = 0) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def unlink_own_segments() -> None:
-    """Take the names from what vLLM shares in /dev/shm with an engine inside this process, which has no keeper.
+def keep_own_segments(before: Set[str]) -> None:
+    """Of an engine inside this process, which has no keeper: what was mapped in /dev/shm since ``before``.
 
-    Whoever needs the memory has it mapped by now; without a name it goes with the last of them, however that ends.
+    What vLLM's workers on CPU share loses its name now: whoever needs it has it mapped, and without a name it goes with
+    the last of them, however that ends.  Python's own (``psm_``) keep it, because they are closed by name;
+    :func:`end_all` removes them, and the resource tracker of a process that is killed.
     """
-    for path in map(Path, mapped_segments(os.getpid())):
-        if path.parent == _SHM and path.name.startswith(_OF_VLLM):
+    for path in map(Path, mapped_segments(os.getpid()) - before):
+        if path.name.startswith(_OF_VLLM):
             path.unlink(missing_ok=True)
+        else:
+            _own_segments.add(path)
 
 
 def sweep() -> None:

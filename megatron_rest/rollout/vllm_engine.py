@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_rest.config import RolloutConfig, RolloutQuantization, vllm_backend
 from megatron_rest.hf_folder import refuse_remote_code
+from megatron_rest.processes import mapped_segments
 from megatron_rest.rollout.chat import ChatSettings
 from megatron_rest.rollout.conversations import exam_conversation
 from megatron_rest.rollout.devices import expands_segments
@@ -42,7 +43,7 @@ from megatron_rest.rollout.engine import (
     make_requests,
 )
 from megatron_rest.rollout.engine_args import check_engine_args
-from megatron_rest.rollout.keeper import unlink_own_segments
+from megatron_rest.rollout.keeper import keep_own_segments
 from megatron_rest.rollout.process import prepare_process
 from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup
@@ -121,6 +122,7 @@ class VllmEngine:
             )
         self._llm: Any = None
         self._owns_default_group = in_process and not dist.is_initialized()
+        segments = mapped_segments(os.getpid())
         with _trainer_state_preserved():
             # Read by vLLM when the engine is made, so it can follow the transport.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
@@ -132,7 +134,7 @@ class VllmEngine:
             _check_place(self._llm, place)
             if config.tensor_parallel > 1:
                 dist.barrier()  # all of them have mapped it
-                unlink_own_segments()
+                keep_own_segments(segments)
         _count_engines(+1)
         self.policy_version = NO_WEIGHTS if random_weights else 0
         """Version of the weights held; set by the weight transfer, NO_WEIGHTS while there are none."""

@@ -130,22 +130,26 @@ def test_what_dead_runs_left_goes_when_the_next_one_starts(tmp_path: Path, monke
     until(lambda: living.left() == [])
 
 
-def test_what_is_mapped_needs_no_name_any_more() -> None:
-    """Of an engine inside this process: its workers' memory lives without one, and goes with the last of them."""
-    from megatron_rest.rollout.keeper import unlink_own_segments
+def test_what_an_engine_inside_this_process_shares_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers' memory needs no name any more; Python's keeps it until the end."""
+    from megatron_rest.rollout import keeper
 
-    mine, other = (Path("/dev/shm") / f"{start}test-{os.getpid()}" for start in ("vllm_dist_", "other_"))
+    monkeypatch.setattr(keeper, "_living", {})
+    names = ("vllm_dist_", "psm_", "other_")
+    paths = [Path("/dev/shm") / f"{start}test-{os.getpid()}" for start in names]
     try:
         maps = []
-        for path in (mine, other):
+        for path in paths:
             path.write_bytes(b"shared")
             with path.open("r+b") as file:
                 maps.append(mmap.mmap(file.fileno(), 0))
-        unlink_own_segments()
-        assert not mine.exists() and other.exists() and maps[0][:6] == b"shared"
+        keeper.keep_own_segments({str(paths[-1])})
+        assert [path.exists() for path in paths] == [False, True, True] and maps[0][:6] == b"shared"
+        keeper.end_all()
+        assert [path.exists() for path in paths] == [False, False, True]
     finally:
-        mine.unlink(missing_ok=True)
-        other.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def test_a_keeper_ignores_what_a_terminal_sends(tmp_path: Path) -> None:
