@@ -5,20 +5,22 @@
 One run of the trainer is left alone. The other is disturbed by random faults, and started again by a loop like that of
 a chain of jobs whenever it ends:
 
-    while it runs       engine killed while it samples, engine killed in the middle of a weight transfer, engine stopped
-                        (SIGSTOP) while it samples; with --workers 2 a worker of it killed or stopped, too: the run goes
-                        on
-    what ends it        one rank killed, all processes killed, asked to stop (SIGTERM), no room for a checkpoint, no
-                        room for the metrics
+    while it runs       the engine killed, stopped (SIGSTOP) or out of memory, while it samples, takes weights, or has
+                        nothing to do; with --workers 2 one of its vLLM workers, too: the run goes on
+    what ends it        one rank, the launcher or all processes killed, asked to stop (SIGTERM), no room for a
+                        checkpoint, no room for the metrics
     while it is down    a bit of the newest checkpoint flipped, a file of it cut short, one lost, half a line behind the
                         metrics
 
+In both of them half of the environments are guests that fail (benchmarks/chaos_guests.py): they raise, hang, or return
+what they should not.  A third, short run has them in processes of their own, which they may kill.
+
 At the end every step must be there once, and all there is be equal, bit for bit: metrics (but times and the number of
 engines replaced), rollouts of every step, exported weights, and the last checkpoint with optimiser, random streams and
-all. No end may take longer than --patience seconds from the fault to the last process, and after each no process of an
-engine, no folder and no file in /dev/shm may be left (if everything was killed at once: after the next start). Exit
-status 1 if anything is otherwise. Which faults are drawn depends on the seed; the microsecond at which they hit depends
-on the machine.
+all. No end may take longer than --patience seconds from the fault to the last process, and after each no process of
+the run, no port, no folder and no file in /dev/shm may be left (if everything was killed at once: after the next
+start). Exit status 1 if anything is otherwise. Which faults are drawn depends on the seed; the microsecond at which
+they hit depends on the machine.
 """
 
 from __future__ import annotations
@@ -30,29 +32,38 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.chaos_rank import ENGINE, WORKER, Life
+import psutil
+
+from benchmarks.chaos_rank import ENGINE, PHASES, WORKER, Life
 from megatron_rest.commands.resume_check import kill_tree
 from megatron_rest.commands.run_diff import Difference, compare_runs
 from megatron_rest.commands.tiny import RANKS, make_base, tiny_settings
 from megatron_rest.mcore import checkpoint_files
-from megatron_rest.processes import my_processes, variable_of
-from megatron_rest.rollout.keeper import FOLDER
+from megatron_rest.processes import mapped_segments, my_processes, start_of, variable_of
 
 ROOT = Path(__file__).resolve().parents[1]
-END = ("rank killed", "job killed", "asked to stop", "no room for a checkpoint", "no room for metrics")
+END = ("rank killed", "launcher killed", "job killed",
+       "asked to stop", "no room for a checkpoint", "no room for metrics")  # fmt: skip
 DOWN = ("bit flipped", "file cut short", "file lost", "half a line of metrics")
-PHASES = ("rollout", "reward", "score", "weights", "update", "sync", "checkpoint")
+_ALL_PHASES = ("rollout", "reward", "score", "weights", "update", "sync", "checkpoint")
 MAY_DIFFER = frozenset({"rollout/restarts"})
-_HANG_SECONDS = 600  # of one start
+_HANG_SECONDS = 1800  # of one start, in which engines may be started eight times
 _ENGINE_TIMEOUT = 15  # seconds without a sign of life until a stopped engine is replaced
-_GONE_SECONDS = 10.0  # after the end of a run
+_GONE_SECONDS = 20.0  # after the end of a run
+_LOOK_SECONDS = 2.0
+_GUEST_STEPS = 4  # of the run with deadly guests
+_TOOL_SECONDS = 20.0  # of a call to an environment: on a busy machine only those that hang take so long
+_MARKER = "CHAOS_LOG"
+_OF_LAUNCHER = "torchelastic_"  # torchrun's, which a killed one cannot remove
 
 
 def draw(rng: random.Random, num_faults: int, kinds: Sequence[str] = ENGINE) -> tuple[Life, list[str]]:
@@ -64,17 +75,92 @@ def draw(rng: random.Random, num_faults: int, kinds: Sequence[str] = ENGINE) -> 
         engine=engine,
         end=end,
         rank=0 if end == "no room for metrics" else rank,  # rank 0 writes them
-        phase=rng.choice(PHASES),
+        phase=rng.choice(_ALL_PHASES),
         delay=rng.choice((0.0, rng.random() * 0.2)),
         steps=rng.choice((0, 1, 1)),
     )
     return life, down
 
 
-def start(base: Path, run_dir: Path, *overrides: str, life: Life | None = None, ranks: int = RANKS) -> tuple[int, str]:
-    """One start of the run under torchrun, as far as it comes; exit status and what it printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
-               "benchmarks.chaos_rank"]  # fmt: skip
+@dataclass
+class Trace:
+    """What a run's processes are and hold, seen while they live: nothing of it may be there afterwards."""
+
+    marker: Path  # in the environment of each of them
+    processes: dict[int, str] = field(default_factory=dict)  # and the tick at which each began
+    segments: set[str] = field(default_factory=set)  # files in /dev/shm
+    ports: set[int] = field(default_factory=set)  # that one of them listened at
+
+    def look(self, root: psutil.Process) -> None:
+        """Some of them overwrite their environment, so that they are found by their parents alone."""
+        with suppress(psutil.NoSuchProcess):
+            for process in (root, *root.children(recursive=True)):
+                self.processes.setdefault(process.pid, start_of(process.pid))
+        for pid in self.processes:
+            self.segments |= mapped_segments(pid)
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.pid in self.processes:
+                self.ports.add(connection.laddr.port)
+
+    @contextmanager
+    def watching(self, root: int) -> Iterator[None]:
+        """Look again and again, from a thread."""
+        over, process = threading.Event(), psutil.Process(root)
+
+        def watch() -> None:
+            while not over.wait(_LOOK_SECONDS):
+                self.look(process)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def left(self) -> list[str]:
+        """What is there still."""
+        living = {pid for pid, began in self.processes.items() if began and start_of(pid) == began}
+        living |= {pid for pid in my_processes() if variable_of(pid, _MARKER) == str(self.marker) and start_of(pid)}
+        named = [f"process {pid}: {Path(f'/proc/{pid}/cmdline').read_text()[:80]!r}" for pid in living]
+        listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        named += [f"port {port}" for port in self.ports & listening]
+        return named + [path for path in self.segments if Path(path).exists()]
+
+
+class Launched(Protocol):
+    """A launcher that runs; as of :class:`subprocess.Popen`."""
+
+    pid: int
+    returncode: int | None
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+Launch = Callable[[list[str], Mapping[str, str], Path, int], Launched]
+"""Starts a launcher with the rank's arguments, environment, where it prints to, and the number of ranks."""
+
+
+def torchrun(settings: list[str], environment: Mapping[str, str], output: Path, ranks: int) -> Launched:
+    """The real one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    with output.open("w") as file:  # no pipe: what a dead launcher leaves may hold its end
+        return subprocess.Popen(
+            [*command, "-m", "benchmarks.chaos_rank", *settings], cwd=ROOT, env=environment, stdout=file, stderr=file
+        )
+
+
+def start(
+    base: Path,
+    run_dir: Path,
+    *overrides: str,
+    life: Life | None = None,
+    ranks: int = RANKS,
+    trace: Trace | None = None,
+    launch: Launch = torchrun,
+) -> tuple[int, str]:
+    """One start of the run, as far as it comes; exit status and what it printed."""
     settings = [
         *tiny_settings(base),
         f"parallel.tensor_parallel={ranks}",
@@ -86,30 +172,33 @@ def start(base: Path, run_dir: Path, *overrides: str, life: Life | None = None, 
         "trainer.save_rollouts_every=1",
         *overrides,
     ]
-    temporary = _temporary_of(run_dir)
+    temporary, log = _temporary_of(run_dir), _log_of(run_dir)
     temporary.mkdir(exist_ok=True)
+    paths = [str(ROOT / "benchmarks" / "oom_probe"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
         "TMPDIR": str(temporary),
-        "CHAOS_LOG": str(_log_of(run_dir)),
+        _MARKER: str(log),
         "CHAOS_LIFE": json.dumps(asdict(life or Life())),
     }
-    with subprocess.Popen(
-        [*command, *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=_HANG_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"{run_dir.name} hangs: nothing has ended it for {_HANG_SECONDS} s") from error
-        finally:
+    output = run_dir.with_name(run_dir.name + ".output")
+    process = launch(settings, environment, output, ranks)
+    try:
+        with nullcontext() if trace is None else trace.watching(process.pid):
+            status = process.wait(_HANG_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{run_dir.name} hangs: nothing has ended it for {_HANG_SECONDS} s") from error
+    finally:
+        if process.returncode is None:
             kill_tree(process)
-    return process.returncode, output
+    return status, output.read_text(errors="replace")
 
 
-def train(base: Path, run_dir: Path, *overrides: str, ranks: int = RANKS) -> float:
+def train(base: Path, run_dir: Path, *overrides: str, ranks: int = RANKS, launch: Launch = torchrun) -> float:
     """An undisturbed run; returns its seconds.  Raises RuntimeError if it fails."""
     started = time.perf_counter()
-    status, output = start(base, run_dir, *overrides, ranks=ranks)
+    status, output = start(base, run_dir, *overrides, ranks=ranks, launch=launch)
     if status:
         raise RuntimeError(f"the undisturbed run ended with status {status}:\n{output[-6000:]}")
     return time.perf_counter() - started
@@ -121,6 +210,7 @@ class Chaos:
 
     faults: Counter[str] = field(default_factory=Counter)
     seconds_to_end: dict[str, float] = field(default_factory=dict)  # the longest of each kind that ends the run
+    cells: list[str] = field(default_factory=list)  # faults in their order, with the phase that ends came in
     num_starts: int = 0
     wrong: list[str] = field(default_factory=list)  # what must not have happened
 
@@ -143,20 +233,7 @@ def disturb(
     while True:
         left = faults - chaos.num_faults
         life, down = draw(rng, left, kinds) if left > 0 else (Life(), [])
-        before, shared = _happened(run_dir), _shared_memory()
-        status, output = start(base, run_dir, *overrides, life=life)
-        ended = time.time()
-        chaos.num_starts += 1
-        new = _happened(run_dir)[len(before) :]
-        chaos.faults += Counter(kind for kind, _ in new)
-        for kind, at in new:
-            if kind in END:
-                chaos.seconds_to_end[kind] = max(chaos.seconds_to_end.get(kind, 0.0), ended - at)
-        _check_end(chaos, life, [kind for kind, _ in new], status, output)
-        chaos.wrong += left_behind(run_dir, shared, is_swept_later="job killed" in [kind for kind, _ in new])
-        if not quiet:
-            step = (checkpoint_files.latest(run_dir / "checkpoints") or Path("nothing")).name
-            print(f"{chaos.num_faults:3d} faults: {', '.join(k for k, _ in new) or 'none'}; saved: {step}", flush=True)
+        status = live(chaos, base, run_dir, *overrides, life=life, quiet=quiet)
         if status == 0 or chaos.wrong:
             return chaos
         for kind in down:
@@ -164,6 +241,38 @@ def disturb(
                 chaos.faults[kind] += 1
                 if not quiet:
                     print(f"{chaos.num_faults:3d} faults: while it is down: {kind}", flush=True)
+
+
+def live(
+    chaos: Chaos,
+    base: Path,
+    run_dir: Path,
+    *overrides: str,
+    life: Life,
+    ranks: int = RANKS,
+    quiet: bool = False,
+    launch: Launch = torchrun,
+) -> int:
+    """One start of the run and its end, with all that has to be so afterwards; returns its exit status."""
+    before, trace = _happened(run_dir), Trace(_log_of(run_dir))
+    status, output = start(base, run_dir, *overrides, life=life, ranks=ranks, trace=trace, launch=launch)
+    new = _happened(run_dir)[len(before) :]
+    happened = [kind for kind, _ in new]
+    left = left_behind(run_dir, trace, is_swept_later="job killed" in happened)
+    ended = time.time()
+    chaos.num_starts += 1
+    chaos.faults += Counter(happened)
+    names = {name: phase for phase, name in PHASES.items()}
+    chaos.cells += [f"{k} in {names.get(life.phase, life.phase)}" if k in END else k for k in happened]
+    for kind, at in new:
+        if kind in END:
+            chaos.seconds_to_end[kind] = max(chaos.seconds_to_end.get(kind, 0.0), ended - at)
+    _check_end(chaos, life, happened, status, output)
+    chaos.wrong += left
+    if not quiet:
+        step = (checkpoint_files.latest(run_dir / "checkpoints") or Path("nothing")).name
+        print(f"{chaos.num_faults:3d} faults: {', '.join(happened) or 'none'}; saved: {step}", flush=True)
+    return status
 
 
 def _check_end(chaos: Chaos, life: Life, new: list[str], status: int, output: str) -> None:
@@ -176,21 +285,18 @@ def _check_end(chaos: Chaos, life: Life, new: list[str], status: int, output: st
         chaos.wrong.append(f"after {life.end!r} nobody said {reasons[life.end]!r}:\n{output[-6000:]}")
 
 
-def left_behind(run_dir: Path, shared: set[str], *, is_swept_later: bool) -> list[str]:
-    """What a run has left shortly after its end; of one that was killed with everything, processes only count."""
+def left_behind(run_dir: Path, trace: Trace, *, is_swept_later: bool) -> list[str]:
+    """What is there shortly after the end; of a run that was killed with everything, processes and ports only count."""
     temporary, deadline = _temporary_of(run_dir), time.monotonic() + _GONE_SECONDS
     while True:
-        left = [f"process {p}" for p in my_processes() if (variable_of(p, FOLDER) or "").startswith(str(temporary))]
-        if not is_swept_later:
-            left += [str(path) for path in temporary.glob("engine-*")]
-            left += [path for path in _shared_memory() - shared if path.startswith("vllm_dist_")]
+        left = trace.left()
+        if is_swept_later:
+            left = [what for what in left if what.startswith(("process", "port"))]
+        else:
+            left += [str(path) for path in temporary.iterdir() if not path.name.startswith(_OF_LAUNCHER)]
         if not left or time.monotonic() > deadline:
             return [f"left behind: {what}" for what in left]
         time.sleep(0.1)
-
-
-def _shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
 
 
 def _temporary_of(run_dir: Path) -> Path:
@@ -242,6 +348,32 @@ def _happened(run_dir: Path) -> list[tuple[str, float]]:
     return [(kind, at) for kind, at in rows]
 
 
+GUESTS = (
+    "rollout.environment=benchmarks.chaos_guests:Guest",
+    "rollout.max_turns=2",
+    f"rollout.tool_timeout_seconds={_TOOL_SECONDS}",
+)
+"""Settings with environments half of which fail."""
+
+DEADLY_GUESTS = (*GUESTS, "rollout.environment_workers=2", "rollout.environment_arguments.deadly=true")
+
+
+def with_deadly_guests(base: Path, run_dir: Path, *overrides: str, steps: int) -> list[str]:
+    """A run whose environments kill the processes they are in; what is wrong with it.
+
+    Who shares a process with a deadly guest depends on time, so this run equals no other one.
+    """
+    chaos = Chaos()
+    status = live(chaos, base, run_dir, *overrides, *DEADLY_GUESTS, f"trainer.steps={steps}", life=Life(), quiet=True)
+    rows = metrics_of(run_dir) if status == 0 else []
+    if [row["rollout/count"] for row in rows] != [24] * steps:
+        chaos.wrong.append(f"{len(rows)} of {steps} steps are whole")
+    for reason in ("tool_failed", "tool_timeout", "length"):
+        if not any(row.get(f"stop/{reason}") for row in rows):
+            chaos.wrong.append(f"no rollout ended with {reason}: the guests were not there")
+    return chaos.wrong
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=30, help="how many happen (%(default)s)")
@@ -253,12 +385,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         base = make_base(Path(folder))
         calm, disturbed = base / "calm", base / "disturbed"
-        steps, workers = f"trainer.steps={args.steps}", f"rollout.tensor_parallel={args.workers}"
-        seconds = train(base, calm, steps, workers)
+        settings = (f"trainer.steps={args.steps}", f"rollout.tensor_parallel={args.workers}", *GUESTS)
+        seconds = train(base, calm, *settings)
         print(f"undisturbed: {args.steps} steps in {seconds:.0f} s", flush=True)
         started = time.perf_counter()
-        kinds = ENGINE if args.workers == 1 else WORKER
-        chaos = disturb(base, disturbed, steps, workers, faults=args.faults, seed=args.seed, kinds=kinds)
+        kinds = ENGINE if args.workers == 1 else ENGINE + WORKER
+        chaos = disturb(base, disturbed, *settings, faults=args.faults, seed=args.seed, kinds=kinds)
         wrong = chaos.wrong
         if chaos.num_faults < args.faults:
             wrong.append(f"only {chaos.num_faults} of {args.faults} faults found an occasion: more --steps")
@@ -273,6 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind, count in sorted(chaos.faults.items()):
             longest = chaos.seconds_to_end.get(kind)
             print(f"  {count:3d} x {kind}" + (f"; ended {longest:.1f} s later at most" if longest else ""))
+        found = with_deadly_guests(base, base / "guests", steps=_GUEST_STEPS)
+        print(f"environments in processes of their own, which they kill: {'; '.join(found) or 'as promised'}")
+        wrong += found
         print("\n".join(wrong) or "every step is there once, and all is equal, bit for bit")
         return int(bool(wrong))
 

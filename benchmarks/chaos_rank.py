@@ -24,11 +24,30 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ENGINE", "WORKER", "Life"]
+__all__ = ["ENGINE", "PHASES", "WORKER", "Life"]
 
-ENGINE = ("engine killed in generation", "engine killed in a transfer", "engine stopped")
-WORKER = ("worker of an engine killed", "worker of an engine stopped")  # of an engine with several
-_ROLLOUTS_BEFORE = 3  # handed over before an engine is killed in the middle of generation
+PHASES = {"rollout": "rollout", "transfer": "sync", "update": "update", "save": "checkpoint"}
+"""Where an engine may be lost, and the phase of a step that it is."""
+
+ENGINE = (
+    *(f"engine killed in {phase}" for phase in PHASES),
+    "engine stopped in rollout",
+    "engine stopped in update",
+    "engine out of memory in rollout",
+    "engine out of memory in transfer",
+)
+WORKER = (  # of an engine with several
+    *(f"worker killed in {phase}" for phase in PHASES),
+    "worker stopped in rollout",
+    "worker stopped in update",
+    "worker out of memory in rollout",
+)
+_SIGNALS = {
+    "killed": signal.SIGKILL,
+    "stopped": signal.SIGSTOP,
+    "out of memory": signal.SIGUSR1,
+}  # benchmarks/oom_probe
+_ROLLOUTS_BEFORE = 3  # handed over before an engine is lost in the middle of generation
 _SYNC_SECONDS = 0.005  # after the first byte may have been sent; a transfer of the toy takes some 30 ms
 
 
@@ -55,6 +74,7 @@ class _Saboteur:
         self.before = len(_lines(log))
         self.first_step: int | None = None
         self.is_over = not life.end or rank != life.rank
+        self.engine: Any = None  # of this rank, if it is a process of its own
 
     def note(self, kind: str) -> None:
         with self.log.open("a") as file:
@@ -68,40 +88,49 @@ class _Saboteur:
         saboteur = self
 
         def disturbed_run(engine: RemoteEngine, requests: Any, *, on_rollout: Any, **others: Any) -> None:
-            due = saboteur.engine_due[:1]
-            is_due = bool(due) and due[0] != ENGINE[1] and len(requests) > _ROLLOUTS_BEFORE
-            if is_due:
-                saboteur.engine_due.pop(0)
+            saboteur.engine = engine
+            due = saboteur.take_due("rollout") if len(requests) > _ROLLOUTS_BEFORE else ""
             handed: list[int] = []
 
             def take(key: int, rollout: Any) -> None:
                 on_rollout(key, rollout)
                 handed.append(key)
-                if is_due and len(handed) == _ROLLOUTS_BEFORE:
-                    saboteur.signal_engine(engine, due[0])
+                if due and len(handed) == _ROLLOUTS_BEFORE:
+                    saboteur.strike(due)
 
             run(engine, requests, on_rollout=take, **others)
 
         def disturbed_update(engine: RemoteEngine, update_info: dict[str, Any]) -> None:
-            if saboteur.engine_due[:1] == [ENGINE[1]]:
-                saboteur.engine_due.pop(0)
-                threading.Timer(_SYNC_SECONDS, saboteur.signal_engine, (engine, ENGINE[1])).start()
+            saboteur.engine = engine
+            if due := saboteur.take_due("transfer"):
+                threading.Timer(_SYNC_SECONDS, saboteur.strike, (due,)).start()
             update(engine, update_info)
 
         def watched(watch: Watch, step: int, phase: str) -> None:
             enter(watch, step, phase)
+            for name in ("update", "save"):  # the engine has nothing to do in them
+                if phase == PHASES[name] and saboteur.engine is not None and (due := saboteur.take_due(name)):
+                    saboteur.strike(due)
             saboteur.phase_begins(step, phase)
 
         RemoteEngine.run, RemoteEngine.update_weights = disturbed_run, disturbed_update  # type: ignore[method-assign]
         Watch.enter = watched  # type: ignore[method-assign]
 
-    def signal_engine(self, engine: Any, kind: str) -> None:
+    def take_due(self, phase: str) -> str:
+        """What is due for the engine, if it is so in this phase."""
+        if self.engine_due and self.engine_due[0].endswith(f" in {phase}"):
+            return self.engine_due.pop(0)
+        return ""
+
+    def strike(self, kind: str) -> None:
+        """Signal the engine, or a worker of it."""
         self.note(kind)
-        pid = engine.pid
-        if kind in WORKER:
+        who, _, how = kind.partition(" ")
+        pid = self.engine.pid
+        if who == "worker":
             below = psutil.Process(pid).children(recursive=True)
             pid = next(process.pid for process in below if "Worker" in process.name())
-        os.kill(pid, signal.SIGSTOP if "stopped" in kind else signal.SIGKILL)
+        os.kill(pid, _SIGNALS[how.partition(" in ")[0]])
 
     def phase_begins(self, step: int, phase: str) -> None:
         if self.is_over or phase != self.life.phase:
@@ -125,6 +154,8 @@ class _Saboteur:
                     if process.pid != os.getpid():
                         process.kill()
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "launcher killed":
+                os.kill(os.getppid(), signal.SIGKILL)
             case "asked to stop":
                 os.kill(os.getpid(), signal.SIGTERM)
             case "no room for a checkpoint":

@@ -193,8 +193,8 @@ def alone(rank: int, ranks: int, count: int, version: int) -> list[list[int]]:
     return one_step(fleet, prompts_of(count), version)
 
 
-def checkpoints(steps: int) -> tuple[float, float]:
-    """Median seconds of a step, the first three left out: without checkpoints, and with one every step."""
+def checkpoints(steps: int) -> list[dict[str, float]]:
+    """Median seconds of a step by phase, the first three left out: without checkpoints, and with one every step."""
     with tempfile.TemporaryDirectory() as folder:
         base, found, seconds = make_base(Path(folder)), [], []
         for every in (0, 1):
@@ -206,9 +206,10 @@ def checkpoints(steps: int) -> tuple[float, float]:
             rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
             timed = ("sync/seconds", "seconds/")
             found.append([{k: v for k, v in r["metrics"].items() if not k.startswith(timed)} for r in rows])
-            seconds.append(median(row["seconds"]["total"] for row in rows[3:]))
+            phases = {name for row in rows for name in row["seconds"]}
+            seconds.append({name: median(row["seconds"].get(name, 0.0) for row in rows[3:]) for name in phases})
     assert found[0] == found[1], "checkpoints changed the run"
-    return seconds[0], seconds[1]
+    return seconds
 
 
 def main() -> None:
@@ -221,7 +222,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.checkpoints:
         without, every = checkpoints(args.checkpoints)
-        print(f"checkpoints: {without:.2f} s a step without, {every:.2f} s with one every step: {every / without:.2f}")
+        for name in sorted(without.keys() | every.keys(), key=lambda name: -every.get(name, 0.0)):
+            print(f"{name:12s} {without.get(name, 0.0):7.3f} s a step without, {every.get(name, 0.0):7.3f} with one")
+        print(f"checkpoints: {every['total'] / without['total']:.2f}")
         return
     seconds = args.milliseconds / 1000
     [expected] = run_distributed(alone, 1, args.prompts, 2)

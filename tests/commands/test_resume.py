@@ -128,10 +128,11 @@ def test_a_configuration_is_named_that_does_not_fit(capsys, tmp_path):
 
 @pytest.mark.extended
 def test_a_disturbed_run_ends_as_one_that_was_left_alone(tmp_path):
-    """An engine killed in a transfer, a rank killed, files cut short, no room for a checkpoint."""
+    """An engine out of memory, launcher and rank killed, a file lost, half a line of metrics; guests that fail."""
     base = make_base(tmp_path)
-    chaos.train(base, base / "calm", "trainer.steps=4")
-    happened = chaos.disturb(base, base / "disturbed", "trainer.steps=4", faults=5, seed=8, quiet=True)
+    settings = ("trainer.steps=4", *chaos.GUESTS)
+    chaos.train(base, base / "calm", *settings)
+    happened = chaos.disturb(base, base / "disturbed", *settings, faults=5, seed=21, quiet=True)
     assert happened.wrong == []
     assert happened.num_faults == 5
     assert chaos.differences(base / "calm", base / "disturbed", steps=4) == []
