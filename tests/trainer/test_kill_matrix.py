@@ -165,6 +165,7 @@ def go_through(base: Path, run_dir: Path, row: Row, lives: list[Life]) -> list[s
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("row", [row for row in ROWS if row.engines], ids=str)
 def test_a_lost_engine_is_replaced_whenever_it_goes(base: Path, calm: Callable[[Row], Path], row: Row) -> None:
@@ -176,6 +177,7 @@ def test_a_lost_engine_is_replaced_whenever_it_goes(base: Path, calm: Callable[[
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_run_that_is_killed_continues_whenever_that_was(base: Path, calm: Callable[[Row], Path], row: Row) -> None:
