@@ -9,7 +9,6 @@ from megatron_rest.rollout.process import prepare_process
 prepare_process()
 
 from collections.abc import Iterable  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -18,7 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part",
         metavar="K/N",
-        help="only part K (0 to N - 1) of N of the tests that are left after -m: whole modules, dealt one by one",
+        help="only part K (0 to N - 1) of N of the tests that are left after -m: modules are dealt one by one, "
+        "and so are tests that are marked alone",
     )
 
 
@@ -32,19 +32,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path not in long)
     if config.getoption("--part") is None:
         return
-    kept = set(modules_of_part(config.getoption("--part"), (item.path for item in items)))
-    left_out = [item for item in items if item.path not in kept]
-    items[:] = [item for item in items if item.path in kept]
+    kept = set(units_of_part(config.getoption("--part"), map(_unit_of, items)))
+    left_out = [item for item in items if _unit_of(item) not in kept]
+    items[:] = [item for item in items if _unit_of(item) in kept]
     config.hook.pytest_deselected(items=left_out)
-    print("this part:", ", ".join(sorted(str(path.relative_to(config.rootpath)) for path in kept)) or "empty")
+    print("this part:", ", ".join(sorted(kept)) or "empty")
 
 
-def modules_of_part(part: str, modules: Iterable[Path]) -> list[Path]:
-    """Part "K/N" of the test modules: a module stays whole, since its tests share what they made."""
+def _unit_of(item: pytest.Item) -> str:
+    """A module stays whole, since its tests share what they made, unless they say that they do not."""
+    return item.nodeid if item.get_closest_marker("alone") else item.nodeid.split("::")[0]
+
+
+def units_of_part(part: str, units: Iterable[str]) -> list[str]:
+    """Part "K/N" of what is dealt."""
     try:
         k, n = (int(number) for number in part.split("/"))
     except ValueError:
         raise pytest.UsageError(f"--part wants K/N, for example 0/7, not {part!r}") from None
     if not 0 <= k < n:
         raise pytest.UsageError(f"--part {part}: K goes from 0 to N - 1")
-    return sorted(set(modules))[k::n]
+    return sorted(set(units))[k::n]

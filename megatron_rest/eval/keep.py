@@ -4,8 +4,9 @@
 
 Copies ``config.yaml`` (or a warm start's ``run.yaml``), ``metrics.jsonl``, the scores of ``prompt_sets.json`` by prompt
 without prompts and answers, and, where they were measured, ``benchmarks.json`` and ``variance.json``; ``kept.json``
-says which weights they belong to and has the digest of each file. ``megatron_rest.eval.experiment`` reads such folders
-like those of runs.
+says which weights they belong to and has the digest of each file.  Paths below the working directory are written as
+seen from it, so that nothing tells whose machine it was.  ``megatron_rest.eval.experiment`` reads such folders like
+those of runs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_rest.analysis.evidence import EVIDENCE_FILE
 from megatron_rest.eval.benchmark_scores import BENCHMARKS_FILE
-from megatron_rest.eval.scoring import write_json
+from megatron_rest.eval.scoring import write_json, write_text
 
 __all__ = ["keep", "main"]
 
@@ -47,7 +47,8 @@ def keep(run_dir: Path, folder: Path, *, is_judged: bool = True) -> list[Path]:
         for names in _FILES:
             found = next((run_dir / n for n in names if (run_dir / n).is_file()), None)
             if found is not None:  # a warm start has no metrics.jsonl, and not every run is asked and measured
-                shutil.copyfile(found, partial / names[0])
+                text = found.read_text(encoding="utf-8").replace(f"{Path.cwd()}{os.sep}", "")
+                write_text(partial / names[0], text)
         of_weights = {}
         if scores is not None:
             write_json(partial / _SCORES, scores)

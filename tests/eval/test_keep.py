@@ -37,6 +37,16 @@ def test_scores_stay_and_texts_and_weights_do_not(tmp_path: Path) -> None:
     assert sorted(p.name for p in kept.parent.iterdir()) == ["seed-1"], "nothing half-written is left"
 
 
+def test_the_path_of_the_checkout_stays_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = judged(tmp_path / "run")
+    (run_dir / "config.yaml").write_text(f"trainer: {{run_dir: {run_dir}}}\nmodel: {{path: /elsewhere/model}}\n")
+    keep(run_dir, tmp_path / "kept")
+    assert (tmp_path / "kept" / "config.yaml").read_text() == (
+        "trainer: {run_dir: run}\nmodel: {path: /elsewhere/model}\n"
+    )
+
+
 def test_what_was_measured_besides_is_kept(tmp_path: Path) -> None:
     run_dir = judged(tmp_path / "run")
     for name in ("benchmarks.json", "variance.json"):

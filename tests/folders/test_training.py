@@ -55,6 +55,7 @@ def answers(saved: SavedRollouts) -> list[tuple[float, np.ndarray, np.ndarray]]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_warm_start_and_two_steps(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
