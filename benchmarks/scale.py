@@ -76,6 +76,9 @@ def balance() -> Iterator[Finding]:
             yield Finding(name=f"balance: {name}, {how}", value=100 * found.share, unit="%",
                           bound=None if is_sharing else goal, at_most=False, detail=detail)  # fmt: skip
             if config.parallel.pipeline_parallel > 1 and not is_sharing:
+                yield Finding(name=f"balance: {name}, of what any dealing could reach", bound=96, at_most=False,
+                              value=100 * found.share / found.possible, unit="%",
+                              detail=f"{found.possible:.1%} of the time")  # fmt: skip
                 yield Finding(name=f"balance: {name}, with the head in the last stage", at_most=False,
                               value=100 * found.share_with_head, unit="%")  # fmt: skip
 
@@ -123,8 +126,11 @@ def exchange() -> Iterator[Finding]:
 
 
 def judging() -> Iterator[Finding]:
-    found = simulate_judging(rollouts=16384, response=8192, world_size=1024)
-    detail = f"{found.reading:.1f} s to read all, {found.composing:.2f} s on every rank, {found.received / 1e6:.0f} MB"
+    found = simulate_judging(rollouts=16384, response=8192, world_size=1024, replicas=32)
+    detail = (
+        f"{found.reading:.0f} s to read all, {found.comparing:.2f} s on every rank, {found.composing:.1f} s to put all "
+        f"samples together, {found.received / 1e6:.0f} MB"
+    )
     yield Finding(name="judging: 16,384 x 8,192 on 1,024 ranks, a rank's CPU", value=found.seconds, unit="s", bound=1,
                   detail=detail)  # fmt: skip
 

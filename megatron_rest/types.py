@@ -187,6 +187,24 @@ class TrainSample:
         if self.loss_mask[0]:
             raise ValueError("the first token of a sequence has no predictor: loss_mask[0] must be False")
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(np.count_nonzero(self.loss_mask))
+
+    @property
+    def first_loss(self) -> int:
+        """Index of the first token with loss; ``num_tokens`` where none has."""
+        first = int(self.loss_mask.argmax())
+        return first if self.loss_mask[first] else self.num_tokens
+
+    def head(self, count: int) -> np.ndarray:
+        """int32 ``[count]``: the first tokens."""
+        return self.token_ids[:count]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchTotals:

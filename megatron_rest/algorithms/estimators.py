@@ -39,8 +39,10 @@ class JudgedRollouts:
     parts: Mapping[str, np.ndarray]  # float64 [S] each; they add up to the rewards
 
     def by_group(self) -> list[np.ndarray]:
-        """Indices of each group's rollouts."""
-        return [np.flatnonzero(self.groups == group) for group in dict.fromkeys(self.groups.tolist())]
+        """Indices of each group's rollouts, groups in the order in which they begin."""
+        order = np.argsort(self.groups, kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(self.groups[order])) + 1)
+        return sorted(parts, key=lambda part: int(part[0])) if len(order) else []
 
 
 Estimator = Callable[[JudgedRollouts], np.ndarray]
@@ -117,8 +119,12 @@ def _in_groups(
     judged: JudgedRollouts, values: np.ndarray, estimator: AdvantageEstimator | str, epsilon: float
 ) -> np.ndarray:
     advantages = np.zeros(len(values))
+    of_size: dict[int, list[np.ndarray]] = {}
     for mine in judged.by_group():
-        advantages[mine] = group_relative_advantages(values[mine], estimator=estimator, epsilon=epsilon)
+        of_size.setdefault(len(mine), []).append(mine)
+    for groups in of_size.values():  # a row each: thousands one after another take a while
+        table = np.stack(groups)
+        advantages[table] = group_relative_advantages(values[table], estimator=estimator, epsilon=epsilon)
     return advantages
 
 

@@ -86,7 +86,7 @@ def batch_totals(samples: Sequence[TrainSample]) -> BatchTotals:
     """Denominators over all samples of an optimiser step (weights are mean 1 per sequence, so they sum to the
     tokens).
     """
-    counts = [int(s.loss_mask.sum()) for s in samples]
+    counts = [s.num_loss_tokens for s in samples]
     return BatchTotals(
         num_tokens=float(sum(counts)),
         num_sequences=float(sum(c > 0 for c in counts)),

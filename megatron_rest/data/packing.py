@@ -39,10 +39,15 @@ class Packable(Protocol):
     """What is looked at of a ``TrainSample``; the planner has lengths alone, and packs those."""
 
     @property
-    def token_ids(self) -> np.ndarray: ...
+    def num_tokens(self) -> int: ...
 
     @property
-    def loss_mask(self) -> np.ndarray: ...
+    def num_loss_tokens(self) -> int: ...
+
+    @property
+    def first_loss(self) -> int: ...
+
+    def head(self, count: int) -> np.ndarray: ...
 
     @property
     def group_id(self) -> int: ...
@@ -94,13 +99,12 @@ def shared_rows(samples: Sequence[Packable], *, multiple: int = 1) -> int:
     """
     if len(samples) < 2:
         return 0
-    first = samples[0].token_ids
-    rows = min(
-        min(int(s.loss_mask[1:].argmax()) if s.loss_mask.any() else len(s.token_ids), len(s.token_ids) - 2)
-        for s in samples
-    )
+    rows = min(min(s.first_loss - 1 if s.num_loss_tokens else s.num_tokens, s.num_tokens - 2) for s in samples)
+    if rows <= 0:
+        return 0
+    first = samples[0].head(rows)
     for other in samples[1:]:
-        differs = np.flatnonzero(first[:rows] != other.token_ids[:rows])
+        differs = np.flatnonzero(first[:rows] != other.head(rows))
         rows = int(differs[0]) if len(differs) else rows
     return max(rows, 0) // multiple * multiple
 
@@ -133,7 +137,7 @@ def deal(
 
     Raises ValueError for a sample that does not fit into a bin (nothing is cut).
     """
-    rows = [round_up(len(s.token_ids) - 1, row_multiple) for s in samples]
+    rows = [round_up(s.num_tokens - 1, row_multiple) for s in samples]
     for i, n in enumerate(rows):
         if n > max_rows:
             raise ValueError(
@@ -270,10 +274,8 @@ class _PartMaker:
         if members not in self._made:
             samples = [self.samples[i] for i in members]
             shared = shared_rows(samples, multiple=self.multiple)
-            own = [round_up(len(s.token_ids) - 1 - shared, self.multiple) for s in samples]
-            work = [
-                self.cost(n, above=shared, loss_rows=int(s.loss_mask.sum())) for n, s in zip(own, samples, strict=True)
-            ]
+            own = [round_up(s.num_tokens - 1 - shared, self.multiple) for s in samples]
+            work = [self.cost(n, above=shared, loss_rows=s.num_loss_tokens) for n, s in zip(own, samples, strict=True)]
             self._made[members] = Part(
                 members=members, shared=shared, rows=shared + sum(own), cost=self.cost(shared) + sum(work)
             )

@@ -17,9 +17,25 @@ __all__ = ["DrawnSample", "Lengths"]
 class DrawnSample:
     """A sequence of which only lengths are known; packing looks at nothing else."""
 
-    token_ids: np.ndarray  # int32 [P + R], all 0
-    loss_mask: np.ndarray  # bool [P + R], True on the response
+    prompt: int
+    response: int
     group_id: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return self.response
+
+    @property
+    def first_loss(self) -> int:
+        return self.prompt
+
+    def head(self, count: int) -> np.ndarray:
+        """All 0: those of one group are the same, and others are not compared."""
+        return np.zeros(count, np.int32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -70,20 +86,10 @@ class Lengths:
         rng = np.random.default_rng(seed)
         prompts = rng.choice(self.prompts, -(-count // group_size)).tolist()
         responses = rng.choice(self.responses, count).tolist()
-        longest = max(prompts)
-        no_tokens = np.zeros(longest + max(responses), np.int32)
-        mask = np.arange(len(no_tokens)) >= longest
-        samples = []
-        for i, response in enumerate(responses):
-            prompt = prompts[i // group_size]
-            samples.append(
-                DrawnSample(
-                    token_ids=no_tokens[: prompt + response],  # views: the lengths are all that counts
-                    loss_mask=mask[longest - prompt : longest + response],
-                    group_id=i // group_size,
-                )
-            )
-        return samples
+        return [
+            DrawnSample(prompt=prompts[i // group_size], response=response, group_id=i // group_size)
+            for i, response in enumerate(responses)
+        ]
 
 
 def _of_data(config: RestConfig) -> tuple[np.ndarray, np.ndarray, str]:

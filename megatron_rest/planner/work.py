@@ -190,7 +190,7 @@ def _pack(
 ) -> _Packed:
     replicas, report = deal_as_configured(config, world_size, samples, cost, is_sharing=is_sharing)
     useful = sum(part.cost for bins in replicas for parts in bins for part in parts)
-    head = cost.loss_row * sum(int(s.loss_mask.sum()) for s in samples)
+    head = cost.loss_row * sum(s.num_loss_tokens for s in samples)
     times = [ReplicaTime.of(config, bins, samples, cost) for bins in replicas]
     slowest = max(times, key=lambda t: t.time)
     return _Packed(
@@ -241,7 +241,7 @@ class ReplicaTime:
         time = busy = sum(work)
         if is_pipeline:
             answers = [[samples[i] for part in parts for i in part.members] for parts in bins]
-            head = [cost.loss_row * has_head * sum(int(s.loss_mask.sum()) for s in answer) for answer in answers]
+            head = [cost.loss_row * has_head * sum(s.num_loss_tokens for s in answer) for answer in answers]
             layers = [all_of_it - of_head for all_of_it, of_head in zip(work, head, strict=True)]
             stages, chunks = p.pipeline_parallel, p.virtual_pipeline
             time = pipeline_seconds(layers, stages=stages, chunks=chunks, head=head) * stages / 3

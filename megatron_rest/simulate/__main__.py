@@ -165,6 +165,7 @@ def _judging(subject: Subject) -> list[Finding]:
         rollouts=config.data.prompts_per_step * config.rollout.rollouts_per_prompt,
         response=round(subject.lengths.response),
         world_size=subject.world_size,
+        replicas=config.parallel.data_parallel(subject.world_size),
         group_size=config.rollout.rollouts_per_prompt,
     )
     detail = f"{found.reading:.2f} s if one rank read all; {found.received / 1e6:,.0f} MB received"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -9,9 +10,10 @@ from statistics import fmean
 import numpy as np
 
 from megatron_rest.config import RestConfig
+from megatron_rest.data.alignment import packing_alignment, round_up
 from megatron_rest.data.packing import RowCost
 from megatron_rest.model_map import ModelShape
-from megatron_rest.passes import shares_prompts
+from megatron_rest.passes import microbatches_multiple, shares_prompts
 from megatron_rest.planner.lengths import DrawnSample, Lengths
 from megatron_rest.planner.work import ReplicaTime, deal_as_configured
 
@@ -53,6 +55,7 @@ class Balance:
     empty: float  # share of the microbatches
     padding: float  # share of the rows that fill microbatches up to one length
     imbalance: float  # slowest replica's work over the mean
+    possible: float  # the share that no dealing of these lengths exceeds (1 without a pipeline)
 
 
 def long_tailed(*, median: float, most: int, prompts: Sequence[int] = RLLA_PROMPTS, spread: float = 0.7) -> Lengths:
@@ -98,7 +101,10 @@ def simulate_balance(
         share, with_head = (mean / max(replica.time for replica in times) for times in (even, real))
         padding = sum(replica.padding_rows for replica in even) / sum(replica.rows for replica in even)
         empty = report.num_empty / (report.num_microbatches * len(replicas))
-        seen.append((share, with_head, report.num_microbatches, empty, padding, report.imbalance))
+        rows = sum(part.rows for bins in replicas for parts in bins for part in parts)
+        longest = max(part.rows for bins in replicas for parts in bins for part in parts)
+        possible = mean / _least_time(config, mean, rows / len(replicas), longest)
+        seen.append((share, with_head, report.num_microbatches, empty, padding, report.imbalance, possible))
     return Balance(
         share=fmean(s[0] for s in seen),
         share_with_head=fmean(s[1] for s in seen),
@@ -106,4 +112,25 @@ def simulate_balance(
         empty=fmean(s[3] for s in seen),
         padding=fmean(s[4] for s in seen),
         imbalance=fmean(s[5] for s in seen),
+        possible=fmean(s[6] for s in seen),
     )
+
+
+def _least_time(config: RestConfig, work: float, rows: float, longest: int) -> float:
+    """Of a replica with ``work`` in ``rows``, however they are dealt out, in units of one row through all layers.
+
+    ``m`` microbatches of ``L`` rows hold them all; ``L`` is a multiple of what FP8 and sequence parallelism want and no
+    less than the longest sample, ``m`` one of the stages where they are interleaved.  What fills the ``m L`` rows up is
+    computed, too, and filling and draining takes ``(p - 1) / v`` of one microbatch, which is at least its rows.
+    """
+    p = config.parallel
+    if p.pipeline_parallel == 1:
+        return work
+    alignment, multiple = packing_alignment(config.precision.recipe, p), microbatches_multiple(p)
+    most = round_up(config.trainer.max_tokens_per_microbatch, alignment.total)
+    idle = (p.pipeline_parallel - 1) / p.virtual_pipeline
+    times = []
+    for length in range(round_up(longest, alignment.total), most + 1, alignment.total):
+        count = round_up(max(math.ceil(rows / length), 1), multiple)
+        times.append(work + count * length - rows + idle * length)
+    return min(times)

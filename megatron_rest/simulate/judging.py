@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,12 +13,14 @@ from megatron_rest.config import AdvantageConfig, RewardConfig
 from megatron_rest.regions import TOOLRL
 from megatron_rest.trainer.judge import Judge
 from megatron_rest.trainer.reading import share_of
-from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason
+from megatron_rest.types import PromptSample, Rollout, RolloutGroup, StopReason, TrainSample
 
 __all__ = ["Judging", "simulate_judging"]
 
+_T = TypeVar("_T")
+
 _CHARACTERS = 4  # a token has about so many
-_AGAIN = 64  # times that they are put together: one time is too short to be timed
+_AGAIN = 64  # times that they are compared: one time is too short to be timed
 _READ = 1 << 16  # tokens that are judged for it; what it takes is proportional
 
 
@@ -26,16 +30,18 @@ class Judging:
 
     reading: float  # of all rollouts on one rank: parsing, rewards, regions
     share: float  # of the tokens that the busiest rank reads
-    composing: float  # of all rollouts, on every rank: advantages, samples
+    comparing: float  # of all rollouts, on every rank: rewards, advantages, what samples are made of
+    composing: float  # of all samples on one rank
+    trained: float  # share of the samples that a rank trains on, and composes
     received: int  # bytes that a rank receives of the others' reading
 
     @property
     def seconds(self) -> float:
-        return self.reading * self.share + self.composing
+        return self.reading * self.share + self.comparing + self.composing * self.trained
 
 
-def simulate_judging(*, rollouts: int, response: int, world_size: int, group_size: int = 8) -> Judging:
-    """Of ``rollouts`` thoughts of ``response`` tokens with a call at their end."""
+def simulate_judging(*, rollouts: int, response: int, world_size: int, replicas: int, group_size: int = 8) -> Judging:
+    """Of ``rollouts`` thoughts of ``response`` tokens with a call at their end; ``replicas`` share the samples."""
     count = max(_READ // response // group_size, 1) * group_size
     call = TOOLRL.write([("get_weather", {"city": "Bern", "days": 3})])
     words = "The user wants the weather of Bern, so the tool is asked for three days. "
@@ -57,19 +63,30 @@ def simulate_judging(*, rollouts: int, response: int, world_size: int, group_siz
         for _ in range(count // group_size)
     ]
     judge = Judge(list(vocabulary), reward=RewardConfig(), advantage=AdvantageConfig())
-    both = _cpu_seconds(judge, groups)
-    composing = _cpu_seconds(judge, groups * _AGAIN) / _AGAIN  # the same rollouts in the same step: read already
+    both, _ = _cpu_seconds(lambda: judge(groups, step=1))
+    comparing, verdict = _cpu_seconds(lambda: judge(groups * _AGAIN, step=1))  # the same rollouts: read already
+    composing, _ = _cpu_seconds(lambda: _look_at(verdict.samples))
+    comparing, composing = comparing / _AGAIN, composing / _AGAIN
     scale = rollouts / count
     busiest = len(share_of([response] * rollouts, rank=0, world_size=world_size))
     return Judging(
-        reading=(both - composing) * scale,
+        reading=(both - comparing) * scale,
         share=busiest / rollouts,
+        comparing=comparing * scale,
         composing=composing * scale,
+        trained=1 / replicas,
         received=rollouts * response,
     )
 
 
-def _cpu_seconds(judge: Judge, groups: list[RolloutGroup]) -> float:
+def _look_at(samples: Sequence[TrainSample]) -> None:
+    """As microbatches do."""
+    for sample in samples:
+        for name in ("token_ids", "loss_mask", "region_ids", "rollout_log_probs"):
+            getattr(sample, name)
+
+
+def _cpu_seconds(of: Callable[[], _T]) -> tuple[float, _T]:
     started = time.process_time()
-    judge(groups, step=1)
-    return time.process_time() - started
+    result = of()
+    return time.process_time() - started, result

@@ -115,7 +115,7 @@ def give_credit(
             ))
             for batch, part in zip(batches, scores, strict=True)
         ]  # fmt: skip
-    lengths = [len(s.token_ids) for s in samples]
+    lengths = [s.num_tokens for s in samples]
     microbatches = [m for batch in batches for m in batch.microbatches]
     measured: dict[str, np.ndarray] = {}
     if needs:

@@ -117,7 +117,7 @@ def token_versions(samples: Sequence[TrainSample], rollouts: Sequence[Rollout]) 
     """
     versions = []
     for sample, rollout in zip(samples, rollouts, strict=True):
-        prompt = np.zeros(len(sample.token_ids) - len(rollout.token_ids), np.int32)
+        prompt = np.zeros(sample.num_tokens - len(rollout.token_ids), np.int32)
         versions += [prompt, np.where(rollout.loss_mask, rollout.versions, 0).astype(np.int32)]
     return np.concatenate(versions)
 

@@ -31,6 +31,7 @@ from megatron_rest.rewards import ReferenceAnswerError, tool_call_reward
 from megatron_rest.rewards.functions import Reward, RewardInput, RewardTurn
 from megatron_rest.trainer.reading import Reading, read_together
 from megatron_rest.trainer.rewarding import RewardTerms, token_rewards
+from megatron_rest.trainer.rollout_sample import RolloutSample
 from megatron_rest.trainer.time_limit import time_limit
 from megatron_rest.types import PromptSample, RewardOutput, Rollout, RolloutGroup, StopReason, TrainSample, TurnMark
 
@@ -135,7 +136,7 @@ class Judge:
             samples=tuple(samples),
             rewards=tuple(rewards),
             static_rewards=tuple(static for _, static in judged),
-            is_zero_group=tuple(not np.any(advantages[numbers == number]) for number in range(len(groups))),
+            is_zero_group=tuple((np.bincount(numbers, advantages != 0, minlength=len(groups)) == 0).tolist()),
             num_truncated=sum(rollout.stop_reason is not StopReason.EOS for rollout in rollouts),
             is_judged=tuple(is_judged.tolist()),
             scored_rewards=tuple(scored.tolist()),
@@ -149,11 +150,8 @@ class Judge:
 
         One that is left of several has nobody to be compared with: 0.
         """
-        counted = is_judged.copy()
-        for number in np.unique(numbers):
-            mine = is_judged[numbers == number]
-            if mine.sum() <= 1 and not mine.all():
-                counted[numbers == number] = False
+        left, size = np.bincount(numbers, is_judged), np.bincount(numbers)
+        counted = is_judged & ((left > 1) | (left == size))[numbers]
         advantages = np.zeros(len(rewards))
         if counted.any():
             scored = JudgedRollouts(
@@ -392,6 +390,8 @@ class Judge:
     ) -> TrainSample:
         """Prompt + response with regions; prompt tokens and tool outputs are CONTEXT and carry no loss.
 
+        Its arrays are put together when somebody looks at them: a rank deals with all samples and trains on a few.
+
         Nor does what was not judged, or what infrastructure ended: what it did to the answer is not the policy's; nor,
         with ``advantage.mask_truncated``, what was cut at the length limit.
         """
@@ -406,26 +406,18 @@ class Judge:
         earned = None
         if reward is not None and reward.token_rewards is not None:
             is_said = rollout.loss_mask if reward.is_rewarded is None else reward.is_rewarded
-            said = np.where(is_said, reward.token_rewards, np.nan)
-            earned = np.concatenate([np.full(len(prompt), np.nan), said])
-        return TrainSample(
-            token_ids=np.concatenate([prompt, rollout.token_ids], dtype=np.int32),
-            loss_mask=_behind(prompt, rollout.loss_mask & carries_loss, np.bool_),
-            region_ids=_behind(prompt, regions, np.int8),
-            rollout_log_probs=_behind(prompt, rollout.log_probs, np.float32),
+            earned = np.where(is_said, reward.token_rewards, np.nan)
+        return RolloutSample(
+            prompt,
+            rollout,
+            regions=regions,
             advantage=advantage,
             sequence_id=sequence_id,
             group_id=group_id,
-            marks=None if marks is None else _behind(prompt, marks, np.uint8),
-            token_rewards=earned,
+            carries_loss=carries_loss,
+            marks=marks,
+            earned=earned,
         )
-
-
-def _behind(prompt: np.ndarray, values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
-    """``values`` behind a 0 for every token of the prompt, copied once: every rank does it with all rollouts."""
-    whole = np.zeros(len(prompt) + len(values), dtype)
-    whole[len(prompt) :] = values
-    return whole
 
 
 def _parts(rewards: Sequence[RewardOutput], overlong: np.ndarray) -> PartsOf:

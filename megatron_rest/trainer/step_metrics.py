@@ -74,7 +74,7 @@ def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
         **({"reward/failed": failed / len(verdict.rewards)} if failed else {}),
         "reward/static": fmean(verdict.static_rewards[i] for i in judged),
         "reward/not_judged": 1.0 - sum(verdict.is_judged) / len(verdict.is_judged),
-        "response/length": fmean(float(s.loss_mask.sum()) for s in samples),
+        "response/length": fmean(float(s.num_loss_tokens) for s in samples),
         "response/truncated": verdict.num_truncated / len(verdict.rewards),
         "advantage/zero_groups": sum(verdict.is_zero_group) / num_groups,
     }
@@ -184,7 +184,7 @@ class TokenAges:
     def of(cls, samples: Sequence[TrainSample], rollouts: Sequence[Rollout], *, step: int, oldest: int) -> TokenAges:
         """``rollouts`` are those of ``samples``, in the same order."""
         ages = torch.from_numpy(step - 1 - token_versions(samples, rollouts).astype(np.int64))
-        return cls([len(sample.token_ids) for sample in samples], ages, oldest)
+        return cls([sample.num_tokens for sample in samples], ages, oldest)
 
     def of_microbatch(self, microbatch: MicroBatch) -> torch.Tensor:
         """int64 [loss tokens]"""

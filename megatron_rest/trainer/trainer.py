@@ -400,7 +400,7 @@ class RestTrainer:
         if dist.get_global_rank(self.context.dp_group, 0) != 0:
             return
         values = all_token_scores(
-            [len(s.token_ids) for s in verdict.samples],
+            [s.num_tokens for s in verdict.samples],
             [m for batch in batches for m in batch.microbatches],
             [s for part in scores for s in part],
             dp_group=self.context.dp_group,

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -45,8 +46,7 @@ _VLLM_VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to it before cutting
 _EXPERT = ".mlp.experts."
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):  # there are hundreds of thousands
     """A box of an HF tensor and where it lies in a local tensor.
 
     ``hf_start`` and ``size`` have the HF tensor's dimensions.  ``start`` may have more: the leading ones are indices
@@ -59,8 +59,7 @@ class Placement:
     size: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """How a training rank holds a parameter: rank and size of the tensor parallelism that cut it."""
 
     tp_rank: int
@@ -376,13 +375,14 @@ def _engine_experts(shape: ModelShape, worker: WorkerLayout, prefix: str) -> lis
     size = _divide(shape.moe_ffn_hidden_size, worker.expert_tp_size, "rows of an expert")
     begin, hidden = worker.expert_tp_rank * size, shape.hidden_size
     up, down = [], []
+    rows, columns, first, second = (begin, 0), (0, begin), (size, hidden), (hidden, size)
     for slot, expert in enumerate(worker.experts):
         theirs = f"{prefix}{_EXPERT}{expert}"
         up += [
-            Placement(f"{theirs}.{part}_proj.weight", (begin, 0), (slot, i * size, 0), (size, hidden))
-            for i, part in enumerate(("gate", "up"))
+            Placement(f"{theirs}.gate_proj.weight", rows, (slot, 0, 0), first),
+            Placement(f"{theirs}.up_proj.weight", rows, (slot, size, 0), first),
         ]
-        down.append(Placement(f"{theirs}.down_proj.weight", (0, begin), (slot, 0, 0), (hidden, size)))
+        down.append(Placement(f"{theirs}.down_proj.weight", columns, (slot, 0, 0), second))
     count, stacked = len(worker.experts), f"{prefix}.mlp.experts.routed_experts"
     router = f"{prefix}.mlp.gate.weight"
     return [

@@ -35,7 +35,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -117,12 +117,35 @@ class SyncPlan:
         return tuple(totals)
 
 
+class _Piece(NamedTuple):
+    """What a wanted box of an HF tensor gets of one that is held."""
+
+    source_start: tuple[int, ...]
+    start: tuple[int, ...]  # in the worker's tensor
+    size: tuple[int, ...]
+    numel: int
+    num_wanted: int  # elements of the wanted box
+
+
+_Geometry = tuple[tuple[int, ...], ...]  # a Placement without its name
+
+
 @dataclass(slots=True)
 class _Holders:
-    """Everybody who holds one box of an HF tensor, and where."""
+    """Everybody who holds one box of an HF tensor in the same place of a shard."""
 
     box: Placement
-    ranks: list[tuple[int, str, tuple[int, ...]]] = field(default_factory=list)  # (source rank, parameter, start)
+    pieces: dict[_Geometry, _Piece | None]  # asked for before, of boxes with this geometry: layers are alike
+    ranks: list[tuple[int, str]] = field(default_factory=list)  # source rank, parameter
+
+    def part_of(self, wanted: Placement) -> _Piece | None:
+        """None: nothing."""
+        geometry = wanted[1:]
+        try:
+            return self.pieces[geometry]
+        except KeyError:
+            piece = self.pieces[geometry] = _piece(self.box, wanted)
+            return piece
 
 
 def make_plans(
@@ -241,29 +264,22 @@ def make_plan(
             tensor = tensors[position]
             itemsize = tensor.dtype.itemsize
             for wanted in tensor.placements:
-                left = math.prod(wanted.size)
+                found, num_wanted = 0, -1
                 for holders in held.get(wanted.hf_name, ()):
-                    overlap = _overlap(holders.box, wanted)
-                    if overlap is None:
+                    piece = holders.part_of(wanted)
+                    if piece is None:
                         continue
-                    begin, size = overlap
                     ranks = holders.ranks
-                    source, parameter, start = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda h: sent[h[0]])
-                    numel = math.prod(size)
-                    copy = Copy(
-                        parameter,
-                        _shifted(start, begin, holders.box.hf_start),
-                        position,
-                        _shifted(wanted.start, begin, wanted.hf_start),
-                        size,
-                    )
-                    sent[source] += itemsize * numel
-                    left -= numel
-                    packer.add(source, worker, copy, itemsize, numel)
-                if left:
+                    source, parameter = ranks[0] if len(ranks) == 1 else min(ranks, key=lambda holder: sent[holder[0]])
+                    sent[source] += itemsize * piece.numel
+                    found += piece.numel
+                    num_wanted = piece.num_wanted
+                    copy = Copy(parameter, piece.source_start, position, piece.start, piece.size)
+                    packer.add(source, worker, copy, itemsize, itemsize * piece.numel)
+                if found != num_wanted:
                     raise ValueError(
-                        f"{wanted.hf_name}: the training ranks hold {math.prod(wanted.size) - left} of the "
-                        f"{math.prod(wanted.size)} elements that worker {worker} needs for {tensor.name}"
+                        f"{wanted.hf_name}: the training ranks hold {found} of the {math.prod(wanted.size)} elements "
+                        f"that worker {worker} needs for {tensor.name}"
                     )
     return SyncPlan(
         tensors=tuple(tuple(t) for t in workers),
@@ -277,29 +293,44 @@ def _index_holders(
     shape: ModelShape, sources: Sequence[Mapping[str, Shard]], form: Fp8Form | None
 ) -> dict[str, list[_Holders]]:
     specs = {name: spec for spec in parameter_map(shape) for name in (spec.megatron_name, *spec.alternatives)}
-    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], _Holders]] = {}
-    known: dict[tuple[str, Shard], list[Placement]] = {}
+    held: dict[str, dict[_Geometry, _Holders]] = {}
+    pieces: dict[_Geometry, dict[_Geometry, _Piece | None]] = {}
+    known: dict[tuple[Any, ...], list[tuple[int, _Geometry]]] = {}
+
+    def add(rank: int, parameter: str, hf_name: str, geometry: _Geometry) -> None:
+        boxes = held.setdefault(hf_name, {})
+        holders = boxes.get(geometry)
+        if holders is None:
+            holders = boxes[geometry] = _Holders(Placement(hf_name, *geometry), pieces.setdefault(geometry, {}))
+        holders.ranks.append((rank, parameter))
+
     for rank, parameters in enumerate(sources):
         for name, shard in parameters.items():
             spec = specs.get(name)
             if spec is None:
                 continue
-            placements = known.get((name, shard))
+            key = (*_likeness(spec), shard)
+            placements = known.get(key)
             if placements is None:
-                placements = known[name, shard] = list(_placements(spec, shape, shard, form))
-            for box in placements:
-                holders = boxes.setdefault(box.hf_name, {}).setdefault((box.hf_start, box.size), _Holders(box))
-                # Scales lie nowhere in a shard: who holds a part of the matrix has all of them under their HF name.
-                holders.ranks.append((rank, name if box.hf_name in spec.hf_names else box.hf_name, box.start))
-    return {name: list(parts.values()) for name, parts in boxes.items()}
+                placements = known[key] = [
+                    (spec.hf_names.index(box.hf_name), box[1:])
+                    for box in training_placements(spec, shape, shard.tp_rank, shard.tp_size)
+                ]
+            for index, geometry in placements:
+                add(rank, name, spec.hf_names[index], geometry)
+            if form is None:
+                continue
+            # Scales lie nowhere in a shard: who holds a part of the matrix has all of them under their HF name.
+            for matrix, size in zip(spec.hf_names, hf_shapes(spec, shape), strict=True):
+                if matrix in form.names:
+                    origin, grid = form.grid((0, 0), size)
+                    add(rank, form.scale_name(matrix), form.scale_name(matrix), (origin, origin, grid))
+    return {name: list(boxes.values()) for name, boxes in held.items()}
 
 
-def _placements(spec: ParameterSpec, shape: ModelShape, shard: Shard, form: Fp8Form | None) -> Iterator[Placement]:
-    yield from training_placements(spec, shape, shard.tp_rank, shard.tp_size)
-    for matrix, size in zip(spec.hf_names, hf_shapes(spec, shape), strict=True):
-        if form is not None and matrix in form.names:
-            origin, grid = form.grid((0, 0), size)
-            yield Placement(form.scale_name(matrix), origin, origin, grid)
+def _likeness(spec: ParameterSpec) -> tuple[Any, ...]:
+    """The same for parameters that differ in their layer or expert alone, which all lie alike in their shards."""
+    return (spec.kind, spec.shard_dim, spec.expert is None, *spec.hf_names[0].rsplit(".", 2)[1:])
 
 
 @dataclass(slots=True)
@@ -309,8 +340,19 @@ class _Open:
     turn: int
     position: int  # among all messages, by when they were begun
     span: int  # bytes that its pair has sent when it must close
-    copies: list[tuple[int, Copy]] = field(default_factory=list)  # size of an element, copy
+    copies: dict[int, list[Copy]] = field(default_factory=dict)  # by the size of an element
     num_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Pair:
+    """What goes from one source to one worker."""
+
+    source: int
+    worker: int
+    sent: int = 0  # bytes so far
+    turns: int = 0  # messages so far
+    open: _Open | None = None
 
 
 class _Packer:
@@ -319,54 +361,55 @@ class _Packer:
     def __init__(self, limit: int, alone: int, num_sources: int, num_workers: int) -> None:
         self._limit, self._alone, self._num_sources, self._num_workers = limit, alone, num_sources, num_workers
         self._packed = min(limit, PACKED_BYTES)
-        self._open: dict[tuple[int, int], _Open] = {}
-        self._sent: dict[tuple[int, int], int] = {}  # bytes of a pair so far
-        self._turns: dict[tuple[int, int], int] = {}
+        self._pairs: dict[tuple[int, int], _Pair] = {}
         self._begun = 0
         self._closed: list[tuple[tuple[int, int, int], Message]] = []
 
-    def add(self, source: int, worker: int, copy: Copy, itemsize: int, numel: int) -> None:
-        pair = (source, worker)
-        if numel * itemsize > self._limit:
+    def add(self, source: int, worker: int, copy: Copy, itemsize: int, num_bytes: int) -> None:
+        if num_bytes > self._limit and copy.size[0] > 1:  # rows are not split
             for part in _split(copy, self._limit // itemsize):
-                self._add(pair, part, itemsize, itemsize * math.prod(part.size))
-        else:
-            self._add(pair, copy, itemsize, itemsize * numel)
-
-    def _add(self, pair: tuple[int, int], copy: Copy, itemsize: int, num_bytes: int) -> None:
-        sent = self._sent[pair] = self._sent.get(pair, 0) + num_bytes
+                self.add(source, worker, part, itemsize, itemsize * math.prod(part.size))
+            return
+        pair = self._pairs.get((source, worker))
+        if pair is None:
+            pair = self._pairs[source, worker] = _Pair(source, worker)
+        sent = pair.sent = pair.sent + num_bytes
+        message = pair.open
         if num_bytes >= self._alone:
-            self._close(pair, _Open(*self._begin(pair), span=0, copies=[(itemsize, copy)], num_bytes=num_bytes))
-            message = self._open.get(pair)
+            alone = self._begin(pair, span=0)
+            alone.copies[itemsize], alone.num_bytes = [copy], num_bytes
+            self._close(pair, alone)
         else:
-            message = self._open.get(pair)
             if message is None:
-                message = self._open[pair] = _Open(*self._begin(pair), span=sent + _SPAN * self._packed)
-            message.copies.append((itemsize, copy))
+                message = pair.open = self._begin(pair, span=sent + _SPAN * self._packed)
+            copies = message.copies.get(itemsize)
+            if copies is None:
+                message.copies[itemsize] = [copy]
+            else:
+                copies.append(copy)
             message.num_bytes += num_bytes
         if message is not None and (message.num_bytes >= self._packed or sent >= message.span):
-            self._close(pair, self._open.pop(pair))
+            pair.open = None
+            self._close(pair, message)
 
     def messages(self) -> tuple[Message, ...]:
-        for pair, message in self._open.items():
-            self._close(pair, message)
-        self._open.clear()
+        for pair in self._pairs.values():
+            if pair.open is not None:
+                self._close(pair, pair.open)
+                pair.open = None
         return tuple(message for _, message in sorted(self._closed, key=lambda entry: entry[0]))
 
-    def _begin(self, pair: tuple[int, int]) -> tuple[int, int]:
-        turn = self._turns.get(pair, 0)
-        self._turns[pair] = turn + 1
+    def _begin(self, pair: _Pair, *, span: int) -> _Open:
         self._begun += 1
-        return turn, self._begun
+        pair.turns += 1
+        return _Open(turn=pair.turns, position=self._begun, span=span)
 
-    def _close(self, pair: tuple[int, int], message: _Open) -> None:
-        source, worker = pair
-        copies = sorted(message.copies, key=lambda entry: -entry[0])  # stable: only types are put in order
+    def _close(self, pair: _Pair, message: _Open) -> None:
+        copies = [copy for _, some in sorted(message.copies.items(), reverse=True) for copy in some]
         # Neighbours begin with the same worker, so that it hears at once of sources whose lanes differ (links.Lanes).
-        first = source * self._num_workers // self._num_sources
-        key = (message.turn, (worker - first) % self._num_workers, message.position)
-        closed = Message(source, worker, tuple(copy for _, copy in copies), message.num_bytes)
-        self._closed.append((key, closed))
+        first = pair.source * self._num_workers // self._num_sources
+        key = (message.turn, (pair.worker - first) % self._num_workers, message.position)
+        self._closed.append((key, Message(pair.source, pair.worker, tuple(copies), message.num_bytes)))
 
 
 def _split(copy: Copy, limit: int) -> Iterator[Copy]:
@@ -389,26 +432,24 @@ def _moved(start: tuple[int, ...], dim: int, by: int) -> tuple[int, ...]:
     return (*start[:dim], start[dim] + by, *start[dim + 1 :])
 
 
-def _overlap(a: Placement, b: Placement) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Start and size of the box of the HF tensor that lies in both."""
-    if len(a.size) == 2:  # nearly all, and there are hundreds of thousands
-        (x, u), (m, p), (y, v), (n, q) = a.hf_start, a.size, b.hf_start, b.size
-        low, left = (x if x > y else y), (u if u > v else v)
-        rows, columns = min(x + m, y + n) - low, min(u + p, v + q) - left
-        return ((low, left), (rows, columns)) if rows > 0 and columns > 0 else None
+def _piece(held: Placement, wanted: Placement) -> _Piece | None:
     begin, size = [], []
-    for x, m, y, n in zip(a.hf_start, a.size, b.hf_start, b.size, strict=True):
+    for x, m, y, n in zip(held.hf_start, held.size, wanted.hf_start, wanted.size, strict=True):
         low, high = max(x, y), min(x + m, y + n)
         if high <= low:
             return None
         begin.append(low)
         size.append(high - low)
-    return tuple(begin), tuple(size)
+    return _Piece(
+        source_start=_shifted(held.start, begin, held.hf_start),
+        start=_shifted(wanted.start, begin, wanted.hf_start),
+        size=tuple(size),
+        numel=math.prod(size),
+        num_wanted=math.prod(wanted.size),
+    )
 
 
-def _shifted(start: tuple[int, ...], to: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, ...]:
-    if to == origin:
-        return start
+def _shifted(start: tuple[int, ...], to: Sequence[int], origin: tuple[int, ...]) -> tuple[int, ...]:
     lead = len(start) - len(to)
     return (*start[:lead], *(s + t - o for s, t, o in zip(start[lead:], to, origin, strict=True)))
 

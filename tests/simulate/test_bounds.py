@@ -39,11 +39,12 @@ def old_dry_rank(function: Any, config: Any, shape: Any, *, rank: int, world_siz
 
 PLANTED = [
     ("balance", "simulate_balance", always(Balance(
-        share=0.75, share_with_head=0.7, microbatches=12, empty=0.3, padding=0.03, imbalance=1.0)), 5),
+        share=0.75, share_with_head=0.7, microbatches=12, empty=0.3, padding=0.03, imbalance=1.0, possible=0.9)), 9),
     ("transfer", "simulate_transfer", always(Transfer(
         seconds=5.7, limit=1.179, moved=1, needed=1, imbalance=1.03, plan_seconds=49.0, messages=36845.0,
         result_bytes=962 * 10**6, ranks_of_a_group=1032, groups_of_a_rank=32)), 16),
-    ("judging", "simulate_judging", always(Judging(reading=25.0, share=1.0, composing=0.5, received=0)), 1),
+    ("judging", "simulate_judging", always(Judging(
+        reading=150.0, share=1 / 1024, comparing=0.5, composing=3.1, trained=1.0, received=0)), 1),
     ("start", "run_apart", always(Start(made=5553, sockets=3240, members=(1024,))), 2),
     ("dry", "run_apart", old_dry_rank, 12),
 ]  # fmt: skip
