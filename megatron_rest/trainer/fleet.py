@@ -330,7 +330,8 @@ class EngineFleet:
         if self._index is not None:
             found[:, self._index] = torch.tensor([share.speed(), share.pace()])
         dist.all_reduce(found)
-        self._speeds, self._paces = (_levelled(values) for values in found.tolist())
+        if found[0].any():  # no token of a step was sampled where every environment failed: what was known stays
+            self._speeds, self._paces = (_levelled(values) for values in found.tolist())
 
     def deliver(self, version: int, canary: Callable[[Singers], _T | None]) -> tuple[SyncReport, _T]:
         """Weights of ``version`` into the engines, then the canary; what the transfer and the canary say.

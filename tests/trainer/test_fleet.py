@@ -465,6 +465,28 @@ def test_a_slow_engine_takes_less(tmp_path: Path) -> None:
     assert slow[-1] > 0 == fast[-1], "the last ones to the fast one"
 
 
+def nobody_samples_a_token(rank: int, world: int) -> tuple[int, bool]:
+    """As where every environment fails at its reset."""
+
+    class Empty(ScriptedEngine):
+        def run(self, *arguments: Any, on_rollout: OnRollout, **others: Any) -> None:
+            def without_tokens(key: int, rollout: Rollout) -> None:
+                on_rollout(key, replace(rollout, loss_mask=np.zeros(1, bool)))
+
+            super().run(*arguments, on_rollout=without_tokens, **others)
+
+    setting = make_fleet(Empty(), rank=rank, ranks=world)
+    give_weights(setting)
+    before = list(setting.fleet._speeds)
+    begin(setting, seed=5)
+    groups = setting.fleet.collect(refresh=lambda: None)
+    return sum(len(group.rollouts) for group in groups), setting.fleet._speeds == before
+
+
+def test_a_step_without_a_token_is_dealt_and_says_nothing_of_speeds() -> None:
+    assert run_distributed(nobody_samples_a_token, 2) == [(8, True)] * 2
+
+
 def the_last_are_left_to_the_fast_one(rank: int, world: int, folder: str, is_lost: bool) -> list[int]:
     """Rank 0's engine would take all while rank 1's waits, but knows that it is slow; then rank 1's goes."""
     slow_has_waited, lost = Path(folder) / "waited", Path(folder) / "lost"
