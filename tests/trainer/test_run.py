@@ -227,6 +227,7 @@ def test_run_leaves_checkpoint_events_and_a_model(unbroken, warm):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
     run_dir = base / "bfloat16"
     overrides = ("model.dtype=bfloat16", "rollout.dtype=bfloat16", "checkpoint.export_hf=false", "trainer.steps=1")
@@ -237,6 +238,7 @@ def test_bfloat16_on_both_sides_keeps_the_canary_in_its_band(base, warm):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_engines_in_fp8_sample_a_rounded_policy_that_training_corrects_for(base, warm):
     run_dir = base / "fp8-engines"
     engines = ("rollout.replicas=1", "rollout.tensor_parallel=2", "weight_sync.transport=gloo", "loss.tis_cap=2.0")
@@ -307,6 +309,7 @@ def test_what_teaches_nothing_is_saved_and_not_trained(base, warm):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm):
     """TP 2 with sequence parallelism, CP 2: weights in the file are those of the score norms in the file.
 
@@ -335,10 +338,11 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
     owner = np.repeat(np.arange(len(saved.lengths)), saved.lengths)
     weights = weighting.packed(saved.region_ids, owner, progress=0.0, loss_mask=saved.loss_mask)
     np.testing.assert_allclose(saved.token_weights, weights, rtol=1e-5)
-    assert len(np.unique(weights)) > 10, "not uniform"
+    assert np.abs(weights[saved.loss_mask] - 1).max() > 1e-4, "uniform ones would not pass the line before"
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_credit_of_ones_own_by_name(base, warm):
     """One rank: a class of one's own gives the weights, with RLOO and GSPO around it; the record says so."""
     run_dir = base / "own-credit"
@@ -364,6 +368,7 @@ def test_credit_of_ones_own_by_name(base, warm):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_advantages_by_token_come_from_the_scoring_pass(base, warm):
     """TP 2 x PP 2: the optimal token baseline of siblings that lie in different microbatches."""
     run_dir = base / "otb"
@@ -383,6 +388,7 @@ def test_advantages_by_token_come_from_the_scoring_pass(base, warm):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_published_weights_leave_glue_out_and_the_policy_is_judged_on_prompts(base, warm):
     """One rank with ``weighting.source=reference_code``; then its export answers two sets of prompts, once."""
     run_dir = base / "published"
@@ -421,6 +427,7 @@ def test_published_weights_leave_glue_out_and_the_policy_is_judged_on_prompts(ba
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_experts_train_over_two_ranks(base):
     """A mixture of experts at EP 2 x DP 2 with the distributed optimiser, and its engines follow."""
     model = build_tiny_model(
@@ -551,6 +558,7 @@ def test_one_step_off_every_rollout_is_one_version_old(base, tmp_path):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_a_run_whose_optimiser_leaves_while_engines_sample_is_the_same(base):
     """Colocated, with a checkpoint in the middle, written while training goes on: equal bit for bit."""
     overrides = ("rollout.replicas=0", "weight_sync.transport=local", "parallel.tensor_parallel=1", "trainer.steps=3")
@@ -570,6 +578,7 @@ def test_a_run_whose_optimiser_leaves_while_engines_sample_is_the_same(base):
 
 
 @pytest.mark.extended
+@pytest.mark.alone
 def test_engines_are_two_steps_ahead_and_a_continued_run_has_what_they_had(base):
     """Rollouts are cut by new weights and go on; a run from the checkpoint of step 2 has the same ones in step 3."""
     overrides = ("rollout.max_staleness=2", "rollout.on_update=keep", "loss.tis_cap=2.0", "rollout.max_concurrent=4")
@@ -596,6 +605,7 @@ def test_engines_are_two_steps_ahead_and_a_continued_run_has_what_they_had(base)
 
 @pytest.mark.parametrize("ending", ["success", "ctrl-c", "killed rank"])
 @pytest.mark.extended
+@pytest.mark.alone
 def test_nothing_is_left_behind(ending, base):
     """However a run with an engine process ends: no process of it, no shared memory."""
     run_dir = base / f"left-{ending.replace(' ', '-')}"
