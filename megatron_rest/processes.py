@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -27,11 +27,12 @@ __all__ = [
     "start_of",
     "start_worker",
     "variable_of",
+    "when_gone",
 ]
 
 _PROC = Path("/proc")
 _SHM = "/dev/shm/"
-_LOOK_SECONDS = 1.0  # of a worker, between looks at its owner
+_LOOK_SECONDS = 1.0  # between looks at the parent
 _STATE, _SESSION, _START = 0, 3, 19  # fields of /proc/PID/stat behind the name
 
 
@@ -120,12 +121,16 @@ def serve_as_worker() -> tuple[IO[bytes], IO[bytes]]:
     os.dup2(empty, 0)
     os.close(empty)
     os.dup2(2, 1)
-    owner = os.getppid()
+    when_gone(os.getppid(), lambda: os.killpg(0, signal.SIGKILL))
+    return requests, replies
+
+
+def when_gone(parent: int, act: Callable[[], object]) -> None:
+    """Call ``act`` from a thread once the process that started this one has ended: the main thread may hang by then."""
 
     def follow() -> None:
-        while os.getppid() == owner:
+        while os.getppid() == parent:
             time.sleep(_LOOK_SECONDS)
-        os.killpg(0, signal.SIGKILL)
+        act()
 
-    threading.Thread(target=follow, name="owner", daemon=True).start()
-    return requests, replies
+    threading.Thread(target=follow, name="parent", daemon=True).start()

@@ -14,7 +14,6 @@ prepare_process(cpu=not has_gpu_driver())  # environment that torch and vLLM rea
 import os  # noqa: E402
 import socket  # noqa: E402
 import sys  # noqa: E402
-import threading  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
@@ -22,6 +21,7 @@ from typing import Any, NoReturn  # noqa: E402
 import numpy as np  # noqa: E402
 
 from megatron_rest.config import ConfigError, RolloutConfig, from_dict  # noqa: E402
+from megatron_rest.processes import when_gone  # noqa: E402
 from megatron_rest.rollout.chat import ChatSettings  # noqa: E402
 from megatron_rest.rollout.conversations import make_conversation  # noqa: E402
 from megatron_rest.rollout.engine import Cut, EngineStateError, Exam, RefusedRequestError, RolloutRequest  # noqa: E402
@@ -200,16 +200,9 @@ def _end(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _follow(owner: int) -> None:
-    """The main thread may hang in a transfer when the owner goes."""
-    while os.getppid() == owner:
-        time.sleep(_BEAT_SECONDS)
-    _end(0)
-
-
 def main(argv: list[str]) -> None:
     """Serve the socket with file descriptor ``argv[0]``, for the process ``argv[1]``."""
-    threading.Thread(target=_follow, args=(int(argv[1]),), daemon=True).start()
+    when_gone(int(argv[1]), lambda: _end(0))
     connection = Connection(socket.socket(fileno=int(argv[0])))
     status = 0
     try:

@@ -9,8 +9,6 @@ import os
 import signal
 import socket
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -21,12 +19,12 @@ from megatron_rest.config import ConfigError, RestConfig, load, validate
 from megatron_rest.errors import RunError
 from megatron_rest.help_topics import Topic, see
 from megatron_rest.preflight import MachineError, check_machine, say_in_job_log
+from megatron_rest.processes import when_gone
 from megatron_rest.rollout.keeper import end_all
 from megatron_rest.run_folder import STALE_SECONDS, claim, hold, job_name, wait_for_owner
 
 __all__ = ["STOPPED_STATUS", "StoppedEarly", "worker_main"]
 
-_LOOK_SECONDS = 1.0  # between looks at the launcher
 _VISIBLE_SECONDS = 15.0  # until others see a file that is new on the storage
 
 _INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -129,13 +127,11 @@ def _go_with_the_launcher() -> None:
         return
     launcher = os.getppid()
 
-    def follow() -> None:
-        while os.getppid() == launcher:
-            time.sleep(_LOOK_SECONDS)
+    def end() -> None:
         _say_from_here(f"error: the launcher (process {launcher}) is gone, and so this rank ends")
         _leave(_TERMINATED)
 
-    threading.Thread(target=follow, name="launcher", daemon=True).start()
+    when_gone(launcher, end)
 
 
 @contextlib.contextmanager
