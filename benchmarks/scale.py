@@ -33,8 +33,8 @@ from megatron_rest.simulate.exchange import simulate_exchange
 from megatron_rest.simulate.findings import Finding, page
 from megatron_rest.simulate.judging import simulate_judging
 from megatron_rest.simulate.start import simulate_start
-from megatron_rest.simulate.transfer import simulate_transfer
 from megatron_rest.weight_sync.layouts import EngineLayout, TrainingLayout
+from megatron_rest.weight_sync.timing import simulate_transfer
 
 RECORD = Path(__file__).with_suffix(".json")
 WORSE = 1.05  # of a recorded value
@@ -143,6 +143,10 @@ def start() -> Iterator[Finding]:
                   detail=f"{sum(n - 1 for n in found.members):,} if every pair connected")  # fmt: skip
 
 
+WAITS_OF_ROTATION = 4  # Megatron's unfused rotary embedding looks at the bounds of sequences for q and k, twice each
+WAITS_OF_ROUTING = 1  # rows that each expert gets: the all-to-all's messages have these sizes
+
+
 def dry() -> Iterator[Finding]:
     for name, ranks in (("rest_8b", (0,)), ("rest_70b", (0, 56)), ("rest_30b_a3b", (0,))):
         config, gpus, shape = recipe(name, *NO_FP8, "trainer.share_prompts=off")
@@ -160,6 +164,10 @@ def dry() -> Iterator[Finding]:
             owned = found.optimizer + found.weights
             yield Finding(name=f"{who}, a periodic save over what is owned", value=(owned + found.saving) / owned,
                           unit="", bound=1.2, detail=f"{found.saving / 1e9:.2f} GB more")  # fmt: skip
+            passes = shape.num_layers // config.parallel.pipeline_parallel * (1 + (config.parallel.recompute == "full"))
+            yield Finding(name=f"{who}, waits of the host a layer and forward pass",
+                          value=sum(found.waits.values()) / passes, unit="",
+                          bound=WAITS_OF_ROTATION + (WAITS_OF_ROUTING if shape.num_experts else 0))  # fmt: skip
 
 
 def honesty() -> Iterator[Finding]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import enum
 import importlib
 import inspect
 import re
@@ -274,6 +275,8 @@ def _public(name: str, value: Any) -> Iterator[str]:
 
 
 def _signature(name: str, value: Any) -> str:
+    if inspect.isclass(value) and issubclass(value, enum.Enum):  # how one is called differs between Pythons
+        return "\n".join(f"{name}.{member.name} = {member.value!r}" for member in value)
     try:
         signature = inspect.signature(value)
     except ValueError:  # nothing that is called

@@ -133,7 +133,8 @@ def warm_start_of(config: RestConfig, default: RestConfig, base: Path) -> RestCo
 def plan_text(config: RestConfig, hardware: str, *, world_size: int) -> str:
     """The planner's page; or why there is none (a model that nobody here knows is no reason not to start)."""
     try:
-        return as_text(make_plan(config, HARDWARE[hardware], world_size=world_size))
+        plan = make_plan(config, HARDWARE[hardware], world_size=world_size)
+        return as_text(plan.with_simulated_sync())
     except ConfigError as error:
         return f"plan: not possible: {error}"
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -304,6 +306,7 @@ def build_chunks(shape: ModelShape, config: RestConfig, context: ParallelContext
         follow_positions(model)
         accelerations.fuse_weight_gradients(model)
         _mark_experts(model, context)
+        _let_go_of_routing(model)
         chunks.append(model.to(context.device))
     return chunks
 
@@ -318,6 +321,24 @@ def _mark_experts(model: Any, context: ParallelContext) -> None:
         for name, parameter in model.named_parameters():
             if ".mlp.experts." in name:
                 parameter.allreduce = False
+
+
+def _let_go_of_routing(model: Any) -> None:
+    """Let dispatchers drop a pass's router probabilities when its rows are back from their experts.
+
+    Megatron's keeps them until the layer's next forward pass.  Of a recomputed layer they hold the graph, and by it the
+    layer's input and that input's gradient: two hidden states a layer, 3 GB of a 30B-A3B rank.
+    """
+    for module in model.modules():
+        dispatcher = getattr(module, "token_dispatcher", None)
+        if dispatcher is not None:
+            dispatcher.combine_postprocess = partial(_combine_and_let_go, dispatcher, dispatcher.combine_postprocess)
+
+
+def _combine_and_let_go(dispatcher: Any, combine: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    rows = combine(*args, **kwargs)
+    dispatcher.probs = None
+    return rows
 
 
 def _rope_scaling(shape: ModelShape) -> dict[str, Any]:

@@ -11,7 +11,9 @@ It changes Megatron and torch.distributed for the whole process: call it in a pr
 from __future__ import annotations
 
 import contextlib
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -45,6 +47,7 @@ class DryRank:
     optimizer: int  # masters and moments
     update: int  # more at the peak of an update's passes
     saving: int  # more at the peak of describing a checkpoint that is written as it lies
+    waits: dict[str, float]  # of the host for a value of the device, a microbatch, by "file:line" of who looks
 
 
 def as_rank(rank: int, world_size: int) -> None:
@@ -99,7 +102,8 @@ def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: in
                 chunk.train()
                 chunk.zero_grad_buffer()
             step = partial(forward_step, loss=RestPolicyLoss(config.loss), totals=totals)
-            policy._schedule(step, [one] * (microbatches * context.pp_size), forward_only=False)
+            through = [one] * (microbatches * context.pp_size)
+            policy._schedule(step, through, forward_only=False)
             update = memory.peak - before
             before = memory.mark()
             checkpoint._sharded_state(policy, is_loading=False, form=checkpoint.AS_IT_LIES)
@@ -113,6 +117,7 @@ def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: in
         optimizer=optimizer,
         update=update,
         saving=saving,
+        waits={place: count / len(through) for place, count in _WAITS.items()},
     )
 
 
@@ -204,14 +209,45 @@ def _coalescing(*args: Any, **kwargs: Any) -> Iterator[Any]:
     yield _DONE
 
 
+_WAITS: Counter[str] = Counter()
+_LOOKS = frozenset(
+    {Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.cpu}
+)
+_OF_CPU = "mcore/attention.py"  # attention of a CPU; the kernel that it stands for reads bounds where they lie
+
+
+def _note_wait() -> None:
+    """By whom: the innermost caller that is neither this module nor torch's."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename != __file__ and "/torch/" not in frame.filename:
+            if not frame.filename.endswith(_OF_CPU):
+                _WAITS[f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}"] += 1
+            return
+
+
+class _Bounds(Tensor):
+    """Bounds of sequences: on the host here, on the device in a run, where each look at a value waits for it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LOOKS:
+            _note_wait()
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 def _host_bounds() -> None:
-    """Bounds of sequences are looked at by the host, so they stay there."""
+    """Bounds of sequences are looked at by the host, so they stay there; the looks are counted.
+
+    A look at any other tensor ends the run, since those of the meta device have no values.
+    """
 
     def to(self: MicroBatch, device: Any) -> MicroBatch:
         stay = ("cu_seqlens", "active_rows", "parents")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stay}
         moved: dict[str, Any] = {name: v.to(_META) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        there = replace(self, **moved)
+        object.__setattr__(there, "cu_seqlens", self.cu_seqlens.as_subclass(_Bounds))
+        return there
 
     MicroBatch.to = to  # type: ignore[method-assign]
 
@@ -268,6 +304,13 @@ def _even_routing(top_k: int) -> None:
         rows = routing_map.shape[0] * top_k
         return real(self, routing_map)
 
+    synchronize = dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize
+
+    def maybe_wait(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if point == self.cuda_sync_point:  # one wait for all that was copied
+            _note_wait()
+        return synchronize(self, point, tokens_per_expert)
+
     def permute(tokens: Tensor, routing_map: Tensor, probs: Tensor | None = None, **options: Any) -> Sequence[Any]:
         count = tokens.shape[0] * top_k
         order = torch.empty(count, dtype=torch.int64, device=_META)
@@ -276,4 +319,5 @@ def _even_routing(top_k: int) -> None:
 
     dispatcher.maybe_move_tensor_to_cpu = host
     dispatcher.MoEAlltoAllTokenDispatcher.preprocess = preprocess
+    dispatcher.MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = maybe_wait
     dispatcher.permute = permute

@@ -1,4 +1,5 @@
-"""Memory and time of a configuration before it runs (docs/planner.md has every formula).  Imports no torch.
+"""Memory and time of a configuration before it runs (docs/planner.md has every formula).  Imports no torch, but
+to simulate a weight transfer, where it is installed.
 
 shapes.py      the model's numbers: from its folder, or from a table of published models
 hardware.py    what a GPU has, and how much of it a program like this one gets

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             mean_prompt=args.mean_prompt,
             mean_response=args.mean_response,
             zero_groups=args.zero_groups,
-        )
+        ).with_simulated_sync()
     except ConfigError as error:
         print(f"megatron-rest plan: {error}", file=sys.stderr)
         return 2

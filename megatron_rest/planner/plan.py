@@ -12,7 +12,7 @@ from megatron_rest.planner.lengths import Lengths
 from megatron_rest.planner.memory import Item, StageMemory, engine_memory, kv_bytes_per_token, stage_memories
 from megatron_rest.planner.shapes import find_shape
 from megatron_rest.planner.steptime import StepTime, step_time, training_seconds
-from megatron_rest.planner.synctime import SyncTime, sync_time
+from megatron_rest.planner.synctime import SyncTime, simulated, sync_time
 from megatron_rest.planner.work import Assumptions, StepWork, step_work
 
 __all__ = ["Plan", "make_plan"]
@@ -65,6 +65,12 @@ class Plan:
             config, self.shape, self.shape_source, self.hardware, world_size or self.world_size, self.lengths,
             self.zero_groups,
         )  # fmt: skip
+
+    def with_simulated_sync(self) -> Plan:
+        """The same with the weight transfer simulated, event by event, where engines have GPUs of their own."""
+        if self.sync is None:
+            return self
+        return replace(self, sync=simulated(self.sync, self.config, self.shape, world_size=self.world_size))
 
     @property
     def assumed(self) -> Assumptions:

@@ -74,7 +74,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             }
             for saving in savings_of(plan)
         },
-        "sync_seconds": None if plan.sync is None else {"limit": plan.sync.limit, "gather": plan.sync.gather},
+        "sync_seconds": None
+        if plan.sync is None
+        else {"limit": plan.sync.limit, "gather": plan.sync.gather, "simulated": plan.sync.simulated},
         "problems": list(plan.problems),
     }
 
@@ -178,9 +180,11 @@ def _training(plan: Plan) -> list[str]:
 def _sync(plan: Plan) -> list[str]:
     if plan.sync is None:
         return []
+    sync = plan.sync
+    simulated = "" if sync.simulated is None else f"{_seconds(sync.simulated)} as simulated, "
     return [
-        f"weight transfer of {plan.sync.copy_bytes / 1e9:.0f} GB: at least {_seconds(plan.sync.limit)} if every GPU "
-        f"receives what it lacks, about {_seconds(plan.sync.gather)} with whole tensors on every GPU"
+        f"weight transfer of {sync.copy_bytes / 1e9:.0f} GB: {simulated}at least {_seconds(sync.limit)} if every GPU "
+        f"receives what it lacks, about {_seconds(sync.gather)} with whole tensors on every GPU"
     ]
 
 

@@ -1,16 +1,18 @@
-"""Least time of a weight transfer, from the bytes each side must move and the slower of the links they cross."""
+"""Time of a weight transfer: the least, from the bytes each side must move and the slower of the links they cross; and
+for engines of their own as simulated with the plans that ranks would make.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_rest.config import RestConfig
+from megatron_rest.config import ConfigError, RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
 from megatron_rest.planner.memory import engine_weight_bytes, itemsize
 from megatron_rest.weight_sync.limits import Links, SyncSetting, sync_limits
 
-__all__ = ["SyncTime", "sync_time"]
+__all__ = ["SyncTime", "simulated", "sync_time"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +22,7 @@ class SyncTime:
     copy_bytes: int  # one whole copy of the weights
     limit: float  # every GPU receives only what it lacks
     gather: float  # every GPU receives every tensor, as weight_sync/source.py sends them
+    simulated: float | None = None  # with windows, order and hosts of the real plans (weight_sync/timing.py)
 
 
 def sync_time(
@@ -54,3 +57,18 @@ def sync_time(
     limit = max(share * away / far, share * beside / hardware.nvlink, 2 * share / hardware.memory_bandwidth)
     gather = size * away / (far * efficiency.links) + size * beside / (hardware.nvlink * efficiency.links)
     return SyncTime(copy_bytes=size, limit=limit, gather=gather)
+
+
+def simulated(time: SyncTime, config: RestConfig, shape: ModelShape, *, world_size: int) -> SyncTime:
+    """With its simulation (a second or some of CPU time): of engines of their own, where torch is installed."""
+    try:
+        from megatron_rest.weight_sync.timing import simulate_push
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return time
+    try:
+        found = simulate_push(config, shape, world_size=world_size)
+    except ValueError as error:  # a layout that cuts through a head: no push is possible
+        raise ConfigError(str(error)) from error
+    return time if found is None else replace(time, simulated=found.seconds)

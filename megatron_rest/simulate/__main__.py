@@ -108,28 +108,14 @@ def _balance(subject: Subject) -> list[Finding]:
 
 
 def _transfer(subject: Subject) -> list[Finding]:
-    from megatron_rest.simulate.transfer import simulate_transfer
-    from megatron_rest.weight_sync.layouts import EngineLayout, TrainingLayout
+    from megatron_rest.weight_sync.timing import simulate_push
 
-    config, p = subject.config, subject.config.parallel
-    if not config.rollout.replicas:
-        return [Finding(name="transfer: colocated engines take tensors by reference", value=0, unit="messages")]
     try:
-        found = simulate_transfer(
-            subject.shape,
-            TrainingLayout(
-                tensor_parallel=p.tensor_parallel,
-                pipeline_parallel=p.pipeline_parallel,
-                virtual_pipeline=p.virtual_pipeline,
-                data_parallel=p.data_parallel(subject.world_size) * p.context_parallel,
-                expert_parallel=p.expert_parallel,
-            ),
-            EngineLayout(tensor_parallel=config.rollout.tensor_parallel),
-            config.rollout.replicas,
-            message_bytes=config.weight_sync.bucket_bytes,
-        )
+        found = simulate_push(subject.config, subject.shape, world_size=subject.world_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if found is None:
+        return [Finding(name="transfer: colocated engines take tensors by reference", value=0, unit="messages")]
     name = "transfer: "
     return [
         Finding(name=name + "share of line rate", value=100 * found.share, unit="%", bound=85, at_most=False,

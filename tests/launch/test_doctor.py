@@ -64,7 +64,7 @@ def environment_with(folder: Path, *distributions: tuple[str, str], modules: tup
     [
         ((("apex", "0.9.10.dev0"),), ("apex",), "Apex", "not NVIDIA Apex"),
         ((("vllm", "0.32.0"),), (), "vLLM", "one of them"),
-        ((("torchvision", "0.28.0"),), (), "torchvision etc.", "pip uninstall torchvision"),
+        ((("torch", "2.13.0+cpu"), ("torchvision", "0.28.0")), (), "torchvision etc.", "pip uninstall torchvision"),
         ((("transformer-engine", "2.20.2"),), (), "Transformer Engine", "this package alone cannot be imported"),
         (
             (("transformer-engine", "2.20.2"), ("transformer-engine-cu13", "2.19.0")),

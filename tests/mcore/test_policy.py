@@ -4,11 +4,13 @@
 2. loss, gradient norm and parameters after updates are the same for every layout and microbatch split
 3. first-step identities: ratio exactly 1, KL exactly 0; uniform weights = plain GRPO bit for bit
 4. the seam: equal to Megatron's own cross-entropy, reversible, one instance only
+5. nothing of a pass is left when it is over
 """
 
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -312,3 +314,37 @@ def test_layouts_that_cannot_run_are_refused_by_name(tied_model):
         assert "world size 2 does not fit tensor_parallel 2 x pipeline_parallel 2" in fit
         assert "has no experts" in experts
         assert "sequence_parallel needs" in sequence
+
+
+def inputs_still_there(rank: int, world_size: int, model: str) -> dict[str, int]:
+    """``parallel.recompute`` -> inputs of layers and routers that are alive after their backward passes."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    found = {}
+    for recompute in ("none", "mlp", "full"):
+        parts = make_policy(layout_config(model, overrides=(f"parallel.recompute={recompute}",)))
+        seen: list[weakref.ref] = []
+
+        def note(_, args, kwargs, seen=seen) -> None:
+            seen.append(weakref.ref(args[0] if args else kwargs["hidden_states"]))
+
+        for module in parts.policy.chunks[0].modules():
+            if isinstance(module, TransformerLayer | TopKRouter):
+                module.register_forward_pre_hook(note, with_kwargs=True)
+        batch = batch_of(parts, random_samples(parts.shape.vocab_size), max_tokens=512)
+        parts.policy.gradients(with_weights(batch), smooth_loss)
+        assert len(seen) >= 2 * LAYERS
+        found[recompute] = sum(reference() is not None for reference in seen)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def test_nothing_of_a_pass_outlives_it(tmp_path):
+    """Megatron's dispatcher of experts held each recomputed layer's input and its gradient until the next pass."""
+    model = build_tiny_model(
+        tmp_path / "moe", arch="qwen3_moe", layers=LAYERS, mlp_only_layers=[], with_tokenizer=False
+    )
+    [found] = run_distributed(inputs_still_there, 1, str(model))
+    assert found == {"none": 0, "mlp": 0, "full": 0}

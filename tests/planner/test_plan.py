@@ -137,6 +137,9 @@ def test_engines_in_fp8_take_half_and_senders_keep_a_copy_while_they_send():
         fp8 = plan(f"rollout.quantization={quantization}")
         assert fp8.sync.copy_bytes == pytest.approx(whole - matrices + 4 * scales, rel=1e-9)
         assert fp8.sync.limit < 0.55 * plain.sync.limit
+        simulated = [p.with_simulated_sync().sync for p in (plain, fp8)]
+        assert all(sync.limit < sync.simulated < sync.gather for sync in simulated)
+        assert simulated[1].simulated < 0.6 * simulated[0].simulated
         buffers = [sum(i.num_bytes for i in p.stages[0].syncing if i.name == "sync buffers") for p in (plain, fp8)]
         p = fp8.config.parallel
         of_a_rank = matrices / p.tensor_parallel / p.pipeline_parallel
@@ -181,6 +184,7 @@ def test_the_command_needs_no_torch_and_says_by_its_status_whether_it_fits(tmp_p
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
+    engines = ("rollout.replicas=4", "weight_sync.transport=nccl", "loss.tis_cap=2.0")
     tight, roomy = plan(), plan("--gpu", "h200", "--json")
     assert (tight.returncode, roomy.returncode) == (1, 0), tight.stderr + roomy.stderr
     assert "what would fit:" in tight.stdout
@@ -188,6 +192,9 @@ def test_the_command_needs_no_torch_and_says_by_its_status_whether_it_fits(tmp_p
     assert told["parameters"] == PUBLISHED_TOTALS["Llama-3.3-70B"]
     assert len(told["stages"]) == 4
     assert told["seconds"]["update"] > 0
+    apart = json.loads(plan("--gpu", "h200", "--json", *engines).stdout)["sync_seconds"]
+    assert apart["simulated"] is None, "for want of torch"
+    assert apart["limit"] > 0
     wrong = plan("optimizer.lrr=1")
     assert wrong.returncode == 2
     assert "did you mean optimizer.lr?" in wrong.stderr

@@ -15,8 +15,8 @@ from megatron_rest.planner.published import Point
 from megatron_rest.simulate.balance import Balance
 from megatron_rest.simulate.judging import Judging
 from megatron_rest.simulate.start import Start
-from megatron_rest.simulate.transfer import Transfer
 from megatron_rest.types import Rollout
+from megatron_rest.weight_sync.timing import Transfer
 
 
 def always(value: Any) -> Any:
@@ -30,10 +30,13 @@ def padded_to_all_ranks(rollouts: Mapping[int, Rollout]) -> torch.Tensor:
 
 
 def old_dry_rank(function: Any, config: Any, shape: Any, *, rank: int, world_size: int) -> DryRank:
-    """The whole data-parallel group's state in host memory; a peak and parameters that nobody planned."""
+    """The whole data-parallel group's state in host memory; a peak and parameters that nobody planned; a wait for every
+    microbatch's longest sequence beside those of the rotary embedding, and four for the experts' rows.
+    """
     return DryRank(
         stage=0, parameters=10**12, weights=4_500_000_000, gradients=0, optimizer=13_600_000_000,
         update=200 * 10**9, saving=27_250_000_000,
+        waits={"rope_utils.py:204": 480.0, "token_dispatcher.py:1": 480.0, "forward_step.py:27": 1.0},
     )  # fmt: skip
 
 
@@ -46,7 +49,7 @@ PLANTED = [
     ("judging", "simulate_judging", always(Judging(
         reading=150.0, share=1 / 1024, comparing=0.5, composing=3.1, trained=1.0, received=0)), 1),
     ("start", "run_apart", always(Start(made=5553, sockets=3240, members=(1024,))), 2),
-    ("dry", "run_apart", old_dry_rank, 12),
+    ("dry", "run_apart", old_dry_rank, 16),
 ]  # fmt: skip
 
 

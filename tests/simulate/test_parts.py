@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.scale import worse
+from benchmarks.scale import WAITS_OF_ROTATION, worse
 from megatron_rest.config import load
 from megatron_rest.mcore.dry import DryRank, dry_rank
 from megatron_rest.model_map import ModelShape
@@ -82,6 +82,27 @@ def test_a_dry_rank_holds_what_is_planned(folder: Path, rank: int, stage: int) -
     assert found.gradients == pytest.approx(items["gradients"], rel=0.01)
     assert found.update == pytest.approx(sum(item.num_bytes for item in planned.training), rel=0.25)
     assert found.saving < 0.05 * found.optimizer
+    assert sum(found.waits.values()) == WAITS_OF_ROTATION * 2, found.waits
+
+
+def dry_rank_of_a_curious_step(*args: Any, **options: Any) -> DryRank:
+    from megatron_rest.mcore import forward_step
+
+    real = forward_step.packed_seq_params
+
+    def look(microbatch: Any) -> Any:
+        assert int(microbatch.cu_seqlens.diff().max()) > 0
+        return real(microbatch)
+
+    forward_step.packed_seq_params = look
+    return dry_rank(*args, **options)
+
+
+def test_a_look_at_the_device_is_counted(folder: Path) -> None:
+    shape = ModelShape.from_hf_config(read_config(folder))
+    found: DryRank = run_apart(dry_rank_of_a_curious_step, config(folder), shape, rank=0, world_size=2)
+    ours = {place: count for place, count in found.waits.items() if "rope_utils" not in place}
+    assert list(ours.values()) == [1.0] and "test_parts.py" in next(iter(ours))
 
 
 @pytest.mark.parametrize("point", POINTS, ids=lambda p: f"{p.name} {p.value:g}")

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -508,7 +509,7 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     assert [row["step"] for row in ours] == [1, 2, 3]
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert [start["after_step"] for start in starts] == [0, int(saved.name[-6:])]
-    assert starts[0]["packages"]["torch"] == torch.__version__
+    assert starts[0]["packages"]["torch"] == metadata.version("torch")
     assert "validation/bfcl/accuracy" in ours[2]["metrics"]
     assert timeless(ours)[2] == timeless(theirs)[2], "bit for bit, though only the other one recorded its third step"
     a, b = load_file(run_dir / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")

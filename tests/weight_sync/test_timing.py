@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rest.simulate import transfer
-from megatron_rest.simulate.rates import Rates
-from megatron_rest.simulate.transfer import simulate_transfer, transfer_seconds
+from megatron_rest.weight_sync import timing
 from megatron_rest.weight_sync.layouts import EngineLayout, TrainingLayout
 from megatron_rest.weight_sync.plan import Copy, Message, SyncPlan
+from megatron_rest.weight_sync.rates import Rates
+from megatron_rest.weight_sync.timing import simulate_transfer, transfer_seconds
 from tests.weight_sync.test_plan import _dense
 
 WIRE = Rates(nic=1.0, message=0.0, send=0.0, receive=0.0, copy=0.0)
@@ -48,7 +48,7 @@ def test_a_narrow_window_leaves_cards_idle(monkeypatch: pytest.MonkeyPatch) -> N
     messages = [(s, w, 4 if s == w else 1) for _ in range(8) for s in range(4) for w in range(4)]
     slow = Rates(nic=1.0, message=1.0, send=0.0, receive=0.5, copy=0.0)
     wide = transfer_seconds([plan(messages, 4)], lanes=0, rates=slow)
-    monkeypatch.setattr(transfer, "MESSAGES_UNDER_WAY", 1)
+    monkeypatch.setattr(timing, "MESSAGES_UNDER_WAY", 1)
     assert transfer_seconds([plan(messages, 4)], lanes=0, rates=slow) > 1.2 * wide
 
 

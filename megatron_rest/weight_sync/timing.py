@@ -1,4 +1,5 @@
-"""A weight transfer, event by event: the real plans, with the windows, lanes and order of the code that carries them.
+"""Seconds of a weight transfer, event by event: the real plans, with the windows, lanes and order of the code that
+carries them.
 
 A sender issues its messages in order while at most :data:`MESSAGES_UNDER_WAY` are unfinished from the oldest on; a
 worker asks for as many ahead of the one it handles.  Over NCCL a message also waits for the one before it in its lane
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_rest.config import RestConfig, RolloutQuantization
 from megatron_rest.model_map import ModelShape
-from megatron_rest.simulate.rates import RATES, Rates
 from megatron_rest.weight_sync.layouts import (
     EngineLayout,
+    EngineTensor,
+    Fp8Form,
     TrainingLayout,
     engine_tensors,
     engine_workers,
@@ -28,8 +31,9 @@ from megatron_rest.weight_sync.layouts import (
 from megatron_rest.weight_sync.limits import MESSAGES_UNDER_WAY
 from megatron_rest.weight_sync.links import NCCL_LANES, Lanes
 from megatron_rest.weight_sync.plan import SyncPlan, make_plans, without_collector
+from megatron_rest.weight_sync.rates import RATES, Rates
 
-__all__ = ["Transfer", "simulate_transfer", "transfer_seconds"]
+__all__ = ["Transfer", "simulate_push", "simulate_transfer", "transfer_seconds"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,31 @@ class Transfer:
         return self.limit / self.seconds
 
 
+def simulate_push(config: RestConfig, shape: ModelShape, *, world_size: int) -> Transfer | None:
+    """Of ``world_size`` training ranks and this configuration's engines; None where engines share the ranks' GPUs.
+
+    Raises ValueError when a layout cuts through a head, a row or a block.
+    """
+    if not config.rollout.replicas:
+        return None
+    p = config.parallel
+    training = TrainingLayout(
+        tensor_parallel=p.tensor_parallel,
+        pipeline_parallel=p.pipeline_parallel,
+        virtual_pipeline=p.virtual_pipeline,
+        data_parallel=p.data_parallel(world_size) * p.context_parallel,
+        expert_parallel=p.expert_parallel,
+    )
+    return simulate_transfer(
+        shape,
+        training,
+        EngineLayout(tensor_parallel=config.rollout.tensor_parallel),
+        config.rollout.replicas,
+        message_bytes=config.weight_sync.bucket_bytes,
+        quantization=config.rollout.quantization,
+    )
+
+
 def simulate_transfer(
     shape: ModelShape,
     training: TrainingLayout,
@@ -60,14 +89,17 @@ def simulate_transfer(
     num_engines: int,
     *,
     message_bytes: int,
+    quantization: RolloutQuantization = RolloutQuantization.NONE,
     rates: Rates = RATES,
 ) -> Transfer:
-    """Engines in bfloat16, laid out alike; ranks as Megatron orders them."""
+    """Engines laid out alike, in bfloat16 or with the layers' matrices in FP8; ranks as Megatron orders them."""
     held = training_shards(shape, training)
     began = time.process_time()
     with without_collector():
-        tensors = [engine_tensors(shape, worker, torch.bfloat16) for worker in engine_workers(shape, engine)]
-        plans = make_plans(shape, held, [(tensors, None)] * num_engines, message_bytes=message_bytes)
+        workers = engine_workers(shape, engine)
+        form = _form([engine_tensors(shape, worker, torch.bfloat16) for worker in workers], quantization)
+        tensors = [engine_tensors(shape, worker, torch.bfloat16, form) for worker in workers]
+        plans = make_plans(shape, held, [(tensors, form)] * num_engines, message_bytes=message_bytes)
     plan_seconds = time.process_time() - began
     sent = [sum(of_rank) for of_rank in zip(*(plan.sent_by for plan in plans), strict=True)]
     into = max(max(plan.received_by()) for plan in plans)
@@ -84,6 +116,16 @@ def simulate_transfer(
         moved=sum(plan.moved_bytes for plan in plans),
         needed=sum(plan.needed_bytes for plan in plans),
     )
+
+
+def _form(tables: Sequence[Sequence[EngineTensor]], quantization: RolloutQuantization) -> Fp8Form | None:
+    """What vLLM's online quantisation holds in FP8: matrices of layers, but for the routers."""
+    if quantization is RolloutQuantization.NONE:
+        return None
+    held = (t for table in tables for t in table if len(t.shape) > 1 and ".layers." in t.name)
+    names = frozenset(p.hf_name for t in held for p in t.placements if not p.hf_name.endswith(".gate.weight"))
+    is_block = quantization is RolloutQuantization.FP8_BLOCK
+    return Fp8Form(names=names, scale_suffix="_scale", block=(128, 128) if is_block else (1, None))
 
 
 _FOLD_BYTES = 24  # of a pickled (engine, worker) and its digest
