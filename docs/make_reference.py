@@ -276,7 +276,8 @@ def _public(name: str, value: Any) -> Iterator[str]:
 
 def _signature(name: str, value: Any) -> str:
     if inspect.isclass(value) and issubclass(value, enum.Enum):  # how one is called differs between Pythons
-        return "\n".join(f"{name}.{member.name} = {member.value!r}" for member in value)
+        values = ((m.name, f'"{m.value}"' if isinstance(m.value, str) else m.value) for m in value)
+        return "\n".join(f"{name}.{member} = {as_written}" for member, as_written in values)
     try:
         signature = inspect.signature(value)
     except ValueError:  # nothing that is called
