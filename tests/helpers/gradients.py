@@ -14,13 +14,13 @@ from megatron_rest.trainer.setup import PolicyParts
 
 def full_parameters(parts: PolicyParts) -> dict[str, np.ndarray]:
     """HF name -> parameter, on rank 0 ({} elsewhere).  Collective; see :func:`_assemble`."""
-    return _assemble(parts, parts.policy.named_shards())
+    return _assemble(parts, {name: shard.cpu() for name, shard in parts.policy.named_shards().items()})
 
 
 def full_gradient(parts: PolicyParts) -> dict[str, np.ndarray]:
     """HF name -> gradient of the last update, as the optimiser saw it, on rank 0 ({} elsewhere).  Collective."""
     optimizer = parts.policy.optimizer
-    return _assemble(parts, {name: _own_part(optimizer, p) for name, p in parts.policy.named_parameters()})
+    return _assemble(parts, {name: _own_part(optimizer, p).cpu() for name, p in parts.policy.named_parameters()})
 
 
 def _assemble(parts: PolicyParts, mine: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

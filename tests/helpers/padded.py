@@ -66,6 +66,7 @@ def padded_update(
     )
     _, grad_norm, _ = policy.optimizer.step()
     total = torch.stack([r["loss"] for r in results]).sum(0).double() if results else torch.zeros(2, dtype=torch.double)
+    total = total.to(context.device)
     dist.all_reduce(total, group=context.dp_cp_group)
     if context.pp_size > 1:
         dist.broadcast(total, src=context.last_stage_rank, group=context.pp_group)
@@ -91,7 +92,7 @@ def _padded_batch(
 
     def table(values: list[np.ndarray]) -> torch.Tensor:
         padded = np.stack([np.pad(v, (0, length - len(v))) for v in values])
-        return torch.from_numpy(padded)[:, mine]
+        return torch.from_numpy(padded)[:, mine].to(parts.context.device)
 
     def in_rows(values: list[np.ndarray]) -> torch.Tensor:
         return table(values).transpose(0, 1).reshape(-1)
@@ -103,7 +104,7 @@ def _padded_batch(
         labels=table([s.token_ids[1:].astype(np.int64) for s in rows]),
         loss=LossTokens(
             loss_mask=mask,
-            active_rows=mask.nonzero()[:, 0],
+            active_rows=mask.cpu().nonzero()[:, 0],
             advantages=in_rows([x * np.float32(s.advantage) for x, s in zip(ones, rows, strict=True)]),
             sequence_lengths=in_rows([x * s.loss_mask.sum(dtype=np.float32) for x, s in zip(ones, rows, strict=True)]),
             old_log_probs=in_rows([columns[s.sequence_id]["old_log_probs"] for s in rows]),
