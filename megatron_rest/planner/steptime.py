@@ -127,14 +127,15 @@ def _pass_seconds(
 def _reduction_seconds(
     config: RestConfig, shape: ModelShape, hardware: Hardware, world_size: int, e: Efficiency
 ) -> float:
-    """Gradients and parameters between the replicas once an update, unless they travel beside the backward pass."""
-    if config.megatron.ddp.get("overlap_grad_reduce", False):
-        return 0.0
+    """Gradients and parameters between the replicas once an update: those that do not travel beside the computation."""
+    ddp = config.megatron.ddp
+    # A float32 gradient there, a parameter back.
+    bytes_of_one = 0 if ddp.get("overlap_grad_reduce", False) else 4
+    bytes_of_one += 0 if ddp.get("overlap_param_gather", False) else itemsize(config.model.dtype)
     p = config.parallel
     link = (hardware.nvlink if world_size <= hardware.gpus_per_node else hardware.nic) * e.links
     replicas = p.data_parallel(world_size) * p.context_parallel
     of_experts = max(replicas * p.tensor_parallel // p.expert_parallel, 1)
-    bytes_of_one = 4 + itemsize(config.model.dtype)  # a float32 gradient there, a parameter back
     return max(
         bytes_of_one * (s.dense * (1 - 1 / replicas) + s.experts * (1 - 1 / of_experts)) / link
         for s in count_stages(shape, p)

@@ -88,13 +88,13 @@ def test_values_become_what_megatron_wants(model: Path) -> None:
     assert settings.make(DistributedDataParallelConfig, "ddp", {}, {"bucket_size": None}).bucket_size is None
 
 
-def trained(rank: int, world_size: int, model: Path) -> list[dict[str, torch.Tensor]]:
+def trained(rank: int, world_size: int, model: Path, layout: dict[str, int]) -> list[dict[str, torch.Tensor]]:
     """Parameters after two updates with and without overlap, read as a transfer and a checkpoint would."""
     found = []
     for overrides in ((), GATHERS):
-        parts = make_policy(layout_config(model, distributed_optimizer=True, overrides=overrides))
+        parts = make_policy(layout_config(model, distributed_optimizer=True, overrides=overrides, **layout))
         for seed in range(2):
-            batch = with_weights(batch_of(parts, random_samples(128, seed=seed)))
+            batch = with_weights(batch_of(parts, random_samples(128, count=24, seed=seed)))
             assert len(batch.microbatches) > 1, "gradients are added up over microbatches before they travel"
             parts.policy.update(batch, smooth_loss)
         found.append({name: shard.clone() for name, shard in parts.policy.named_shards().items()})
@@ -106,8 +106,18 @@ def trained(rank: int, world_size: int, model: Path) -> list[dict[str, torch.Ten
 
 
 @pytest.mark.slow
-def test_overlapping_changes_no_parameter(model: Path) -> None:
-    for plain, gathered in run_distributed(trained, 2, model):
+@pytest.mark.parametrize(
+    ("world_size", "arch", "layout"),
+    [
+        (2, "qwen3", {}),
+        (4, "qwen3", {"pp": 2, "vpp": 2}),
+        pytest.param(4, "qwen3", {"pp": 2}, marks=pytest.mark.extended),
+        pytest.param(4, "qwen3_moe", {"ep": 2}, marks=pytest.mark.extended),
+    ],
+)
+def test_overlapping_changes_no_parameter(world_size: int, arch: str, layout: dict[str, int], tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "hf", arch=arch, layers=LAYERS, max_position_embeddings=256)
+    for plain, gathered in run_distributed(trained, world_size, model, layout):
         for name in plain:
             torch.testing.assert_close(gathered[name], plain[name], rtol=0, atol=1e-6)
 
