@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from megatron_rest.config import RolloutConfig
+from megatron_rest.errors import RunError
 from megatron_rest.processes import start_of
 from megatron_rest.rollout.engine import make_requests
 from megatron_rest.rollout.environments.base import Answer, Message
@@ -81,7 +82,7 @@ def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Environ
     made = EnvironmentWorkers("counting_environments:Counting", {"until": 2}, num_workers=1)
     yield made
     made.close()
-    assert all(worker is None or worker._process.wait(60) is not None for worker in made._workers)
+    assert all(worker._process.wait(60) is not None for worker in made._workers)
 
 
 def prompt(kind: str, folder: Path, index: int = 0) -> PromptSample:
@@ -151,7 +152,7 @@ def test_environments_in_a_process(tmp_path: Path, workers: EnvironmentWorkers) 
         return [done[i].stop_reason for i in indices]
 
     assert roll(0) == [StopReason.EOS] and done[0].reward == 1.5
-    [worker] = [w for w in workers._workers if w is not None]
+    [worker] = workers._workers
     assert worker._process.pid != pid, "a new process in the place of the killed one"
     wait_until(lambda: worker.num_environments == 0)
     assert roll(1, seconds=5.0) == [StopReason.TOOL_TIMEOUT]
@@ -163,13 +164,46 @@ def test_environments_in_a_process(tmp_path: Path, workers: EnvironmentWorkers) 
     wait_until(lambda: (tmp_path / "closed13").exists())
     assert roll(4, seconds=0.5) == [StopReason.TOOL_TIMEOUT]
     wait_until(lambda: (tmp_path / "closed14").exists())  # the call came back late; it is closed behind it
-    assert all(worker.is_open for worker in workers._workers if worker is not None), "and the process goes on"
+    assert all(worker.is_open for worker in workers._workers), "and the process goes on"
+
+
+def test_what_a_process_imports_is_no_rollouts_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first environment; and while a lost process is replaced, the others take what it would have."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    waits = f"import os, time\nwhile not os.path.exists({str(gate)!r}):\n    time.sleep(0.01)\n"
+    (tmp_path / "heavy_environments.py").write_text(waits + CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    workers = EnvironmentWorkers("heavy_environments:Counting", {"until": 2}, num_workers=2)
+    try:
+        assert all(worker.is_ready for worker in workers._workers)
+        gate.unlink()
+        os.kill(workers._workers[0]._process.pid, signal.SIGKILL)
+        wait_until(lambda: not workers._workers[0].is_open)
+        for i in range(3):
+            workers(prompt("", tmp_path, i)).reset()
+        successor, other = workers._workers
+        assert (successor.num_environments, other.num_environments) == (0, 3)
+        gate.touch()
+        wait_until(lambda: successor.is_ready)
+        workers(prompt("", tmp_path, 3)).reset()
+        assert (successor.num_environments, other.num_environments) == (1, 3)
+    finally:
+        workers.close()
+
+
+def test_an_environment_that_cannot_be_imported_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_environments.py").write_text(CODE + "\nraise OSError('no simulator here')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(RunError, match=r"rollout.environment_workers: a process .* did not start: .*no simulator here"):
+        EnvironmentWorkers("broken_environments:Counting", {}, num_workers=2)
 
 
 def test_the_configuration_leads_there() -> None:
     from megatron_rest.rollout import conversations
 
-    config = RolloutConfig(environment="bfcl", environment_workers=3)
+    config = RolloutConfig(environment="bfcl", environment_workers=2)
     factory = conversations._factory(config)
-    assert isinstance(factory, EnvironmentWorkers) and len(factory._workers) == 3
+    assert isinstance(factory, EnvironmentWorkers) and len(factory._workers) == 2
+    factory.close()
     assert not isinstance(conversations._factory(RolloutConfig(environment="bfcl")), EnvironmentWorkers)

@@ -1,7 +1,7 @@
 """The process of :mod:`megatron_rest.rollout.environments.workers`: lines of JSON in and out.
 
-The first line in names the environment.  Each call runs in a thread of its own; what a call prints goes to the standard
-error.
+The first line in names the environment, the first line out says that it can be made.  Each call runs in a thread of its
+own; what a call prints goes to the standard error.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ __all__ = ["main"]
 
 class _Server:
     def __init__(self, replies: IO[bytes], name: str, arguments: dict[str, Any]) -> None:
-        self._name, self._arguments = name, arguments
-        self._factory: EnvironmentFactory | None = None
+        self._factory: EnvironmentFactory = find_environment(name, arguments)
         self._environments: dict[int, Environment] = {}
         self._lock = threading.Lock()
         self._replies = replies
@@ -37,14 +36,12 @@ class _Server:
             said = self._call(message["environment"], message["do"], message)
         except BaseException as error:  # noqa: BLE001  told to the owner; this environment's alone
             said = {"error": described(error)}
-        line = json.dumps({"call": message["call"], **said}).encode() + b"\n"
         with self._lock:
-            self._replies.write(line)
-            self._replies.flush()
+            _say(self._replies, {"call": message["call"], **said})
 
     def _call(self, key: int, do: str, message: dict[str, Any]) -> dict[str, Any]:
         if do == "reset":
-            environment = self._environments[key] = self._find()(_prompt(message["prompt"]))
+            environment = self._environments[key] = self._factory(_prompt(message["prompt"]))
             awaited(environment.reset())
             return {}
         if do == "close":
@@ -58,11 +55,10 @@ class _Server:
         observation = checked_observation(awaited(environment.step(_answer(message["answer"]))))
         return {"done": observation.done, "messages": [[m.role, m.content] for m in observation.messages]}
 
-    def _find(self) -> EnvironmentFactory:
-        with self._lock:
-            if self._factory is None:
-                self._factory = find_environment(self._name, self._arguments)
-        return self._factory
+
+def _say(replies: IO[bytes], message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+    replies.flush()
 
 
 def _prompt(values: dict[str, Any]) -> PromptSample:
@@ -78,7 +74,12 @@ def _answer(values: dict[str, Any]) -> Answer:
 def main() -> None:
     """Serve until the owner closes the pipe, or is gone."""
     requests, replies = serve_as_worker()
-    server = _Server(replies, **json.loads(requests.readline()))
+    try:
+        server = _Server(replies, **json.loads(requests.readline()))
+    except BaseException as error:  # noqa: BLE001  foreign code, as it is imported
+        _say(replies, {"error": described(error)})
+        os._exit(1)
+    _say(replies, {})
     for line in requests:
         threading.Thread(target=server.answer, args=(json.loads(line),), daemon=True).start()
     os._exit(0)  # calls that nobody waits for may run

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rest.errors import RunError
 from megatron_rest.processes import end_worker, start_worker
 from megatron_rest.rollout.environments.base import Answer, Environment, Message, Observation
 from megatron_rest.types import PromptSample
@@ -26,41 +27,50 @@ __all__ = ["EnvironmentWorkers"]
 
 _MODULE = "megatron_rest.rollout.environments.worker"
 _LARGEST_LINE = 1 << 26
+_START_SECONDS = 300.0
 
 
 class EnvironmentWorkers:
     """Makes environments, as an ``EnvironmentFactory`` does, each in the process that has the fewest.
 
+    All processes are started here and have imported the environment when this returns: no rollout's time limit pays for
+    that, but where the last process was lost and its successor still starts.
+
     Args:
         name: as ``rollout.environment``.
         arguments: of its factory.
-        num_workers: processes at most; each starts when it is first needed.
+        num_workers: processes.
+
+    Raises RunError if a process cannot make them, with what it said.
     """
 
     def __init__(self, name: str, arguments: Mapping[str, Any], *, num_workers: int) -> None:
         self._name, self._arguments = name, dict(arguments)
-        self._workers: list[_Worker | None] = [None] * num_workers
+        self._workers = [_Worker(self._name, self._arguments) for _ in range(num_workers)]
         self._retired: list[_Worker] = []  # some of whose environments may still be asked
         self._lock = threading.Lock()
+        try:
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, prompt: PromptSample) -> Environment:
         """It is made with ``reset()``, which may take long: until then there would be nothing that can be closed."""
         with self._lock:
             for place, worker in enumerate(self._workers):
-                if worker is None or not worker.is_open:
-                    self._retired = [w for w in (*self._retired, worker) if w is not None and w.is_alive]
+                if not worker.is_open:
+                    self._retired = [w for w in (*self._retired, worker) if w.is_alive]
                     self._workers[place] = _Worker(self._name, self._arguments)
-                    break
-            usable = [worker for worker in self._workers if worker is not None and worker.is_open]
-            worker = min(usable, key=lambda each: each.num_environments)
+            worker = min(self._workers, key=lambda each: (not each.is_ready, each.num_environments))
             return _InProcess(worker, worker.new_key(), prompt)
 
     def close(self) -> None:
         """End all processes, whatever they are at."""
         with self._lock:
             for worker in (*self._workers, *self._retired):
-                if worker is not None:
-                    worker.end()
+                worker.end()
 
 
 class _InProcess:
@@ -106,12 +116,25 @@ class _Worker:
         self._numbers = itertools.count()
         self.is_open = True
         """Whether it takes further environments."""
+        self._ready = threading.Event()  # it has imported the environment, or will never
+        self._lost = ""
         self._send({"name": name, "arguments": arguments})
         threading.Thread(target=self._read, name="environment worker", daemon=True).start()
 
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
+    def wait_until_ready(self) -> None:
+        """Raises RunError if it is not within five minutes (a package that imports torch and loads a model, say)."""
+        if not self._ready.wait(_START_SECONDS):
+            self._lost = f"not ready within {_START_SECONDS:g} s"
+        if self._lost:
+            raise RunError(f"rollout.environment_workers: a process for environments did not start: {self._lost}")
 
     @property
     def num_environments(self) -> int:
@@ -174,6 +197,12 @@ class _Worker:
         while line := self._process.stdout.readline(_LARGEST_LINE):
             try:
                 said = json.loads(line)
+                if not self._ready.is_set():
+                    if "error" in said:
+                        why = str(said["error"])
+                        break
+                    self._ready.set()
+                    continue
                 with self._lock:
                     _, answer = self._waiting.pop(said["call"])
             except (ValueError, KeyError, TypeError):
@@ -186,7 +215,8 @@ class _Worker:
         self._lose(why or f"status {status}")
 
     def _lose(self, why: str) -> None:
-        self.is_open = False
+        self.is_open, self._lost = False, why
+        self._ready.set()
         with self._lock:
             waiting, self._waiting = self._waiting, {}
         for _, answer in waiting.values():
