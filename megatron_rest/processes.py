@@ -19,6 +19,7 @@ from typing import IO
 
 __all__ = [
     "end_worker",
+    "is_resource_tracker",
     "mapped_segments",
     "my_processes",
     "serve_as_worker",
@@ -73,6 +74,13 @@ def variable_of(pid: int, name: str) -> str | None:
             if key == name.encode():
                 return os.fsdecode(value)
     return None
+
+
+def is_resource_tracker(pid: int) -> bool:
+    """Whether a process is Python's, which removes what others have shared when they are gone."""
+    with suppress(OSError):
+        return b"from multiprocessing.resource_tracker import main" in (_PROC / str(pid) / "cmdline").read_bytes()
+    return False
 
 
 def mapped_segments(pid: int) -> set[str]:

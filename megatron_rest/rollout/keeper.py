@@ -27,10 +27,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_rest.processes import mapped_segments, my_processes, session_of, space, start_of, variable_of
+from megatron_rest.processes import (
+    is_resource_tracker,
+    mapped_segments,
+    my_processes,
+    session_of,
+    space,
+    start_of,
+    variable_of,
+)
 
 __all__ = [
     "FOLDER",
+    "SHARED_BY_WORKERS",
     "EngineProcesses",
     "end_all",
     "end_processes",
@@ -43,13 +52,16 @@ __all__ = [
 FOLDER = "REST_ENGINE_FOLDER"
 """Environment variable of an engine's processes: their temporary folder."""
 
+SHARED_BY_WORKERS = "vllm_dist_"
+"""How names of the memory begin that vLLM's workers on CPU share: vLLM's own after a file in their temporary folder."""
+
 _PREFIX = "engine-"
 _RECORD = "keeper.json"
 _SHM = Path("/dev/shm")
-_OF_VLLM = "vllm_dist_"  # shared memory of workers on CPU, named after a file in their temporary folder
 _WATCH_SECONDS = 0.5  # between looks at the owner
 _LOOK_SECONDS = 5.0  # between looks at the engine's shared memory
 _END_SECONDS = 30.0  # for processes that were killed: a driver may hold them
+_TRACKER_SECONDS = 10.0  # of these, before resource trackers are killed, too
 _POLL_SECONDS = 0.01
 _YOUNG_SECONDS = 120.0  # what is younger may belong to somebody who just starts
 
@@ -147,17 +159,23 @@ def end_all() -> None:
 
 def end_processes(folder: Path, session: int = 0) -> None:
     """SIGKILL to all processes of the engine with this folder and session, this one excepted, and what they left in the
-    file system with them.  Returns when they are gone, or after half a minute."""
+    file system with them.  Returns when they are gone, or after half a minute.
+
+    Python's resource trackers are left for last: when the processes they track are gone, they remove shared memory that
+    nobody has mapped any more, and end.
+    """
     segments = set(_recorded(folder).get("segments", ()))
     deadline = time.monotonic() + _END_SECONDS
     while (members := _members(folder, session)) and time.monotonic() < deadline:
         for pid in members:
             segments |= mapped_segments(pid)
-        for pid in members:
+        tracked = [pid for pid in members if not is_resource_tracker(pid)]
+        is_patient = time.monotonic() < deadline - _END_SECONDS + _TRACKER_SECONDS
+        for pid in tracked or ([] if is_patient else members):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
-    stores = [path.name for path in folder.glob(f"{_OF_VLLM}*")]
+    stores = [path.name for path in folder.glob(f"{SHARED_BY_WORKERS}*")]
     segments |= {str(path) for store in stores for path in _SHM.glob(f"{store}-*")}
     _remove(segments)
     shutil.rmtree(folder, ignore_errors=True)
@@ -171,7 +189,7 @@ def keep_own_segments(before: Set[str]) -> None:
     :func:`end_all` removes them, and the resource tracker of a process that is killed.
     """
     for path in map(Path, mapped_segments(os.getpid()) - before):
-        if path.name.startswith(_OF_VLLM):
+        if path.name.startswith(SHARED_BY_WORKERS):
             path.unlink(missing_ok=True)
         else:
             _own_segments.add(path)
@@ -186,7 +204,7 @@ def sweep() -> None:
             if status.st_uid == os.getuid() and _is_abandoned(folder, now - status.st_mtime):
                 end_processes(folder, _session_of(_recorded(folder)))
     old = set()
-    for path in _SHM.glob(f"{_OF_VLLM}*"):  # of engines inside ranks that were killed while they made it
+    for path in _SHM.glob(f"{SHARED_BY_WORKERS}*"):  # of engines inside ranks that were killed while they made it
         with suppress(OSError):
             if now - path.stat().st_mtime > _YOUNG_SECONDS:
                 old.add(str(path))

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import random
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ from megatron_rest.rollout.engine import (
     make_requests,
 )
 from megatron_rest.rollout.engine_args import check_engine_args
-from megatron_rest.rollout.keeper import keep_own_segments
+from megatron_rest.rollout.keeper import SHARED_BY_WORKERS, keep_own_segments
 from megatron_rest.rollout.process import prepare_process
 from megatron_rest.rollout.rollouter import Conversation, Turn, run_rollouts
 from megatron_rest.types import PromptSample, Rollout, RolloutGroup
@@ -417,6 +418,8 @@ def _make_llm(
     from vllm.platforms import current_platform
 
     _keep_default_group()
+    if is_ours and config.tensor_parallel > 1 and current_platform.is_cpu():
+        _name_shared_memory()
     arguments: dict[str, Any] = {
         "model": str(model_path),
         "dtype": config.dtype,  # always explicit: "auto" turns a float32 checkpoint into bfloat16
@@ -458,6 +461,24 @@ def _make_llm(
             arguments["disable_custom_all_reduce"] = True
     arguments |= check_engine_args(config.engine_args)
     return LLM(**arguments), arguments
+
+
+def _name_shared_memory() -> None:
+    """Let workers on CPU that are ranks share memory under a name of this engine's own.  A broadcast from rank 0.
+
+    vLLM names it after where its group was made, which for ranks is ``env://`` on every machine and for every job: two
+    jobs would write into each other's, and what a killed one leaves keeps all later ones from starting.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    token: list[Any] = [f"{SHARED_BY_WORKERS}{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(token)
+
+    def name(communicator: Any) -> str:
+        ranks = "-".join(map(str, communicator.ranks))
+        return f"{token[0]}-{communicator.unique_name}-[{ranks}]-cpushm"
+
+    Shared.make_group_name = staticmethod(name)  # type: ignore[method-assign]
 
 
 def _take_our_place() -> tuple[int, int | None]:

@@ -502,11 +502,13 @@ class RestTrainer:
         if has_queue and is_last:
             with timer.phase("wait"):
                 self.settle(step + 1)
+        # After the last step, too: the run may be given more steps.
+        later = self.steps_under_way(step + 1) or range(step + 1, step + 2)
         state = RunState(
             weighting=self.weighting.state_dict(),
             num_restarts=self.fleet.num_restarts,
             skipped_in_a_row=self.skips.in_a_row,
-            next_prompts=prompt_names([self.prompts_of(later) for later in self.steps_under_way(step + 1)]),
+            next_prompts=prompt_names([self.prompts_of(s) for s in later]),
             group_size=self.config.rollout.rollouts_per_prompt,
             queue=self.fleet.known() if has_queue and is_last else None,
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rest.processes import start_of
+from megatron_rest.processes import is_resource_tracker, my_processes, session_of, start_of
 
 SECONDS = 60.0
 
@@ -109,6 +109,26 @@ def test_nothing_is_left_of_an_engine(tmp_path: Path, ending: str) -> None:
             setting.owner.stdin.close()
             setting.owner.wait()
     until(lambda: setting.left() == [])
+
+
+def test_memory_that_nobody_maps_any_more_goes_too(tmp_path: Path) -> None:
+    """Its processes have ended by themselves, or let go of it, before anybody looked: Python's tracker knows of it."""
+    from megatron_rest.rollout import keeper
+
+    program = (
+        "import time; from multiprocessing.shared_memory import SharedMemory as Shared; "
+        "m = Shared(create=True, size=4096); m.close(); print(m.name, flush=True); time.sleep(600)"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert worker.stdout is not None
+    shared = Path("/dev/shm", worker.stdout.readline().strip())
+    assert shared.exists()
+    trackers = [pid for pid in my_processes() if session_of(pid) == worker.pid and is_resource_tracker(pid)]
+    assert len(trackers) == 1
+    keeper.end_processes(tmp_path, worker.pid)
+    assert not shared.exists() and not start_of(trackers[0]) and worker.wait() == -signal.SIGKILL
 
 
 def test_what_dead_runs_left_goes_when_the_next_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def go_through(base: Path, run_dir: Path, row: Row, lives: list[Life]) -> list[s
     happened = chaos.Chaos()
     for life in lives:
         status = chaos.live(happened, base, run_dir, *row.settings, life=life, ranks=row.ranks, launch=launch)
-        assert happened.wrong == []
+        assert happened.wrong == [], "\n".join(happened.wrong)
         assert (status == 0) == (not life.end), life
     return happened.cells
 

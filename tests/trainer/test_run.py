@@ -324,7 +324,18 @@ def test_variance_optimal_weights_come_from_the_measured_score_norms(base, warm)
         "checkpoint.export_hf=false",
         "trainer.steps=1",
     )
-    rl(base, run_dir, warm[0], *layout, *overrides)
+    # What another job's engines share, or a killed one's: vLLM's own name for it is the same in every job.
+    of_others = [Path("/dev/shm") / f"-tp:0-[{ranks}]-cpushm_{i}" for ranks in ("0-1", "2-3") for i in range(2)]
+    before = set(os.listdir("/dev/shm"))
+    mine = [path for path in of_others if path.name not in before]
+    for path in mine:
+        path.touch()
+    try:
+        rl(base, run_dir, warm[0], *layout, *overrides)
+        assert all(path.stat().st_size == 0 for path in mine)
+    finally:
+        for path in mine:
+            path.unlink()
     [row] = metrics(run_dir)
     assert row["metrics"]["mismatch/abs_log_prob_max"] < 1e-4, "scores are back in sequence order"
     assert row["metrics"]["sync/canary_max_abs"] < 1e-4
