@@ -523,8 +523,11 @@ def test_a_run_that_was_asked_to_stop_continues_as_if_it_had_not(base, warm, unb
     assert starts[0]["packages"]["torch"] == metadata.version("torch")
     assert "validation/bfcl/accuracy" in ours[2]["metrics"]
     assert timeless(ours)[2] == timeless(theirs)[2], "bit for bit, though only the other one recorded its third step"
-    a, b = load_file(run_dir / "hf" / "model.safetensors"), load_file(unbroken / "hf" / "model.safetensors")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    diff = compare_runs(run_dir, unbroken, step=3)
+    # Saved rollouts of steps before the stop are those of the run that was stopped; either may have them all.
+    parts = {"model", "optimizer", "schedule", "random streams", "curriculum", "data order", "counters", "metrics"}
+    assert {part for part, count in diff.compared.items() if count} >= {*parts, "exported weights", "rollouts"}
+    assert not diff.differences, diff.differences[:5]
     # Rank 0 of four, started alone: were anything built, it would wait for the others.
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
