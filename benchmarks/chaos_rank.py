@@ -98,7 +98,11 @@ class _Saboteur:
                 if due and len(handed) == _ROLLOUTS_BEFORE:
                     saboteur.strike(due)
 
-            run(engine, requests, on_rollout=take, **others)
+            try:
+                run(engine, requests, on_rollout=take, **others)
+            finally:
+                if due and len(handed) < _ROLLOUTS_BEFORE:  # it was lost already, or had so few left
+                    saboteur.engine_due.insert(0, due)
 
         def disturbed_update(engine: RemoteEngine, update_info: dict[str, Any]) -> None:
             saboteur.engine = engine
@@ -123,14 +127,18 @@ class _Saboteur:
         return ""
 
     def strike(self, kind: str) -> None:
-        """Signal the engine, or a worker of it."""
-        self.note(kind)
+        """Signal the engine, or a worker of it; another time if it is dead by itself."""
         who, _, how = kind.partition(" ")
         pid = self.engine.pid
-        if who == "worker":
-            below = psutil.Process(pid).children(recursive=True)
-            pid = next(process.pid for process in below if "Worker" in process.name())
-        os.kill(pid, _SIGNALS[how.partition(" in ")[0]])
+        try:
+            if who == "worker":
+                below = psutil.Process(pid).children(recursive=True)
+                pid = next(process.pid for process in below if "Worker" in process.name())
+            os.kill(pid, _SIGNALS[how.partition(" in ")[0]])
+        except (ProcessLookupError, psutil.NoSuchProcess, StopIteration):
+            self.engine_due.insert(0, kind)
+        else:
+            self.note(kind)
 
     def phase_begins(self, step: int, phase: str) -> None:
         if self.is_over or phase != self.life.phase:

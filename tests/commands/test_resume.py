@@ -76,7 +76,9 @@ def test_another_layout_takes_everything_along(checked, tmp_path):
         assert getattr(ours_saved, name).tobytes() == getattr(theirs_saved, name).tobytes(), f"{name}: from the queue"
     np.testing.assert_allclose(ours_saved.token_weights, theirs_saved.token_weights, rtol=1e-5)
     for name, value in theirs.items():
-        if not name.startswith(("sync/", "mismatch/", "loss/kl", "pack/")):  # rounding itself, or what the layout decides
+        if not name.startswith(
+            ("sync/", "mismatch/", "loss/kl", "pack/")
+        ):  # rounding itself, or what the layout decides
             assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
