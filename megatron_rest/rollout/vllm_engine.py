@@ -471,12 +471,13 @@ def _name_shared_memory() -> None:
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
 
-    token: list[Any] = [f"{SHARED_BY_WORKERS}{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(token)
+    token = torch.tensor(list(uuid.uuid4().bytes), dtype=torch.uint8)
+    dist.broadcast(token, src=0)
+    prefix = SHARED_BY_WORKERS + bytes(token.tolist()).hex()
 
     def name(communicator: Any) -> str:
         ranks = "-".join(map(str, communicator.ranks))
-        return f"{token[0]}-{communicator.unique_name}-[{ranks}]-cpushm"
+        return f"{prefix}-{communicator.unique_name}-[{ranks}]-cpushm"
 
     Shared.make_group_name = staticmethod(name)  # type: ignore[method-assign]
 
