@@ -183,6 +183,7 @@ def _nothing(*args: Any, **kwargs: Any) -> Any:
 
 def _collectives() -> None:
     import torch.distributed.distributed_c10d as c10d
+    from megatron.core.distributed import param_and_grad_buffer as buffers
 
     names = (
         "all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "all_to_all_single", "barrier", "broadcast",
@@ -197,6 +198,9 @@ def _collectives() -> None:
         module.all_gather_object = _all_alike  # type: ignore[attr-defined]
         module.broadcast_object_list = _nothing  # type: ignore[attr-defined]
         module._coalescing_manager = _coalescing  # type: ignore[attr-defined]
+    # What travels beside the computation, under names that it has by now.
+    buffers.dist_all_gather_func = buffers.dist_reduce_scatter_func = _nothing
+    buffers._coalescing_manager = _coalescing
 
 
 def _all_alike(values: list[Any], value: Any, group: Any = None) -> None:

@@ -71,6 +71,10 @@ def test_a_rank_makes_its_own_groups_only(started: Any) -> None:
 @pytest.mark.parametrize(("rank", "stage"), [(0, 0), (3, 1)])
 def test_a_dry_rank_holds_what_is_planned(folder: Path, rank: int, stage: int) -> None:
     cut = ("parallel.tensor_parallel=1", "parallel.pipeline_parallel=2")
+    cut += (
+        "megatron.ddp.overlap_grad_reduce=true",
+        "megatron.ddp.overlap_param_gather=true",
+    )  # as the recipes have them
     ours = config(folder, *cut)
     shape = ModelShape.from_hf_config(read_config(folder))
     found: DryRank = run_apart(dry_rank, ours, shape, rank=rank, world_size=4)
