@@ -1,7 +1,8 @@
 """Processes of an engine end with their owner, and nothing of them stays, whoever is killed and in which order.
 
 What is started here in the place of an engine's worker does what vLLM's does: it starts processes, one of which leaves
-its session, and shares memory with them that nobody unlinks.  With real engines: test_endings.py.
+its session, and shares memory with them that nobody unlinks.  With real engines: test_remote.py,
+tests/trainer/test_kill_matrix.py.
 """
 
 from __future__ import annotations
