@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_rest.config import ConfigError, RestConfig
+from megatron_rest.config import RestConfig
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import EFFICIENCY, Efficiency, Hardware
 from megatron_rest.planner.memory import engine_weight_bytes, itemsize
@@ -61,14 +61,12 @@ def sync_time(
 
 def simulated(time: SyncTime, config: RestConfig, shape: ModelShape, *, world_size: int) -> SyncTime:
     """With its simulation (a second or some of CPU time): of engines of their own, where torch is installed."""
+    if not config.rollout.replicas:
+        return time
     try:
         from megatron_rest.weight_sync.timing import simulate_push
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         return time
-    try:
-        found = simulate_push(config, shape, world_size=world_size)
-    except ValueError as error:  # a layout that cuts through a head: no push is possible
-        raise ConfigError(str(error)) from error
-    return time if found is None else replace(time, simulated=found.seconds)
+    return replace(time, simulated=simulate_push(config, shape, world_size=world_size).seconds)

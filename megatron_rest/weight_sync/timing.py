@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_rest.config import RestConfig, RolloutQuantization
+from megatron_rest.config import ConfigError, RestConfig, RolloutQuantization
 from megatron_rest.model_map import ModelShape
 from megatron_rest.weight_sync.layouts import (
     EngineLayout,
@@ -57,13 +57,11 @@ class Transfer:
         return self.limit / self.seconds
 
 
-def simulate_push(config: RestConfig, shape: ModelShape, *, world_size: int) -> Transfer | None:
-    """Of ``world_size`` training ranks and this configuration's engines; None where engines share the ranks' GPUs.
+def simulate_push(config: RestConfig, shape: ModelShape, *, world_size: int) -> Transfer:
+    """Of ``world_size`` training ranks and this configuration's engines, which have GPUs of their own.
 
-    Raises ValueError when a layout cuts through a head, a row or a block.
+    Raises ConfigError when a layout cuts through a head, a row or a block.
     """
-    if not config.rollout.replicas:
-        return None
     p = config.parallel
     training = TrainingLayout(
         tensor_parallel=p.tensor_parallel,
@@ -72,14 +70,17 @@ def simulate_push(config: RestConfig, shape: ModelShape, *, world_size: int) -> 
         data_parallel=p.data_parallel(world_size) * p.context_parallel,
         expert_parallel=p.expert_parallel,
     )
-    return simulate_transfer(
-        shape,
-        training,
-        EngineLayout(tensor_parallel=config.rollout.tensor_parallel),
-        config.rollout.replicas,
-        message_bytes=config.weight_sync.bucket_bytes,
-        quantization=config.rollout.quantization,
-    )
+    try:
+        return simulate_transfer(
+            shape,
+            training,
+            EngineLayout(tensor_parallel=config.rollout.tensor_parallel),
+            config.rollout.replicas,
+            message_bytes=config.weight_sync.bucket_bytes,
+            quantization=config.rollout.quantization,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def simulate_transfer(

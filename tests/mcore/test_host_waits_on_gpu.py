@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.scale import WAITS_OF_ROTATION
 from megatron_rest.algorithms import RestPolicyLoss
 from megatron_rest.config import LossConfig
 from megatron_rest.mcore import accelerations
@@ -31,7 +32,6 @@ pytestmark = [
 ]
 
 VOCAB, LAYERS = 1024, 2
-OF_MEGATRON = 4  # a layer and forward pass: the unfused rotary embedding reads cu_seqlens for q and for k, twice each
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +113,7 @@ def test_within_a_microbatch_only_megatron_waits(options, tmp_path):
         f"a step of 2: {sum(found[2].values())} waits, of 4: {sum(found[4].values())}; two microbatches: {dict(more)}"
     )
     assert not ours, f"the host waits within a microbatch at {ours}"
-    assert sum(more.values()) <= 2 * LAYERS * OF_MEGATRON, more
+    assert sum(more.values()) <= 2 * LAYERS * WAITS_OF_ROTATION, more
 
 
 def test_scoring_waits_no_oftener(tmp_path):
