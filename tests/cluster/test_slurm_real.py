@@ -174,7 +174,7 @@ def test_the_trainer_itself_runs_as_it_is_shipped(cluster: Cluster) -> None:
         f"model.path={base / 'model'}", f"data.train={base / 'train'}", "model.dtype=float32", "rollout.dtype=float32",
         "model.max_sequence_length=352", "data.max_prompt_tokens=256", "rollout.max_response_tokens=32",
         "data.prompts_per_step=4", "rollout.rollouts_per_prompt=2", "optimizer.updates_per_step=1",
-        "parallel.distributed_optimizer=false", "weight_sync.transport=gloo", "rollout.max_concurrent=16",
+        "weight_sync.transport=gloo", "rollout.max_concurrent=16",
         "rollout.kv_cache_bytes=16777216", "trainer.max_tokens_per_microbatch=1024", "trainer.steps=2",
         "trainer.timeout_minutes=5", "checkpoint.export_hf=false", "checkpoint.save_every=0",
     )  # fmt: skip

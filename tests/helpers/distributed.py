@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,12 +37,12 @@ def _main(rank: int, fn: Callable[..., Any], world_size: int, folder: str, secon
             world_size=world_size,
             timeout=timedelta(seconds=seconds),
         )
-        result = (True, fn(rank, world_size, *args))
+        failed, result = 0, fn(rank, world_size, *args)
     except BaseException:  # noqa: BLE001  reported to the parent, which raises
-        result = (False, traceback.format_exc())
-    out.with_suffix(".part").write_bytes(pickle.dumps(result))
+        failed, result = time.monotonic_ns(), traceback.format_exc()  # of all processes of the machine the same clock
+    out.with_suffix(".part").write_bytes(pickle.dumps((failed, result)))
     out.with_suffix(".part").rename(out)
-    if not result[0]:
+    if failed:
         os._exit(1)  # a rank that failed must not wait for its peers in a destructor
     dist.barrier()
     dist.destroy_process_group()
@@ -56,13 +57,14 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory() as folder:
         ranks = [forked.start(_main, rank, fn, world_size, folder, timeout, args) for rank in range(world_size)]
         status = forked.wait(ranks, timeout=max(WHOLE_TEST, timeout))
-        results = []
-        for rank in range(world_size):
-            path = Path(folder) / f"rank{rank}.pickle"
-            if path.exists():
-                ok, value = pickle.loads(path.read_bytes())
-                if not ok:
-                    raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
-                results.append(value)
+        said = {
+            rank: pickle.loads(path.read_bytes())
+            for rank in range(world_size)
+            if (path := Path(folder) / f"rank{rank}.pickle").exists()
+        }
+        failures = sorted((when, rank) for rank, (when, _) in said.items() if when)
+        if failures:  # the later ones are of ranks that waited for the first
+            rank = failures[0][1]
+            raise AssertionError(f"rank {rank} of {world_size} failed:\n{said[rank][1]}")
         assert status == 0, f"a rank ended with status {status}"
-        return results
+        return [result for _, result in said.values()]
