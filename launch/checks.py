@@ -1,17 +1,19 @@
-"""What a Slurm job would fail of, found before it is submitted: each fault ends the program with one line, status 2."""
+"""What a cluster's job would fail of, found before it is submitted: a fault ends the program, one line, status 2."""
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from launch.compat import ensure_nemo_run_importable
 from launch.recipe import GIVEN, stop
-from megatron_rest.config import RestConfig
+from megatron_rest.config import ConfigError, RestConfig
 from megatron_rest.engine_gpus import why_not
+from megatron_rest.model_fit import check_model
+from megatron_rest.planner.shapes import find_shape
 
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["check_request", "check_shape_of_job"]
+__all__ = ["check_model_here", "check_request", "check_shape_of_job"]
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _SIGNAL = re.compile(r"(?:[RB]{1,2}:)?(?:SIG)?[A-Z]+\d*(?:@(?P<seconds>\d+))?|(?:[RB]{1,2}:)?\d+(?:@(?P<more>\d+))?")
@@ -24,6 +26,16 @@ def check_shape_of_job(executor: run.SlurmExecutor) -> None:
         value = getattr(executor, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             stop(f"run.executor.{name}={value!r}: a whole number, at least 1")
+
+
+def check_model_here(config: RestConfig) -> None:
+    """Refuse what the model cannot be cut into, where this machine has its folder; else the plan may guess it."""
+    if not (Path(config.model.path) / "config.json").is_file():
+        return
+    try:
+        check_model(find_shape(config.model.path)[0], config)
+    except ConfigError as error:
+        stop(str(error))
 
 
 def check_request(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int) -> None:

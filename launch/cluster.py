@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.checks import check_request, check_shape_of_job
+from launch.checks import check_model_here, check_request, check_shape_of_job
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
 from launch.recipe import (
@@ -150,7 +150,7 @@ def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, sta
             _show(experiment)
             print(f"# ----- plan -----\n{plan}\n# ----- run.yaml -----\n{as_yaml(config)}", end="", flush=True)
             return
-        if "does not fit" in plan:
+        if "does not fit" in plan or "not possible" in plan:
             print(plan, file=sys.stderr, flush=True)
         ctx.launch(experiment)
     if not ctx.detach:
@@ -236,6 +236,7 @@ def _check(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int, 
     if executor.account == "YOUR_ACCOUNT" and not dryrun:
         stop("no Slurm account: export SLURM_ACCOUNT=... or say run.executor.account=...")
     require_absolute_paths(config)
+    check_model_here(config)
     check_request(executor, config, world_size=world_size)
     refuse_folder_in_use(config)
     executor.packager.tops += map(str, user_packages(config))

@@ -1224,7 +1224,17 @@ def _check_engines(config: RestConfig, world_size: int) -> None:
 
 
 def _check_layout(config: RestConfig, dp: int) -> None:
-    p, loss = config.parallel, config.loss
+    p, loss, ddp = config.parallel, config.loss, config.megatron.ddp
+    if p.sequence_parallel and p.tensor_parallel == 1:
+        raise ConfigError(
+            "parallel.sequence_parallel cuts between tensor-parallel ranks, and parallel.tensor_parallel is 1: set "
+            "parallel.sequence_parallel=false"
+        )
+    if ddp.get("overlap_param_gather") and not (p.distributed_optimizer and ddp.get("overlap_grad_reduce")):
+        raise ConfigError(
+            "megatron.ddp.overlap_param_gather=true gathers what the distributed optimizer cut: it needs "
+            "parallel.distributed_optimizer=true and megatron.ddp.overlap_grad_reduce=true; or set it to false"
+        )
     sharing = p.tensor_parallel * p.context_parallel * dp
     if sharing % p.expert_parallel:
         raise ConfigError(

@@ -177,6 +177,17 @@ def test_values_get_the_fields_types() -> None:
         (["optimizer.updates_per_step=128"], 2, "1 rollouts per optimiser step are fewer than 2"),
         (["rollout.max_response_tokens=1025"], 1, "exceeds model.max_sequence_length 2048"),
         (["trainer.max_tokens_per_microbatch=1000"], 1, "smaller than one sequence may be (1280 tokens)"),
+        (["parallel.sequence_parallel=true"], 1, "parallel.tensor_parallel is 1: set parallel.sequence_parallel=false"),
+        (
+            ["megatron.ddp.overlap_param_gather=true", "megatron.ddp.overlap_grad_reduce=true"],
+            2,
+            "needs parallel.distributed_optimizer=true and megatron.ddp.overlap_grad_reduce=true",
+        ),
+        (
+            ["megatron.ddp.overlap_param_gather=true", "parallel.distributed_optimizer=true"],
+            2,
+            "needs parallel.distributed_optimizer=true and megatron.ddp.overlap_grad_reduce=true",
+        ),
     ],
 )
 def test_what_needs_two_sections_is_checked_together(changes: list[str], world_size: int, message: str) -> None:

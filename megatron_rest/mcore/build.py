@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
 from megatron_rest.mcore import accelerations, cpu, groups, precision, rng, settings
+from megatron_rest.model_fit import check_model
 from megatron_rest.model_map import ModelShape, padded_vocab_size
 from megatron_rest.network import use_one_network
 
@@ -103,7 +104,6 @@ def initialize(config: RestConfig) -> ParallelContext:
         backend = "gloo" if is_cpu else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=config.trainer.timeout_minutes))
     validate(config, world_size=dist.get_world_size())
-    _refuse(config)
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -151,12 +151,6 @@ def _take_device(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
-def _refuse(config: RestConfig) -> None:
-    p = config.parallel
-    if p.sequence_parallel and p.tensor_parallel == 1:
-        raise ConfigError("parallel.sequence_parallel needs parallel.tensor_parallel > 1")
-
-
 def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     """Megatron's ``TransformerConfig`` for a HF model shape and our layout."""
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -168,7 +162,7 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
     is_overlapped = interleaved and p.pipeline_parallel == 2
-    precision.check_sizes(shape, config)
+    check_model(shape, config)
     ours = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -233,23 +227,8 @@ def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
     """
     from megatron_rest.mcore.specs import has_transformer_engine
 
-    p = config.parallel
     if not shape.num_experts:
-        if p.expert_parallel > 1:
-            raise ConfigError(
-                f"parallel.expert_parallel is {p.expert_parallel}, but {config.model.path} has no experts: set it to 1"
-            )
         return {}
-    if shape.num_experts % p.expert_parallel:
-        raise ConfigError(
-            f"parallel.expert_parallel {p.expert_parallel} does not divide the {shape.num_experts} experts of "
-            f"{config.model.path}"
-        )
-    if p.tensor_parallel > 1 and not p.sequence_parallel:
-        raise ConfigError(
-            "parallel.sequence_parallel must be true for a mixture of experts with parallel.tensor_parallel > 1: "
-            "without it every TP rank would send the same tokens to the experts"
-        )
     return {
         "num_moe_experts": shape.num_experts,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
@@ -262,7 +241,7 @@ def _expert_settings(shape: ModelShape, config: RestConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": has_transformer_engine(),  # one kernel for all experts; one product after the other without
         "moe_permute_fusion": accelerations.has_fused_permutation(),  # else the host waits for each expert's count
-        "expert_model_parallel_size": p.expert_parallel,
+        "expert_model_parallel_size": config.parallel.expert_parallel,
         "expert_tensor_parallel_size": 1,  # model_map: an expert is never cut
     }
 
@@ -359,11 +338,6 @@ def wrap(chunks: list[Any], megatron_config: Any, config: RestConfig, context: P
         **precision.ddp_settings(config.precision),
     )
     ddp = settings.make(DistributedDataParallelConfig, "ddp", ours, config.megatron.ddp)
-    if ddp.overlap_param_gather and not (ddp.use_distributed_optimizer and ddp.overlap_grad_reduce):
-        raise ConfigError(
-            "megatron.ddp.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
-            "megatron.ddp.overlap_grad_reduce=true"
-        )
     wrapped = [
         DistributedDataParallel(megatron_config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]

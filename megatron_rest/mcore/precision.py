@@ -4,7 +4,7 @@ Megatron enters the recipe around the transformer layers by itself (``Transforme
 layer stay outside, in BF16.  What is left to us:
 
 * settings of the three configurations that have to agree (:func:`transformer_settings`, :func:`ddp_settings`,
-  :func:`optimizer_settings`), and refusals that come before a kernel fails (:func:`require`, :func:`check_sizes`);
+  :func:`optimizer_settings`), and refusals that come before a kernel fails (:func:`require`; sizes: ``model_fit``);
 * FP8 parameters start from the loaded weights, not from what the constructor drew (:func:`master_values`,
   :func:`fit_weight_scales`);
 * the scoring pass leaves no trace in the scales of the training pass (:func:`untouched_scales`);
@@ -32,13 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rest.config import ConfigError, Fp8Recipe, PrecisionConfig, RestConfig
-from megatron_rest.fp8_support import REQUIREMENTS, Machine, why_not
+from megatron_rest.config import ConfigError, Fp8Recipe, PrecisionConfig
+from megatron_rest.fp8_support import Machine, why_not
 from megatron_rest.help_topics import Topic, see
-from megatron_rest.model_map import ModelShape, ParameterKind, parameter_map, shard_shape
 
 __all__ = [
-    "check_sizes",
     "ddp_settings",
     "dequantised",
     "fit_weight_scales",
@@ -84,24 +82,6 @@ def require(recipe: Fp8Recipe, machine: Machine) -> None:
             f"precision.recipe={recipe} cannot run here: {obstacle}. Set precision.recipe=none to train in BF16, or "
             f"see `megatron-rest doctor`{see(Topic.FP8_CERTIFICATE)}"
         )
-
-
-def check_sizes(shape: ModelShape, config: RestConfig) -> None:
-    """Refuse a model whose weight shards the recipe cannot multiply, naming the first of them."""
-    if config.precision.recipe is Fp8Recipe.NONE:
-        return
-    block = REQUIREMENTS[config.precision.recipe].block
-    tp = config.parallel.tensor_parallel
-    for spec in parameter_map(shape):
-        rows_and_columns = shard_shape(spec, shape, tp)
-        is_bf16 = spec.kind is ParameterKind.VOCAB or ".router." in spec.megatron_name
-        is_product = len(rows_and_columns) == 2 and not is_bf16
-        if is_product and any(size % block for size in rows_and_columns):
-            raise ConfigError(
-                f"precision.recipe={config.precision.recipe} multiplies blocks of {block}, and {spec.megatron_name} is "
-                f"{list(rows_and_columns)} a rank at parallel.tensor_parallel={tp}: choose another recipe or a smaller "
-                "tensor_parallel"
-            )
 
 
 def transformer_settings(precision: PrecisionConfig) -> dict[str, Any]:

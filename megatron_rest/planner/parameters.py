@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rest.config import ConfigError, ParallelConfig
+from megatron_rest.config import ParallelConfig
 from megatron_rest.model_map import ModelShape, ParameterSpec, hf_shapes, parameter_map, shard_shape
 
 __all__ = ["StageParameters", "count_stages", "layers_of_chunk", "total_parameters"]
@@ -30,21 +30,11 @@ class StageParameters:
 
 
 def count_stages(shape: ModelShape, parallel: ParallelConfig) -> list[StageParameters]:
-    """One entry a pipeline stage.  Raises :class:`ConfigError` when the model cannot be cut like that."""
+    """One entry a pipeline stage, of a model that can be cut like that (``model_fit.check_model``)."""
     pp, tp, ep = parallel.pipeline_parallel, parallel.tensor_parallel, parallel.expert_parallel
-    if shape.num_layers % (pp * parallel.virtual_pipeline):
-        raise ConfigError(
-            f"{shape.num_layers} layers do not divide into pipeline_parallel {pp} x virtual_pipeline "
-            f"{parallel.virtual_pipeline} chunks of equal size"
-        )
-    if shape.num_experts % ep:
-        raise ConfigError(f"{shape.num_experts} experts do not divide by expert_parallel {ep}")
     dense, experts, largest, matrices = ([0] * pp for _ in range(4))
     for spec in parameter_map(shape):
-        try:
-            dims = shard_shape(spec, shape, tp)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        dims = shard_shape(spec, shape, tp)
         size = math.prod(dims)
         for stage in _stages(spec, shape, parallel):
             if spec.expert is not None:

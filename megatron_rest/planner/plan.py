@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from megatron_rest.config import RestConfig, validate
 from megatron_rest.engine_gpus import why_not
+from megatron_rest.model_fit import check_model
 from megatron_rest.model_map import ModelShape
 from megatron_rest.planner.hardware import Hardware
 from megatron_rest.planner.lengths import Lengths
@@ -110,6 +111,7 @@ def _plan(
     zero_groups: float,
 ) -> Plan:  # fmt: skip
     validate(config, world_size=world_size)
+    check_model(shape, config)
     stages = stage_memories(config, shape, hardware, world_size=world_size)
     assumed = Assumptions.of(config, is_cpu=hardware.is_cpu, zero_groups=zero_groups)
     work = step_work(config, shape, world_size=world_size, lengths=lengths, assumed=assumed)

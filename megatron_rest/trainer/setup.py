@@ -89,7 +89,6 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
 def build_bare_policy(config: RestConfig) -> PolicyParts:
     """Process groups and a model with random weights, without DDP and optimiser.  Collective over all ranks."""
     shape = read_shape(config.model.path)
-    _check_lengths(config, shape)
     context = build.initialize(config)
     chunks = build.build_chunks(shape, config, context, build.transformer_config(shape, config))
     return PolicyParts(
@@ -115,14 +114,6 @@ def _load_weights(policy: MegatronPolicy, config: RestConfig, shape: ModelShape)
         load(masters)
         precision.fit_weight_scales(parameters, masters, margin=config.precision.margin)
     load(parameters)
-
-
-def _check_lengths(config: RestConfig, shape: ModelShape) -> None:
-    if shape.max_position_embeddings and config.model.max_sequence_length > shape.max_position_embeddings:
-        raise ConfigError(
-            f"model.max_sequence_length {config.model.max_sequence_length} exceeds what {config.model.path} was made "
-            f"for ({shape.max_position_embeddings} positions)"
-        )
 
 
 def make_batch(

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from megatron_rest.config import RestConfig, from_dict, to_dict, validate
-from megatron_rest.planner.shapes import find_shape
+from megatron_rest.model_fit import check_model
+from megatron_rest.planner.shapes import PUBLISHED, find_shape
 from megatron_rest.rollout.host import EngineHost
 from megatron_rest.trainer.engine_nodes import hosted_place
 from megatron_rest.weighting import RestWeighting
@@ -181,6 +182,11 @@ def done(folder: Path, environment: dict[str, str], server: Server) -> dict[str,
         )
         for argument in WRONG_ON_KUBERNETES
     }  # fmt: skip
+    model = folder / "a model that is here"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-8B"] | {"num_hidden_layers": 35}))
+    cut = ["rest_8b", "--dryrun", "nodes=2", f"model.path={model}", "parallel.pipeline_parallel=2"]
+    runs |= {"cut on slurm": (cut, {}), "cut on kubeflow": ([*cut, "run.executor=kubeflow"], {})}
     found = {}
     for name, ((recipe, *rest), env) in runs.items():
         run = server.run([str(ROOT / f"launch/{recipe}.py"), *rest], env=environment | env, cwd=folder)
@@ -215,13 +221,9 @@ def test_dry_run_shows_scripts_that_bash_accepts_and_the_configuration_that_runs
 
 @pytest.mark.parametrize("recipe", [*CLUSTER, "qwen"])
 def test_a_recipe_asks_for_nothing_that_the_trainer_refuses(recipe: str, done: dict[str, Done]) -> None:
-    from megatron_rest.mcore import build, precision
-
     config = done[recipe].config
     shape, _ = find_shape(config.model.path)
-    build._refuse(config)
-    build._expert_settings(shape, config)
-    precision.check_sizes(shape, config)
+    check_model(shape, config)
     for i in range(config.rollout.replicas):
         hosts = [EngineHost(address="n", port=1, key="", num_gpus=8, machine="m")] * config.rollout.nodes
         hosted_place(config.rollout, hosts, i)
@@ -399,6 +401,13 @@ def test_a_baseline_differs_in_the_weights_only(done: dict[str, Done]) -> None:
 def test_a_file_lies_over_the_recipe_and_an_override_over_the_file(done: dict[str, Done]) -> None:
     optimizer = done["file"].config.optimizer
     assert (optimizer.lr, optimizer.weight_decay, optimizer.updates_per_step) == (2e-6, 0.5, 8)
+
+
+@pytest.mark.parametrize("where", ["slurm", "kubeflow"])
+def test_a_layout_that_the_model_cannot_be_cut_into_is_no_job(where: str, done: dict[str, Done]) -> None:
+    run = done[f"cut on {where}"]
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "35 layers do not divide into parallel.pipeline_parallel 2" in run.stderr
 
 
 @pytest.mark.parametrize("argument", WRONG)

@@ -17,9 +17,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_rest.config import ConfigError, Fp8Recipe, ParallelConfig, PrecisionConfig, RestConfig, load
+from megatron_rest.config import ConfigError, Fp8Recipe, PrecisionConfig, load
 from megatron_rest.mcore import accelerations, build, precision
-from megatron_rest.model_map import ModelShape
 from tests.helpers.delayed_scaling import DelayedLinear, StateManager
 
 RECIPES = [recipe for recipe in Fp8Recipe if recipe is not Fp8Recipe.NONE]
@@ -86,30 +85,6 @@ def test_a_recipe_that_cannot_run_is_refused_before_anything_starts(recipe: Fp8R
     assert "no CUDA device" in text
     assert f"{recipe} needs Transformer Engine >= 2." in text
     assert not torch.distributed.is_initialized()
-
-
-QWEN = {
-    "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 1000,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
-}  # fmt: skip
-
-
-def with_recipe(recipe: str, tp: int = 1) -> RestConfig:
-    return RestConfig(precision=PrecisionConfig(recipe=Fp8Recipe(recipe)), parallel=ParallelConfig(tensor_parallel=tp))
-
-
-def test_shards_that_the_recipe_cannot_multiply_are_refused_by_name() -> None:
-    shape = ModelShape.from_hf_config(QWEN)
-    precision.check_sizes(shape, with_recipe("blockwise"))
-    precision.check_sizes(shape, with_recipe("mxfp8", tp=4))
-    with pytest.raises(ConfigError, match=r"blocks of 128, and decoder.layers.0.*linear_proj.weight is \[256, 64\]"):
-        precision.check_sizes(shape, with_recipe("blockwise", tp=4))
-    odd = ModelShape.from_hf_config({**QWEN, "intermediate_size": 760})
-    with pytest.raises(
-        ConfigError, match=r"tensorwise multiplies blocks of 16, and .*linear_fc2.weight is \[256, 760\]"
-    ):
-        precision.check_sizes(odd, with_recipe("tensorwise"))
-    precision.check_sizes(odd, RestConfig())
 
 
 # --- delayed scaling, on the stand-in ---------------------------------------------------------------------------------

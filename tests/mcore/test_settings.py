@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_rest.config import ConfigError, MegatronConfig, load
+from megatron_rest.config import ConfigError, MegatronConfig
 from megatron_rest.mcore import build, settings
 from megatron_rest.mcore.hf import read_shape
 from tests.helpers.distributed import run_distributed
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_megatron_does_not_take_is_one_line(override: str, words: str, model: Path) -> None:
-    config = load(overrides=[f"model.path={model}", *(f"megatron.{one}" for one in override.split())])
+    config = layout_config(model, overrides=tuple(f"megatron.{one}" for one in override.split()))
     with pytest.raises(ConfigError, match=words):
         build.transformer_config(read_shape(model), config)
 
@@ -69,13 +69,13 @@ def test_what_is_decided_elsewhere_is_refused_by_name(section: str, name: str, w
 
 
 def test_values_become_what_megatron_wants(model: Path) -> None:
-    config = load(
-        overrides=[
-            f"model.path={model}",
+    config = layout_config(
+        model,
+        overrides=(
             "megatron.transformer.attention_backend=flash",
             "megatron.transformer.init_method_std=1e-2",
             "megatron.transformer.batch_p2p_sync=false",
-        ]
+        ),
     )
     made = build.transformer_config(read_shape(model), config)
     assert (made.attention_backend, made.init_method_std, made.batch_p2p_sync) == (AttnBackend.flash, 0.01, False)
@@ -120,12 +120,6 @@ def test_overlapping_changes_no_parameter(world_size: int, arch: str, layout: di
     for plain, gathered in run_distributed(trained, world_size, model, layout):
         for name in plain:
             torch.testing.assert_close(gathered[name], plain[name], rtol=0, atol=1e-6)
-
-
-def test_a_gather_that_overlaps_needs_what_it_overlaps_with(model: Path) -> None:
-    config = layout_config(model, overrides=("megatron.ddp.overlap_param_gather=true",))
-    with pytest.raises(ConfigError, match=r"needs parallel.distributed_optimizer=true and megatron.ddp.overlap_grad"):
-        build.wrap([], build.transformer_config(read_shape(model), config), config, None)  # type: ignore[arg-type]
 
 
 def test_fused_rotary_embeddings_do_not_go_with_shared_prompts(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
