@@ -22,6 +22,7 @@ untied embeddings.  Layer and expert numbers in the names are global: the caller
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -129,7 +130,7 @@ class ModelShape:
     has_qk_norm: bool
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # empty = plain rotary embedding
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict, hash=False)  # empty = plain rotary embedding
     max_position_embeddings: int = 0  # 0 = not stated
     vocab_multiple: int = 1  # Megatron's make_vocab_size_divisible_by
     num_experts: int = 0  # 0 = dense
@@ -313,6 +314,7 @@ class ParameterSpec:
     tied_copies: tuple[str, ...] = ()  # further Megatron parameters with the same values (tied head on the last stage)
 
 
+@functools.lru_cache(maxsize=8)  # of 235B 37,000 entries, and a plan asks a hundred times
 def parameter_map(shape: ModelShape) -> tuple[ParameterSpec, ...]:
     """Every parameter of the model in layer order: embedding, layers 0..N-1, final norm, output layer (if untied)."""
     specs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ class StageParameters:
         return self.dense + self.experts
 
 
-def count_stages(shape: ModelShape, parallel: ParallelConfig) -> list[StageParameters]:
+@functools.lru_cache(maxsize=64)
+def count_stages(shape: ModelShape, parallel: ParallelConfig) -> tuple[StageParameters, ...]:
     """One entry a pipeline stage, of a model that can be cut like that (``model_fit.check_model``)."""
     pp, tp, ep = parallel.pipeline_parallel, parallel.tensor_parallel, parallel.expert_parallel
     dense, experts, largest, matrices = ([0] * pp for _ in range(4))
@@ -44,10 +46,10 @@ def count_stages(shape: ModelShape, parallel: ParallelConfig) -> list[StageParam
             largest[stage] = max(largest[stage], size)
             if len(dims) > 1 and _LAYER.match(spec.megatron_name):
                 matrices[stage] += size // (1 if spec.expert is None else ep)
-    return [
+    return tuple(
         StageParameters(dense=d, experts=e // ep, largest=big, layer_matrices=m)
         for d, e, big, m in zip(dense, experts, largest, matrices, strict=True)
-    ]
+    )
 
 
 def layers_of_chunk(shape: ModelShape, parallel: ParallelConfig) -> int:
@@ -55,6 +57,7 @@ def layers_of_chunk(shape: ModelShape, parallel: ParallelConfig) -> int:
     return shape.num_layers // (parallel.pipeline_parallel * parallel.virtual_pipeline)
 
 
+@functools.lru_cache(maxsize=64)
 def total_parameters(shape: ModelShape, *, active_only: bool = False, matrices_only: bool = False) -> int:
     """Of the whole model, padding left out.
 
