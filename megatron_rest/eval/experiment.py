@@ -55,7 +55,11 @@ def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]
                 *(_row(r) for r in rows),
                 "",
             ]
-    return [*lines, *_training_lines(experiment)]
+    lines += _training_lines(experiment)
+    if experiment.left_out:
+        few = ", ".join(f"{TITLES[name]} ({count})" for name, count in experiment.left_out.items())
+        lines += ["", f"Left out, with fewer than the two seeds that an interval needs: {few}."]
+    return lines
 
 
 def _row(result: Outcome) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Experiment:
     folder: Path
     start: Mapping[str, Mapping[str, np.ndarray]]  # the warm start's scores
     policies: Mapping[str, Sequence[Policy]]
+    left_out: Mapping[str, int] = field(default_factory=dict)  # too few for an interval -> seeds shared with its base
 
     @property
     def seeds(self) -> list[int]:
@@ -130,7 +131,10 @@ class Outcome:
 
 
 def read_experiment(folder: str | Path) -> Experiment:
-    """Every finished and evaluated run.  Raises ValueError naming what is missing when there is nothing to compare."""
+    """Every finished and evaluated run of algorithms that have two seeds to compare.
+
+    Raises ValueError naming what is missing when there is nothing to compare.
+    """
     root = Path(folder)
     policies: dict[str, list[Policy]] = {}
     settings = []
@@ -149,12 +153,14 @@ def read_experiment(folder: str | Path) -> Experiment:
     settings.append({k: v for k, v in start["settings"].items() if k != "weights_sha256"})
     if any(other != settings[0] for other in settings):
         raise ValueError(f"{root}: policies were asked different prompts or sampled differently: evaluate them again")
-    experiment = Experiment(folder=root, start=prompt_scores(start), policies=policies)
-    for name in policies:
-        if len(shared := experiment.seeds_of(name)) < 2:
-            base = experiment.base_of(name)
-            raise ValueError(f"{root}: {name} and {base} have {len(shared)} seeds in common, an interval needs 2")
-    return experiment
+    every = Experiment(folder=root, start=prompt_scores(start), policies=policies)
+    shared = {name: len(every.seeds_of(name)) for name in policies}
+    few = {name: count for name, count in shared.items() if count < 2}
+    if BASELINE in few or len(policies) - len(few) < 2:
+        have = ", ".join(f"{name} {count}" for name, count in shared.items())
+        raise ValueError(f"{root}: seeds shared with what is compared with: {have}; an interval needs 2")
+    compared = {name: found for name, found in policies.items() if name not in few}
+    return replace(every, policies=compared, left_out=few)
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -180,14 +179,17 @@ def test_curves_are_by_tokens_with_bands_over_seeds(folder):
     assert values[-1] == pytest.approx(0.75), "mean of the last two steps, in which every prompt is asked once"
 
 
-def test_only_finished_and_common_seeds_are_compared(folder):
+def test_only_finished_and_common_seeds_are_compared(folder, capsys):
     (folder / "grpo" / "seed-3" / "config.yaml").unlink()  # still training
     (folder / "dr_grpo" / "seed-1" / RESULT_FILE).unlink()  # not yet asked
-    with pytest.raises(ValueError, match="1 seeds in common"):
-        read_experiment(folder)
-    shutil.rmtree(folder / "dr_grpo")
     experiment = read_experiment(folder)
     assert experiment.seeds == [1, 2] and list(experiment.policies) == ["grpo", "entropy_ema"]
+    assert experiment.left_out == {"dr_grpo": 1}, "of its seeds 2 and 3 the baseline has 2"
+    assert main([str(folder)]) == 0
+    assert "Left out, with fewer than the two seeds that an interval needs: Dr. GRPO (1)." in capsys.readouterr().out
+    (folder / "entropy_ema" / "seed-1" / RESULT_FILE).unlink()
+    with pytest.raises(ValueError, match="grpo 2, dr_grpo 1, entropy_ema 1; an interval needs 2"):
+        read_experiment(folder)
 
 
 def test_policies_that_were_asked_differently_are_refused(folder, capsys):
