@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from launch.compat import ensure_nemo_run_importable
 from launch.recipe import GIVEN, stop
 from megatron_rest.config import ConfigError, RestConfig
+from megatron_rest.data.prompt_files import check_tokenizer, read_manifest
 from megatron_rest.engine_gpus import why_not
 from megatron_rest.model_fit import check_model
 from megatron_rest.planner.shapes import find_shape
@@ -13,7 +14,7 @@ from megatron_rest.planner.shapes import find_shape
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["check_model_here", "check_request", "check_shape_of_job"]
+__all__ = ["check_data_here", "check_model_here", "check_request", "check_shape_of_job"]
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _SIGNAL = re.compile(r"(?:[RB]{1,2}:)?(?:SIG)?[A-Z]+\d*(?:@(?P<seconds>\d+))?|(?:[RB]{1,2}:)?\d+(?:@(?P<more>\d+))?")
@@ -36,6 +37,21 @@ def check_model_here(config: RestConfig) -> None:
         check_model(find_shape(config.model.path)[0], config)
     except ConfigError as error:
         stop(str(error))
+
+
+def check_data_here(config: RestConfig) -> None:
+    """Refuse prompts that are damaged or that another tokenizer made, where this machine has them and the model."""
+    if GIVEN.preprocess:  # a job before the training writes data.train
+        return
+    for name, path in (("data.train", config.data.train), ("warm_start.answers", config.warm_start.answers)):
+        if not path or not Path(path).is_dir():
+            continue
+        try:
+            manifest = read_manifest(Path(path))
+            if (Path(config.model.path) / "tokenizer.json").is_file():
+                check_tokenizer(Path(path), manifest, config.model.path)
+        except ValueError as error:
+            stop(f"{name}: {error}")
 
 
 def check_request(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.checks import check_model_here, check_request, check_shape_of_job
+from launch.checks import check_data_here, check_model_here, check_request, check_shape_of_job
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
 from launch.recipe import (
@@ -237,6 +237,7 @@ def _check(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int, 
         stop("no Slurm account: export SLURM_ACCOUNT=... or say run.executor.account=...")
     require_absolute_paths(config)
     check_model_here(config)
+    check_data_here(config)
     check_request(executor, config, world_size=world_size)
     refuse_folder_in_use(config)
     executor.packager.tops += map(str, user_packages(config))

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from launch.checks import check_model_here
+from launch.checks import check_data_here, check_model_here
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import CLUSTER_ENV, GPUS_PER_NODE, network_environment
 from launch.recipe import (
@@ -113,6 +113,7 @@ def launch_on_kubernetes(
         stop(fault)
     require_absolute_paths(config)
     check_model_here(config)
+    check_data_here(config)
     refuse_folder_in_use(config)
     if not executor.image and not ctx.dryrun:
         stop("no container image: export REST_IMAGE=... or say run.executor.image=...")

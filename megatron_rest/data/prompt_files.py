@@ -244,6 +244,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
+def check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str) -> None:
+    """Raise ValueError for prompts that another tokenizer or chat template than the model's has made."""
+    stored = manifest.get("tokenizer", {})
+    for what, key, actual in (
+        ("tokenizer", "identity", tokenizer_identity(tokenizer_path)),
+        ("chat template", "chat_template_identity", template_identity(tokenizer_path)),
+    ):
+        if stored.get(key) != actual:
+            raise ValueError(
+                f"{folder} was prepared with another {what} ({str(stored.get(key))[:12]}) than {tokenizer_path} "
+                f"({actual[:12]}): "
+                f"its token ids mean something else; convert the data again with --tokenizer {tokenizer_path}"
+            )
+
+
 def map_shard(folder: Path, entry: dict[str, Any]) -> list[pa.RecordBatch]:
     """Map one shard of the manifest; the batches' buffers are the mapped file."""
     path = folder / entry["name"]

@@ -22,12 +22,11 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_rest.data.prompt_files import (
+    check_tokenizer,
     map_shard,
     offsets,
     read_manifest,
-    template_identity,
     token_counts,
-    tokenizer_identity,
 )
 from megatron_rest.types import PromptSample
 
@@ -54,7 +53,7 @@ class PromptDataset:
         folder = Path(path)
         manifest = read_manifest(folder)
         if tokenizer_path is not None:
-            _check_tokenizer(folder, manifest, tokenizer_path)
+            check_tokenizer(folder, manifest, tokenizer_path)
         batches = [batch for entry in manifest["outputs"] for batch in map_shard(folder, entry)]
         return cls(batches, name=str(folder))
 
@@ -202,17 +201,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def _mix_int(value: int) -> int:
     return int(_mix(np.array([value & (2**64 - 1)], dtype=np.uint64))[0])
-
-
-def _check_tokenizer(folder: Path, manifest: dict[str, Any], tokenizer_path: str) -> None:
-    stored = manifest.get("tokenizer", {})
-    for what, key, actual in (
-        ("tokenizer", "identity", tokenizer_identity(tokenizer_path)),
-        ("chat template", "chat_template_identity", template_identity(tokenizer_path)),
-    ):
-        if stored.get(key) != actual:
-            raise ValueError(
-                f"{folder} was prepared with another {what} ({str(stored.get(key))[:12]}) than {tokenizer_path} "
-                f"({actual[:12]}): "
-                f"its token ids mean something else; convert the data again with --tokenizer {tokenizer_path}"
-            )

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from megatron_rest.config import RestConfig, from_dict, to_dict, validate
+from megatron_rest.data.prompt_files import MANIFEST_NAME, SCHEMA_VERSION
 from megatron_rest.model_fit import check_model
 from megatron_rest.planner.shapes import PUBLISHED, find_shape
 from megatron_rest.rollout.host import EngineHost
@@ -187,6 +188,11 @@ def done(folder: Path, environment: dict[str, str], server: Server) -> dict[str,
     (model / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-8B"] | {"num_hidden_layers": 35}))
     cut = ["rest_8b", "--dryrun", "nodes=2", f"model.path={model}", "parallel.pipeline_parallel=2"]
     runs |= {"cut on slurm": (cut, {}), "cut on kubeflow": ([*cut, "run.executor=kubeflow"], {})}
+    runs |= {
+        f"data on {where}": (["rest_8b", "--dryrun", f"run.executor={where}", *foreign_prompts(folder)], {})
+        for where in ("slurm", "kubeflow")
+    }
+    runs["data to come"] = (["rest_8b", "--dryrun", "preprocess=/data/rows", *foreign_prompts(folder)], {})
     found = {}
     for name, ((recipe, *rest), env) in runs.items():
         run = server.run([str(ROOT / f"launch/{recipe}.py"), *rest], env=environment | env, cwd=folder)
@@ -408,6 +414,27 @@ def test_a_layout_that_the_model_cannot_be_cut_into_is_no_job(where: str, done: 
     run = done[f"cut on {where}"]
     assert run.returncode == 2, run.stdout + run.stderr
     assert "35 layers do not divide into parallel.pipeline_parallel 2" in run.stderr
+
+
+def foreign_prompts(folder: Path) -> list[str]:
+    """Prompts of another tokenizer than that of the model beside them."""
+    data, model = folder / "prompts of another", folder / "a model with a tokenizer"
+    for path in (data, model):
+        path.mkdir(exist_ok=True)
+    (data / MANIFEST_NAME).write_text(
+        json.dumps({"schema_version": SCHEMA_VERSION, "outputs": [], "tokenizer": {"identity": "0123456789abcdef"}})
+    )
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}, "added_tokens": []}))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    return [f"data.train={data}", f"model.path={model}", "model.shape=qwen3-8b"]
+
+
+@pytest.mark.parametrize("where", ["slurm", "kubeflow"])
+def test_prompts_of_another_tokenizer_are_no_job(where: str, done: dict[str, Done]) -> None:
+    run = done[f"data on {where}"]
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert "data.train: " in run.stderr and "was prepared with another tokenizer (0123456789ab)" in run.stderr
+    assert done["data to come"].returncode == 0, "the job before writes them"
 
 
 @pytest.mark.parametrize("argument", WRONG)
