@@ -27,6 +27,7 @@ from megatron_rest.analysis.gradient_variance import RegionGram, compare_weighti
 from megatron_rest.analysis.run_gradients import NoRolloutsError, measure_run
 from megatron_rest.analysis.tabular import decisive_token, tabular_experiment
 from megatron_rest.config import WeightingConfig, WeightSource
+from megatron_rest.rollout.process import cpu_share
 from megatron_rest.types import TokenRegion
 from megatron_rest.weighting import RestWeighting
 
@@ -138,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.run is None:
         _tabular(args.out, num_sequences=args.sequences, seed=args.seed, gradients=args.gradients)
         return 0
+    import torch
+
+    torch.set_num_threads(cpu_share())  # a launcher's stages start with one
     try:
         _run(args.run, max_sequences=args.max_sequences, answers=args.answers, steps=args.steps)
     except NoRolloutsError as error:
