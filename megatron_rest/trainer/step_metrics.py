@@ -83,13 +83,21 @@ def reward_metrics(verdict: Verdict, *, num_groups: int) -> dict[str, float]:
 def rollout_metrics(groups: Sequence[RolloutGroup], *, step: int, num_restarts: int) -> dict[str, float]:
     """How far the sampling policies lag behind, how rollouts ended, engines replaced so far; the same on every rank."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    ages = [step - 1 - rollout.versions[rollout.loss_mask] for rollout in rollouts]
+    tokens = [int(np.count_nonzero(rollout.loss_mask)) for rollout in rollouts]
+    oldest = [rollout.oldest_version for rollout in rollouts]
+    behind = 0  # versions, summed over sampled tokens; a rollout of one version, as nearly all are, needs no table
+    for rollout, count, first in zip(rollouts, tokens, oldest, strict=True):
+        is_one = first == rollout.policy_version
+        behind += (step - 1) * count
+        behind -= first * count if is_one else int(rollout.versions[rollout.loss_mask].sum(dtype=np.int64))
     metrics = {
         "rollout/count": float(len(rollouts)),
         "prompt/length": fmean(float(len(g.prompt.token_ids)) for g in groups for _ in g.rollouts),
-        "rollout/staleness": sum(int(of_one.sum()) for of_one in ages) / sum(map(len, ages)),
-        "rollout/staleness_max": float(max(step - 1 - rollout.oldest_version for rollout in rollouts)),
-        "rollout/continued": fmean(rollout.oldest_version < rollout.policy_version for rollout in rollouts),
+        "rollout/staleness": behind / max(sum(tokens), 1),
+        "rollout/staleness_max": float(step - 1 - min(oldest)),
+        "rollout/continued": fmean(
+            first < rollout.policy_version for first, rollout in zip(oldest, rollouts, strict=True)
+        ),
         "rollout/restarts": float(num_restarts),
     }
     for reason in StopReason:
