@@ -126,10 +126,14 @@ def test_memory_that_nobody_maps_any_more_goes_too(tmp_path: Path) -> None:
     assert worker.stdout is not None
     shared = Path("/dev/shm", worker.stdout.readline().strip())
     assert shared.exists()
-    trackers = [pid for pid in my_processes() if session_of(pid) == worker.pid and is_resource_tracker(pid)]
-    assert len(trackers) == 1
+
+    def trackers() -> list[int]:
+        return [pid for pid in my_processes() if session_of(pid) == worker.pid and is_resource_tracker(pid)]
+
+    until(lambda: len(trackers()) == 1)  # forked it is, but on a busy machine not yet another program
+    [tracker] = trackers()
     keeper.end_processes(tmp_path, worker.pid)
-    assert not shared.exists() and not start_of(trackers[0]) and worker.wait() == -signal.SIGKILL
+    assert not shared.exists() and not start_of(tracker) and worker.wait() == -signal.SIGKILL
 
 
 def test_what_dead_runs_left_goes_when_the_next_one_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
