@@ -174,6 +174,9 @@ def test_status_logs_and_cancel_are_nemo_runs(cluster: Cluster) -> None:
     (experiment,) = re.findall(
         r"rest_8b_\d{10,}", " ".join(p.name for p in (cluster.folder / "nemo").rglob("rest_8b_*"))
     )
+    while not any("rank 0 has begun" in p.read_text() for p in (cluster.folder / "nemo").rglob("log-rest-train_*.out")):
+        assert time.monotonic() < deadline, "a job that runs has started its ranks, sooner or later"
+        time.sleep(0.1)
     status = cluster.nemo_run("experiment", "status", experiment)
     assert "RUNNING" in status.stdout, status.stdout + status.stderr
     cluster.nemo_run("experiment", "cancel", experiment, "0")
