@@ -14,7 +14,7 @@ from megatron_rest.planner.shapes import find_shape
 ensure_nemo_run_importable()
 import nemo_run as run  # noqa: E402
 
-__all__ = ["check_data_here", "check_model_here", "check_request", "check_shape_of_job"]
+__all__ = ["check_inputs_here", "check_request", "check_shape_of_job"]
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<clock>\d+(?::\d+){0,2})")
 _SIGNAL = re.compile(r"(?:[RB]{1,2}:)?(?:SIG)?[A-Z]+\d*(?:@(?P<seconds>\d+))?|(?:[RB]{1,2}:)?\d+(?:@(?P<more>\d+))?")
@@ -29,7 +29,13 @@ def check_shape_of_job(executor: run.SlurmExecutor) -> None:
             stop(f"run.executor.{name}={value!r}: a whole number, at least 1")
 
 
-def check_model_here(config: RestConfig) -> None:
+def check_inputs_here(config: RestConfig) -> None:
+    """Refuse a model and prompts that the job could not use, as far as this machine has them."""
+    _check_model(config)
+    _check_prompts(config)
+
+
+def _check_model(config: RestConfig) -> None:
     """Refuse what the model cannot be cut into, where this machine has its folder; else the plan may guess it."""
     if not (Path(config.model.path) / "config.json").is_file():
         return
@@ -39,7 +45,7 @@ def check_model_here(config: RestConfig) -> None:
         stop(str(error))
 
 
-def check_data_here(config: RestConfig) -> None:
+def _check_prompts(config: RestConfig) -> None:
     """Refuse prompts that are damaged or that another tokenizer made, where this machine has them and the model."""
     if GIVEN.preprocess:  # a job before the training writes data.train
         return

@@ -9,13 +9,12 @@ import dataclasses
 import inspect
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.checks import check_data_here, check_model_here, check_request, check_shape_of_job
+from launch.checks import check_inputs_here, check_request, check_shape_of_job
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import GPUS_PER_NODE, check_executor
 from launch.recipe import (
@@ -28,6 +27,7 @@ from launch.recipe import (
     require_absolute_paths,
     resolve,
     stop,
+    warn_of,
 )
 from launch.script import command_script, host_script, rank_script
 from launch.secrecy import refuse_secrets
@@ -150,8 +150,7 @@ def launch_training(ctx: "run.cli.RunContext", title: str, base: RestConfig, sta
             _show(experiment)
             print(f"# ----- plan -----\n{plan}\n# ----- run.yaml -----\n{as_yaml(config)}", end="", flush=True)
             return
-        if "does not fit" in plan or "not possible" in plan:
-            print(plan, file=sys.stderr, flush=True)
+        warn_of(plan)
         ctx.launch(experiment)
     if not ctx.detach:
         _end_with_status(experiment, jobs)
@@ -236,8 +235,7 @@ def _check(executor: run.SlurmExecutor, config: RestConfig, *, world_size: int, 
     if executor.account == "YOUR_ACCOUNT" and not dryrun:
         stop("no Slurm account: export SLURM_ACCOUNT=... or say run.executor.account=...")
     require_absolute_paths(config)
-    check_model_here(config)
-    check_data_here(config)
+    check_inputs_here(config)
     check_request(executor, config, world_size=world_size)
     refuse_folder_in_use(config)
     executor.packager.tops += map(str, user_packages(config))

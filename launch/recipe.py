@@ -35,6 +35,7 @@ __all__ = [
     "resolve",
     "stop",
     "warm_start_of",
+    "warn_of",
     "write_atomically",
 ]
 
@@ -128,6 +129,12 @@ def warm_start_of(config: RestConfig, default: RestConfig, base: Path) -> RestCo
             default.trainer, run_dir=str(base / "warm-start"), seed=own.seed, threads=own.threads
         ),
     )
+
+
+def warn_of(plan: str) -> None:
+    """Print a plan that doubts the job, which is submitted all the same: it is an estimate."""
+    if "does not fit" in plan or "not possible" in plan:
+        print(plan, file=sys.stderr, flush=True)
 
 
 def plan_text(config: RestConfig, hardware: str, *, world_size: int) -> str:

@@ -11,12 +11,11 @@ import dataclasses
 import os
 import re
 import shutil
-import sys
 from typing import Any
 
 import yaml
 
-from launch.checks import check_data_here, check_model_here
+from launch.checks import check_inputs_here
 from launch.compat import ensure_nemo_run_importable
 from launch.executors import CLUSTER_ENV, GPUS_PER_NODE, network_environment
 from launch.recipe import (
@@ -28,6 +27,7 @@ from launch.recipe import (
     require_absolute_paths,
     resolve,
     stop,
+    warn_of,
 )
 from launch.script import node_script
 from launch.secrecy import looks_secret, refuse_secrets
@@ -112,8 +112,7 @@ def launch_on_kubernetes(
     if fault:
         stop(fault)
     require_absolute_paths(config)
-    check_model_here(config)
-    check_data_here(config)
+    check_inputs_here(config)
     refuse_folder_in_use(config)
     if not executor.image and not ctx.dryrun:
         stop("no container image: export REST_IMAGE=... or say run.executor.image=...")
@@ -134,8 +133,7 @@ def launch_on_kubernetes(
         print(f"# ----- trainjob.yaml -----\n{_as_block(executor.get_job_body(_job_name(title), command))}", end="")
         print(f"# ----- plan -----\n{plan}\n# ----- run.yaml -----\n{as_yaml(config)}", end="", flush=True)
         return None
-    if "does not fit" in plan or "not possible" in plan:
-        print(plan, file=sys.stderr, flush=True)
+    warn_of(plan)
     _connect(executor)
     executor.train_job_basename = title
     with run.Experiment(title, executor=executor, log_level="WARNING") as experiment:

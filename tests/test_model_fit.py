@@ -62,6 +62,7 @@ def test_what_cannot_be_cut_is_refused_by_its_key(model: dict[str, Any], overrid
     [
         (DENSE, "parallel.pipeline_parallel=3 parallel.virtual_pipeline=2 model.max_sequence_length=4096"),
         (DENSE, "precision.recipe=blockwise"),
+        (DENSE | {"intermediate_size": 760}, ""),  # without FP8 no blocks
         (DENSE, "precision.recipe=mxfp8 parallel.tensor_parallel=4 precision.bf16_layers_start=5"),
         (DENSE, "rollout.tensor_parallel=8"),  # key/value heads are held twice
         (MOE, "parallel.expert_parallel=4 parallel.tensor_parallel=2 parallel.sequence_parallel=true"),

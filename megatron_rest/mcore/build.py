@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from megatron_rest.config import ConfigError, Fp8Recipe, OptimizerConfig, RestConfig, validate
 from megatron_rest.mcore import accelerations, cpu, groups, precision, rng, settings
-from megatron_rest.model_fit import check_model
 from megatron_rest.model_map import ModelShape, padded_vocab_size
 from megatron_rest.network import use_one_network
 
@@ -152,7 +151,7 @@ def _take_device(local_rank: int) -> None:
 
 
 def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
-    """Megatron's ``TransformerConfig`` for a HF model shape and our layout."""
+    """Megatron's ``TransformerConfig`` for a HF model shape and a layout that it can be cut into (``model_fit``)."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_rest.mcore.specs import is_sharing_prompts
@@ -162,7 +161,6 @@ def transformer_config(shape: ModelShape, config: RestConfig) -> Any:
     is_cpu = not torch.cuda.is_available()
     interleaved = p.virtual_pipeline > 1
     is_overlapped = interleaved and p.pipeline_parallel == 2
-    check_model(shape, config)
     ours = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

@@ -28,6 +28,7 @@ from megatron_rest.config import RestConfig
 from megatron_rest.errors import RunError
 from megatron_rest.mcore import cpu
 from megatron_rest.mcore.tensor_memory import TensorMemory
+from megatron_rest.model_fit import check_model
 from megatron_rest.model_map import ModelShape
 from megatron_rest.types import BatchTotals, MicroBatch, TokenRegion, TrainSample
 
@@ -72,6 +73,7 @@ def dry_rank(config: RestConfig, shape: ModelShape, *, rank: int, world_size: in
     from megatron_rest.mcore.optimizer_state import prepare_for_loading
     from megatron_rest.mcore.policy import MegatronPolicy
 
+    check_model(shape, config)
     as_rank(rank, world_size)
     _stand_in(shape)
     with _megatron_on_meta():

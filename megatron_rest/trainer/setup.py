@@ -27,6 +27,7 @@ from megatron_rest.mcore import build, precision
 from megatron_rest.mcore.hf import load_hf_weights, read_shape
 from megatron_rest.mcore.policy import MegatronPolicy
 from megatron_rest.mcore.specs import is_sharing_prompts
+from megatron_rest.model_fit import check_model
 from megatron_rest.model_map import ModelShape, parameter_map
 from megatron_rest.passes import least_microbatches, microbatches_multiple
 from megatron_rest.regions import TOOLRL, TOOLRL_TAGS_ONLY, Dialect, TokenRegion, answer_prefix, find_dialect
@@ -89,6 +90,7 @@ def build_policy(config: RestConfig, *, optimizer: OptimizerConfig, num_updates:
 def build_bare_policy(config: RestConfig) -> PolicyParts:
     """Process groups and a model with random weights, without DDP and optimiser.  Collective over all ranks."""
     shape = read_shape(config.model.path)
+    check_model(shape, config)
     context = build.initialize(config)
     chunks = build.build_chunks(shape, config, context, build.transformer_config(shape, config))
     return PolicyParts(

@@ -306,18 +306,10 @@ def test_experiment_dry_run_lists_every_run_and_starts_nothing(done: dict[str, D
     assert len(re.findall(r"runs/experiment/\w+/seed-\d ", run.parts["evaluate"])) == 12, "every run is judged"
     assert list(done["a part"].parts)[:-1] == ["paper-seed-2", "report"]
     parts = done["pretrained"].parts
-    names = ("paper-seed-1", "otb-seed-1", "otb-seed-2")
-    stages = []
-    for name in names:
-        stages += [name, f"evaluate-{name}"]
-        measured = (f"{what}-{name}" for what in ("benchmarks", "middle", "variance"))
-        stages += measured if name == "paper-seed-1" else []
-        stages.append(f"keep-{name}")
+    kept = ROOT / "docs" / "results" / "smollm2"
+    due = [run for run in ("paper/seed-1", "otb/seed-1", "otb/seed-2") if not (kept / run / "config.yaml").is_file()]
     warm_start = ["evaluate-warm-start", "benchmarks-warm-start", "keep-base-warm-start"]
-    assert list(parts)[6:-1] == [*warm_start, *stages, "report"]
-    assert parts["middle-paper-seed-1"].rstrip().endswith("checkpoints/step_000008")
-    assert parts["variance-paper-seed-1"].rstrip().endswith("--steps 8 16"), "the start is GRPO's"
-    assert parts["keep-otb-seed-2"].rstrip().endswith("docs/results/smollm2/otb/seed-2")
+    assert list(parts)[6:-1] == [*warm_start, *(stage for run in due for stage in stages_of(run)), "report"]
     assert done["no such part"].returncode == 2 and "known are base, evaluate" in done["no such part"].stderr
     assert not (folder / "runs").exists()
 
@@ -371,6 +363,27 @@ def test_learning_rates_are_those_that_earned_most_in_runs_of_their_own(tmp_path
     rates = {name: config.optimizer.lr for name, config in found.items()}
     assert {rates[f"{name}/seed-1"] for name in ("grpo", "dr_grpo")} == {best["grpo"]}
     assert {rate for name, rate in rates.items() if "grpo/" not in name} == {best["paper"]}
+
+
+def stages_of(run: str) -> list[str]:
+    """Of one run of the pretrained model, whose results are kept; paper/seed-1 is measured, too."""
+    name = run.replace("/", "-")
+    measured = [f"{what}-{name}" for what in ("benchmarks", "middle", "variance")] if run == "paper/seed-1" else []
+    return [name, f"evaluate-{name}", *measured, f"keep-{name}"]
+
+
+def test_every_run_of_the_pretrained_model_is_judged_measured_and_kept(tmp_path: Path) -> None:
+    from launch.rest_experiment import SETUPS, configurations, run_stages_of
+
+    setup = dataclasses.replace(SETUPS["smollm2"], kept=tmp_path / "kept")
+    names = ("paper/seed-1", "otb/seed-1", "otb/seed-2")
+    every = configurations(tmp_path, 2, setup)
+    stages = run_stages_of(tmp_path, setup, {name: every[name] for name in names})
+    assert [stage.name for stage in stages] == [stage for name in names for stage in stages_of(name)]
+    arguments = {stage.name: " ".join(stage.arguments) for stage in stages}
+    assert arguments["middle-paper-seed-1"].endswith("checkpoints/step_000008")
+    assert arguments["variance-paper-seed-1"].endswith("--steps 8 16"), "the start is GRPO's"
+    assert arguments["keep-otb-seed-2"].endswith(str(tmp_path / "kept/otb/seed-2"))
 
 
 def test_a_kept_run_is_not_made_again_whatever_its_checkpoints_and_refused_with_other_settings(
