@@ -20,7 +20,6 @@ from launch.cli import run_recipe
 from launch.compat import ensure_nemo_run_importable
 from launch.local import run_stages, show_stages
 from launch.recipe import GIVEN, ROOT, Stage, as_yaml, claim, resolve, stop, write_atomically
-from megatron_rest.analysis.series import load_runs
 from megatron_rest.config import (
     CheckpointConfig,
     ConfigError,
@@ -35,6 +34,7 @@ from megatron_rest.config import (
     WeightSyncConfig,
     load,
 )
+from megatron_rest.eval.training_tables import rate_rewards
 from megatron_rest.run_folder import is_finished, other_settings
 
 ensure_nemo_run_importable()
@@ -212,7 +212,6 @@ MEASURED_ROLLOUTS = 32  # of a step: a backward pass of the whole model for each
 BASELINE = "grpo"
 TUNED = (BASELINE, "paper")  # without and with weights
 TUNING_SEED = 101  # not used again
-TUNING_WINDOW = 6  # last steps, whose mean reward chooses
 
 
 def configurations(folder: Path, seeds: int, setup: Setup = SETUPS["toy"]) -> dict[str, RestConfig]:
@@ -244,15 +243,10 @@ def chosen_rates(setup: Setup) -> dict[str, float]:
     """Of each tuned algorithm the rate with the highest training reward at the end; nothing before all are kept."""
     if not setup.rates or setup.kept is None:
         return {}
-    best: dict[str, float] = {}
-    for name in TUNED:
-        folders = {rate: setup.kept / "tuning" / f"{name}-{rate:g}" for rate in setup.rates}
-        if not all((folder / "metrics.jsonl").is_file() for folder in folders.values()):
-            return {}
-        runs = load_runs(list(folders.values()))
-        rewards = {rate: run.last("reward/static", TUNING_WINDOW).mean for rate, run in zip(folders, runs, strict=True)}
-        best[name] = max(rewards, key=lambda rate: rewards[rate])
-    return best
+    rewards = rate_rewards(setup.kept)
+    if any(set(setup.rates) - rewards.get(name, {}).keys() for name in TUNED):
+        return {}
+    return {name: max(setup.rates, key=lambda rate: rewards[name][rate]) for name in TUNED}
 
 
 def _has_own_rate() -> bool:

@@ -7,7 +7,7 @@ seeds and over cases as everywhere (:func:`megatron_rest.analysis.groups.paired_
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_rest.analysis.groups import paired_differences
 from megatron_rest.analysis.statistics import Interval
-from megatron_rest.eval.outcomes import TITLES, Experiment
+from megatron_rest.eval.outcomes import BASELINE, TITLES, Experiment
 
 __all__ = ["BENCHMARKS_FILE", "BenchmarkOutcome", "benchmark_lines", "benchmark_outcomes"]
 
@@ -29,6 +29,7 @@ class BenchmarkOutcome:
     """One algorithm on one category, or on all of a benchmark's."""
 
     algorithm: str  # or "start", the warm start
+    benchmark: str
     category: str  # or the benchmark's name: all of its categories
     cases: int
     fitting: int  # cases whose prompt leaves room for an answer; ``cases`` are drawn among them
@@ -73,6 +74,7 @@ def benchmark_outcomes(experiment: Experiment) -> list[BenchmarkOutcome]:
             found.append(
                 BenchmarkOutcome(
                     algorithm=name,
+                    benchmark=str(every[0]["categories"][categories[0]]["benchmark"]),
                     category=group,
                     cases=own.shape[1],
                     **numbers,
@@ -111,26 +113,38 @@ def _table(by_seed: Mapping[int, Mapping[str, Any]], seeds: list[int], categorie
     return np.array([[float(right) for right in row] for row in rows])
 
 
-def benchmark_lines(outcomes: list[BenchmarkOutcome]) -> list[str]:
-    """Markdown: a table a benchmark or category."""
+def benchmark_lines(outcomes: Sequence[BenchmarkOutcome]) -> list[str]:
+    """Markdown: of each benchmark a row a category, a column an algorithm; then the differences on all of it."""
     lines: list[str] = []
-    for group in dict.fromkeys(o.category for o in outcomes):
-        rows = [o for o in outcomes if o.category == group]
-        first = rows[0]
+    for benchmark in dict.fromkeys(o.benchmark for o in outcomes):
+        rows = [o for o in outcomes if o.benchmark == benchmark]
+        names = list(dict.fromkeys(o.algorithm for o in rows))
         lines += [
-            f"### {group}: {first.cases} cases asked of {first.fitting} that fit, {first.all} in all",
+            f"### {benchmark}: accuracy on cases that leave room for an answer",
             "",
-            "| accuracy | mean over seeds | seeds | - baseline, 95 % over seeds | - baseline, 95 % over cases |",
-            "|---|---|---|---|---|",
+            f"| category | asked, of those that fit, of all | {' | '.join(_title(name) for name in names)} |",
+            f"|---|---|{'---|' * len(names)}",
+        ]
+        for category in dict.fromkeys(o.category for o in rows):
+            by_name = {o.algorithm: o for o in rows if o.category == category}
+            first = next(iter(by_name.values()))
+            label = "all" if category == benchmark else category
+            accuracies = " | ".join(f"{by_name[name].accuracy:.3f}" for name in names)
+            lines.append(f"| {label} | {first.cases}, {first.fitting}, {first.all} | {accuracies} |")
+        lines += [
+            "",
+            f"| all of {benchmark} | seeds | - baseline, 95 % over seeds | - baseline, 95 % over cases |",
+            "|---|---|---|---|",
             *(
-                f"| {TITLES.get(o.algorithm, 'warm start')} | {o.accuracy:.3f} | {_seeds(o)} "
+                f"| {_title(o.algorithm)} | {', '.join(map(str, o.seeds))} "
                 f"| {o.difference_over_seeds or ''} | {o.difference_over_cases or ''} |"
                 for o in rows
+                if o.category == benchmark and o.algorithm not in (_START, BASELINE)
             ),
             "",
         ]
     return lines
 
 
-def _seeds(outcome: BenchmarkOutcome) -> str:
-    return "" if outcome.algorithm == _START else ", ".join(map(str, outcome.seeds))
+def _title(algorithm: str) -> str:
+    return TITLES.get(algorithm, "warm start")

@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from megatron_rest.analysis.series import MetricsFileError
-from megatron_rest.analysis.statistics import Interval, seed_interval
+from megatron_rest.analysis.statistics import Interval
 from megatron_rest.eval.benchmark_scores import benchmark_lines, benchmark_outcomes
 from megatron_rest.eval.experiment_plots import plot_experiment
 from megatron_rest.eval.outcomes import (
@@ -30,17 +28,17 @@ from megatron_rest.eval.outcomes import (
     Outcome,
     measured_variances,
     outcomes,
-    pass_steps,
     read_experiment,
 )
 from megatron_rest.eval.scoring import write_json, write_text
+from megatron_rest.eval.training_tables import entropy_lines, training_lines, tuning_lines
 from megatron_rest.eval.verdicts import verdict_lines, verdicts
 
 __all__ = ["main", "table_lines", "variance_lines"]
 
 
 def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]:
-    """Markdown: one table a set and measure, then the training rewards."""
+    """Markdown: one table a set and measure."""
     lines: list[str] = []
     for prompts in experiment.sets:
         what = SETS[prompts]
@@ -55,10 +53,9 @@ def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]
                 *(_row(r) for r in rows),
                 "",
             ]
-    lines += _training_lines(experiment)
     if experiment.left_out:
         few = ", ".join(f"{TITLES[name]} ({count})" for name, count in experiment.left_out.items())
-        lines += ["", f"Left out, with fewer than the two seeds that an interval needs: {few}."]
+        lines += [f"Left out, with fewer than the two seeds that an interval needs: {few}.", ""]
     return lines
 
 
@@ -73,33 +70,6 @@ def _interval(interval: Interval | None) -> str:
     return "" if interval is None else str(interval)
 
 
-def _training_lines(experiment: Experiment) -> list[str]:
-    """Reward without schedule of the rollouts themselves, first and last pass over the prompts."""
-    some = experiment.policies[BASELINE][0].run
-    window = pass_steps(experiment)
-    lines = [
-        f"### During training ({len(some.rows)} steps; a pass over the prompts of RL takes {window})",
-        "",
-        "| reward without schedule | first pass | last pass | change, 95 % over seeds | format valid, last pass "
-        "| entropy, last pass (nats) | gradient norm, mean |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, policies in experiment.policies.items():
-        runs = [p.run for p in policies if p.seed in experiment.seeds_of(name)]
-        first = np.array([run.first("reward/static", window).mean for run in runs])
-        last = np.array([run.last("reward/static", window).mean for run in runs])
-        change = seed_interval(last - first)
-        valid, entropy = (
-            np.mean([r.last(m, window).mean for r in runs]) for m in ("reward/format_valid", "entropy/all")
-        )
-        norm = np.mean([np.mean(run.series("optimizer/grad_norm")[1]) for run in runs])
-        lines.append(
-            f"| {TITLES[name]} | {first.mean():.3f} | {last.mean():.3f} | {_interval(change)} | {valid:.3f} "
-            f"| {entropy:.3f} | {norm:.2f} |"
-        )
-    return lines
-
-
 def variance_lines(experiment: Experiment) -> list[str]:
     """Markdown: variance of the policy gradient as ratio to uniform weights, and where it lies, by run and step."""
     measured = measured_variances(experiment)
@@ -111,13 +81,14 @@ def variance_lines(experiment: Experiment) -> list[str]:
         "",
         "Ratio to uniform weights on the same rollouts, with one standard error (prompts as units).",
         "",
-        f"| run | step | rollouts | {' | '.join(names)} |",
-        f"|---|---|---|{'---|' * len(names)}",
+        f"| run | step | rollouts | prompts | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
     ]
     for one in measured:
         rows = {row["name"]: row for row in one.step["variance"]}
         cells = [f"{rows[n]['ratio']:.2f} +- {rows[n]['ratio_standard_error']:.2f}" if n in rows else "" for n in names]
-        lines.append(f"| {one.title} | {one.step['step']} | {one.step['num_sequences']} | {' | '.join(cells)} |")
+        counts = f"{one.step['step']} | {one.step['num_sequences']} | {one.step['num_groups']}"
+        lines.append(f"| {one.title} | {counts} | {' | '.join(cells)} |")
     lines += [
         "",
         "| run | step | region | entropy (nats) | of squared gradients | of tokens |",
@@ -141,12 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         experiment = read_experiment(args.folder)
         benchmarks = benchmark_outcomes(experiment)
+        training = [*training_lines(experiment), *entropy_lines(experiment), *tuning_lines(args.folder)]
     except (ValueError, OSError, MetricsFileError) as error:
         print(f"megatron_rest.eval.experiment: {error}", file=sys.stderr)
         return 2
     results = outcomes(experiment)
     found = verdicts(experiment)
-    lines = [*verdict_lines(found), *table_lines(experiment, results), ""]
+    lines = [*verdict_lines(found), *table_lines(experiment, results), *training]
     lines += [*benchmark_lines(benchmarks), *variance_lines(experiment)]
     report = {
         "verdicts": [asdict(v) for v in found],
@@ -154,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmarks": [asdict(b) for b in benchmarks],
     }
     write_json(args.folder / "results.json", {"seeds": experiment.seeds, **report})
-    write_text(args.folder / "results.md", "\n".join(lines) + "\n")
+    write_text(args.folder / "results.md", "\n".join(lines).rstrip() + "\n")
     print("\n".join(lines))
     for path in plot_experiment(experiment, results, args.folder / "plots"):
         print(path)

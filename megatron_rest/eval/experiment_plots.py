@@ -22,6 +22,7 @@ from megatron_rest.eval.outcomes import (
     measured_variances,
     pass_steps,
 )
+from megatron_rest.eval.training_tables import tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,8 @@ _CURVES = {
     "reward/format_valid": "valid format (share)",
     "entropy/all": "entropy (nats)",
 }
+_SHARES = ("reward/accuracy", "reward/format_valid")
+_FEWEST_FOR_A_BAND = 3  # Student's interval of two seeds is 12.7 standard errors to either side
 _POINTS = 60  # of a curve
 _TOKEN_REGIONS = {
     "format": "format", "name": "tool_name", "args": "tool_args", "think": "think", "response": "response"
@@ -83,11 +86,14 @@ def _entropy(experiment: Experiment) -> Figure:
     """The same of the entropy, region by region."""
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(2, 3, figsize=(12, 7))
-    for axis, region in zip(grid.flat, REGIONS, strict=False):
+    runs = [policy.run for policies in experiment.policies.values() for policy in policies]
+    there = [region for region in REGIONS if any(run.has(f"entropy/{region}") for run in runs)]
+    figure, grid = plt.subplots(-(-len(there) // 2), 2, figsize=(11, 7), squeeze=False)
+    for axis, region in zip(grid.flat, there, strict=False):
         _curves(axis, experiment, f"entropy/{region}")
         axis.set_title(f"entropy, {REGION_TITLES[region]} (nats)")
-    grid.flat[-1].remove()
+    for axis in list(grid.flat)[len(there) :]:
+        axis.remove()
     _label(figure, grid.flat[0], experiment)
     return figure
 
@@ -103,33 +109,29 @@ def _curves(axis: Axes, experiment: Experiment, metric: str) -> None:
         grid = np.linspace(max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves), _POINTS)
         table = np.array([np.interp(grid, at, values) for at, values in curves])
         axis.plot(grid, table.mean(axis=0), color=_COLOURS[name], linewidth=2, label=TITLES[name])
-        if len(table) > 1:
+        if len(table) >= _FEWEST_FOR_A_BAND:
             bands = [seed_interval(column) for column in table.T]
-            low, high = [b.low for b in bands], [b.high for b in bands]
-            axis.fill_between(grid, low, high, color=_COLOURS[name], alpha=0.12, linewidth=0)
+            edges = [b.low for b in bands], [b.high for b in bands]
+            axis.fill_between(grid, *edges, color=_COLOURS[name], alpha=0.12, linewidth=0)
+    low, high = axis.get_ylim()
+    if metric in _SHARES or metric.startswith("entropy/"):  # a band of Student's knows no bounds, these measures do
+        axis.set_ylim(max(0.0, low), min(1.0, high) if metric in _SHARES else high)
 
 
 def _curve(run: RunMetrics, metric: str, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Thousand tokens sampled so far (``response/length`` of every rollout) and the smoothed metric."""
     steps, values = run.series(metric)
-    at = dict(zip(run.steps, np.cumsum(_tokens(run)), strict=True))
+    at = dict(zip(run.steps, np.cumsum(tokens_of(run)), strict=True))
     smooth = _trailing(values, width) if len(values) >= width else values
     is_there = np.isfinite(smooth)
     return np.array([at[step] for step in steps])[is_there] / 1000, smooth[is_there]
-
-
-def _tokens(run: RunMetrics) -> np.ndarray:
-    lengths, counts = (run.series(name)[1] for name in ("response/length", "rollout/count"))
-    if not len(lengths) == len(counts) == len(run.steps):
-        raise ValueError(f"{run.run_dir} has steps without response/length or rollout/count: curves are by tokens")
-    return lengths * counts
 
 
 def _label(figure: Figure, axis: Axes, experiment: Experiment) -> None:
     width = pass_steps(experiment)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supxlabel(
-        "thousand tokens sampled; line: mean over seeds, band: 95 % over seeds"
+        "thousand tokens sampled; line: mean over seeds, band: 95 % over three seeds or more"
         + (f"; mean of the last {width} steps" if width > 1 else ""),
         fontsize=9, color=GREY,
     )  # fmt: skip
@@ -140,7 +142,7 @@ def _variance(measured: Sequence[MeasuredVariance]) -> Figure:
     import matplotlib.pyplot as plt
 
     labels = [f"{one.title}, step {one.step['step']}" for one in measured]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.7 * len(measured) + 2.5), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 0.7 * len(measured) + 3.2), sharey=True)
     names = [row["name"] for row in measured[0].step["variance"]][1:]
     for i, (name, colour) in enumerate(zip(names, cycle(RUN_COLOURS), strict=False)):
         found = [next((r for r in one.step["variance"] if r["name"] == name), None) for one in measured]
@@ -153,7 +155,6 @@ def _variance(measured: Sequence[MeasuredVariance]) -> Figure:
         )  # fmt: skip
     left.axvline(1, color=GREY, linewidth=1)
     left.set_xlabel("variance, ratio to uniform weights (95 %)")
-    left.legend(fontsize=8)
     for offset, key, shade in ((-0.18, "of_squares", 1.0), (0.18, "of_tokens", 0.45)):
         edge = np.zeros(len(measured))
         for region in REGIONS:
@@ -162,6 +163,7 @@ def _variance(measured: Sequence[MeasuredVariance]) -> Figure:
             right.barh(at, widths, 0.33, left=edge, color=REGION_COLOURS[region], alpha=shade, label=title)
             edge = edge + widths
     right.set_xlabel("by region (%): squared gradients (dark), tokens (pale)")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=2, fontsize=8)
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=len(REGIONS), fontsize=8)
     left.set_yticks(range(len(labels)), labels)
     left.invert_yaxis()
@@ -185,8 +187,8 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
     import matplotlib.pyplot as plt
 
     names = [name for name in experiment.policies if name != BASELINE]
-    size = (len(MEASURES), len(experiment.sets))
-    figure, grid = plt.subplots(*size, figsize=(13, 8), sharex="row", sharey=True, squeeze=False)
+    rows, columns, height = len(MEASURES), len(experiment.sets), len(MEASURES) * (0.4 * len(names) + 1)
+    figure, grid = plt.subplots(rows, columns, figsize=(13, height), sharex="row", sharey=True, squeeze=False)
     for row, (measure, title) in zip(grid, MEASURES.items(), strict=True):
         for axis, prompts in zip(row, experiment.sets, strict=True):
             axis.axvline(0, color=GREY, linewidth=1)
@@ -211,20 +213,21 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
 
 
 def _weights(experiment: Experiment) -> Figure:
-    """Share of tokens and of weight by region, mean over all steps and seeds."""
+    """Of every algorithm the shares by region of weight (dark) and of its tokens (pale), mean over steps and seeds."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 0.45 * len(experiment.policies) + 1.8))
-    bars = {"share of tokens": _share(experiment, BASELINE, "tokens")}
-    bars |= {TITLES[name]: _share(experiment, name, "weight_mass") for name in experiment.policies}
-    left = np.zeros(len(bars))
-    for i, region in enumerate(REGIONS):
-        widths = np.array([share[i] for share in bars.values()])
-        axis.barh(range(len(bars)), widths, left=left, color=REGION_COLOURS[region], label=REGION_TITLES[region])
-        left = left + widths
-    axis.set_yticks(range(len(bars)), list(bars))
+    names = list(experiment.policies)
+    figure, axis = plt.subplots(figsize=(9, 0.6 * len(names) + 1.8))
+    for offset, prefix, shade in ((-0.18, "weight_mass", 1.0), (0.18, "tokens", 0.45)):
+        table = np.array([_share(experiment, name, prefix) for name in names])
+        edges = np.cumsum(table, axis=1) - table
+        for i, region in enumerate(REGIONS):
+            at, title = np.arange(len(names)) + offset, REGION_TITLES[region] if shade == 1.0 else None
+            colour = REGION_COLOURS[region]
+            axis.barh(at, table[:, i], 0.33, left=edges[:, i], color=colour, alpha=shade, label=title)
+    axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
     axis.invert_yaxis()
-    axis.set_xlabel("share of all token weight, mean over steps and seeds (%)")
+    axis.set_xlabel("by region (%), mean over steps and seeds: weight (dark), tokens (pale)")
     figure.legend(loc="outside upper center", ncols=len(REGIONS))
     return figure
 

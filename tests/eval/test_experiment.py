@@ -130,7 +130,10 @@ def test_benchmarks_by_hand(folder):
     alone = found["entropy_ema", "irrelevance"]
     assert alone.accuracy == 1.0 and alone.difference_over_seeds is None and alone.difference_over_cases is None
     text = "\n".join(benchmark_lines(outcomes))
-    assert "### level-1: 4 cases asked of 4 that fit, 9 in all" in text and "| warm start | 0.250 |" in text
+    assert "| category | asked, of those that fit, of all | warm start | GRPO | Dr. GRPO | ResT, entropy-EMA |" in text
+    assert "| level-1 | 4, 4, 9 | 0.250 | 0.375 | 1.000 | 0.000 |" in text
+    assert "| all | 2, 4, 9 | 0.000 | 0.500 | 0.500 | 1.000 |" in text
+    assert "| Dr. GRPO | 1, 2 | +0.625 (" in text and "| ResT, entropy-EMA | 3 |  |  |" in text
     asked(folder / "grpo" / "seed-1", "1111", "11", cases="b")
     assert main([str(folder)]) == 2
 
@@ -157,8 +160,8 @@ def test_variance_beside_runs_is_in_the_report(folder, capsys):
     (folder / "dr_grpo" / "seed-1" / EVIDENCE_FILE).write_text(json.dumps({"steps": [evidence(8)]}))
     assert main([str(folder)]) == 0
     text = (folder / "results.md").read_text()
-    assert "| run | step | rollouts | 1/H, as trained |" in text
-    assert "| GRPO, seed 1 | 4 | 40 | 0.50 +- 0.05 |" in text and "| Dr. GRPO, seed 1 | 8 | 40 |" in text
+    assert "| run | step | rollouts | prompts | 1/H, as trained |" in text
+    assert "| GRPO, seed 1 | 4 | 40 | 5 | 0.50 +- 0.05 |" in text and "| Dr. GRPO, seed 1 | 8 | 40 |" in text
     assert "| GRPO, seed 1 | 1 | think | 0.250 | 50.0% | 50.0% |" in text
     assert 0.005 < (imread(folder / "plots" / "variance.png")[..., :3] < 0.9).any(axis=-1).mean() < 0.8
 

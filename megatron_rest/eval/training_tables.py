@@ -1,0 +1,147 @@
+"""How the runs of an experiment went while they trained: tables from their ``metrics.jsonl``, no judged prompt in them.
+
+None of this decides anything (docs/experiment_plan.md); it says how fast an algorithm learned, what became of its
+entropies and its answers, and what a step cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_rest.analysis.groups import paired_differences
+from megatron_rest.analysis.series import METRICS_FILE, REGIONS, RunMetrics, Window, load_runs
+from megatron_rest.eval.outcomes import BASELINE, TITLES, Experiment, pass_steps
+
+__all__ = ["RATE_WINDOW", "entropy_lines", "rate_rewards", "tokens_of", "training_lines", "tuning_lines"]
+
+RATE_WINDOW = 6
+"""Last steps, whose mean reward chooses a learning rate."""
+
+
+def rate_rewards(folder: Path) -> dict[str, dict[float, float]]:
+    """Mean reward without schedule of the last :data:`RATE_WINDOW` steps, by algorithm and learning rate.
+
+    From ``folder/tuning/ALGORITHM-RATE``, runs on the training prompts alone; those that are not there are left out.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for path in sorted((folder / "tuning").glob("*-*")):
+        name, _, rate = path.name.partition("-")
+        if (path / METRICS_FILE).is_file():
+            [run] = load_runs([path])
+            found.setdefault(name, {})[float(rate)] = run.last("reward/static", RATE_WINDOW).mean
+    return {name: dict(sorted(rewards.items())) for name, rewards in found.items()}
+
+
+def tuning_lines(folder: Path) -> list[str]:
+    """Markdown: the runs that chose the learning rates; nothing where rates were not tuned."""
+    rewards = rate_rewards(folder)
+    if not rewards:
+        return []
+    rates = sorted({rate for of in rewards.values() for rate in of})
+    lines = [
+        f"### Learning rates (one seed each, mean reward of the last {RATE_WINDOW} steps)",
+        "",
+        f"| | {' | '.join(f'{rate:g}' for rate in rates)} | taken |",
+        f"|---|{'---|' * len(rates)}---|",
+    ]
+    for name, of in rewards.items():
+        cells = [f"{of[rate]:.2f}" if rate in of else "" for rate in rates]
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} | {max(of, key=lambda rate: of[rate]):g} |")
+    return [*lines, ""]
+
+
+def training_lines(experiment: Experiment) -> list[str]:
+    """Markdown: rollouts of the first and the last steps, what a step cost, and learning as a number."""
+    some, window = experiment.policies[BASELINE][0].run, pass_steps(experiment)
+    lines = [
+        f"### During training ({len(some.rows)} steps)",
+        "",
+        f"| first {window} -> last {window} steps | reward without schedule | accuracy | valid format "
+        "| tokens an answer | gradient norm, mean | seconds a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    digits = {"reward/static": 2, "reward/accuracy": 3, "reward/format_valid": 2, "response/length": 0}
+    for name in experiment.policies:
+        runs = _runs(experiment, name)
+        ends = {metric: _ends(runs, metric, window) for metric in digits}
+        cells = [" -> ".join(f"{end:.{digits[metric]}f}" for end in ends[metric]) for metric in digits]
+        norm = np.mean([np.mean(run.series("optimizer/grad_norm")[1]) for run in runs])
+        seconds = np.mean([np.mean(run.series("total", part="seconds")[1]) for run in runs])
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} | {norm:.2f} | {seconds:.0f} |")
+    budget = min(int(tokens_of(run).sum()) for name in experiment.policies for run in _runs(experiment, name))
+    lines += [
+        "",
+        f"Learning curves as a number: mean over the first {budget / 1000:.1f} thousand tokens that were sampled, "
+        "which every run has.",
+        "",
+        "| | reward without schedule | - baseline, 95 % over seeds | accuracy | - baseline, 95 % over seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for name in experiment.policies:
+        cells = []
+        for metric, places in (("reward/static", 2), ("reward/accuracy", 3)):
+            base = _means(_runs(experiment, experiment.base_of(name), experiment.seeds_of(name)), metric, budget)
+            own = _means(_runs(experiment, name), metric, budget)
+            over_seeds = None if name == BASELINE else paired_differences(base, own)[0]
+            cells += [f"{own.mean():.{places}f}", str(over_seeds or "")]
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def entropy_lines(experiment: Experiment) -> list[str]:
+    """Markdown: entropy and share of the tokens by region, in the first and the last steps."""
+    window = pass_steps(experiment)
+    every = [run for name in experiment.policies for run in _runs(experiment, name)]
+    there = [region for region in REGIONS if any(run.has(f"entropy/{region}") for run in every)]
+    lines = [
+        "### Entropy by region (nats), and share of the tokens",
+        "",
+        f"| first {window} -> last {window} steps | {' | '.join(f'{region}: entropy | tokens' for region in there)} |",
+        f"|---|{'---|---|' * len(there)}",
+    ]
+    for name in experiment.policies:
+        runs = _runs(experiment, name)
+        cells = []
+        for region in there:
+            entropies = _ends(runs, f"entropy/{region}", window)
+            shares = [np.nan_to_num(run.shares("tokens")[region]) for run in runs]
+            ends = [np.mean([share[part] for share in shares]) for part in (slice(window), slice(-window, None))]
+            cells += [" -> ".join(f"{e:.2f}" for e in entropies), " -> ".join(f"{share:.0%}" for share in ends)]
+        lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def tokens_of(run: RunMetrics) -> np.ndarray:
+    """int [steps]: tokens sampled in each (``response/length`` of every rollout).
+
+    Raises ValueError if a step does not say: curves are by tokens.
+    """
+    lengths, counts = (run.series(name)[1] for name in ("response/length", "rollout/count"))
+    if not len(lengths) == len(counts) == len(run.steps):
+        raise ValueError(f"{run.run_dir} has steps without response/length or rollout/count: curves are by tokens")
+    return np.rint(lengths * counts).astype(np.int64)
+
+
+def _runs(experiment: Experiment, name: str, seeds: Iterable[int] | None = None) -> list[RunMetrics]:
+    wanted = set(experiment.seeds_of(name) if seeds is None else seeds)
+    return [policy.run for policy in experiment.policies[name] if policy.seed in wanted]
+
+
+def _ends(runs: Sequence[RunMetrics], metric: str, window: int) -> tuple[float, float]:
+    """Mean over the runs that have the metric there, of the first and of the last steps; nan if none has."""
+    windows = [run.first(metric, window).mean for run in runs], [run.last(metric, window).mean for run in runs]
+    first, last = (Window.of([value for value in of if not np.isnan(value)]).mean for of in windows)
+    return first, last
+
+
+def _means(runs: list[RunMetrics], metric: str, budget: int) -> np.ndarray:
+    """float64 [runs]: mean of a metric over the first ``budget`` tokens, each step by the tokens it has among them."""
+    found = []
+    for run in runs:
+        tokens = tokens_of(run)
+        inside = np.clip(budget - (np.cumsum(tokens) - tokens), 0, tokens)
+        found.append(float(inside @ run.series(metric)[1] / inside.sum()))
+    return np.array(found)
