@@ -59,6 +59,7 @@ ALGORITHMS = {
 
 PRIMARY = {name: ALGORITHMS[name] for name in ("grpo", "dr_grpo", "paper", "variance_optimal")}
 SECONDARY = {
+    "paper_grpo_rate": ALGORITHMS["paper"],
     "entropy_ema": ALGORITHMS["entropy_ema"],
     "paper_still": (
         "weighting.source=constant",
@@ -211,6 +212,7 @@ SETUPS = {
 MEASURED_ROLLOUTS = 32  # of a step: a backward pass of the whole model for each and each of its regions
 BASELINE = "grpo"
 TUNED = (BASELINE, "paper")  # without and with weights
+RATE_OF = {"paper_grpo_rate": BASELINE}  # whose learning rate it takes, if not that of its kind
 TUNING_SEED = 101  # not used again
 
 
@@ -222,7 +224,8 @@ def configurations(folder: Path, seeds: int, setup: Setup = SETUPS["toy"]) -> di
         for name, overrides in setup.algorithms.items():
             config = _configuration(folder, f"{name}/seed-{seed}", setup, seed, overrides)
             if rates:
-                rate = rates[TUNED[0] if config.weighting.source == "uniform" else TUNED[1]]
+                kind = TUNED[0] if config.weighting.source == "uniform" else TUNED[1]
+                rate = rates[RATE_OF.get(name, kind)]
                 config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=rate))
             runs[f"{name}/seed-{seed}"] = config
     return runs

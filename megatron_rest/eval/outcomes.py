@@ -52,6 +52,7 @@ TITLES = {
     "reference_code": "ResT, published code's weights",
     "entropy_ema": "ResT, entropy-EMA",
     "variance_optimal": "ResT, variance-optimal",
+    "paper_grpo_rate": "ResT, paper, at GRPO's rate",
     "paper_still": "ResT, paper, no curriculum",
     "paper_dr": "ResT, paper, on Dr. GRPO",
     "paper_backwards": "ResT, paper, curriculum backwards",

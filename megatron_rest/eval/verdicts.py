@@ -20,7 +20,10 @@ __all__ = ["FAMILIES", "Verdict", "verdict_lines", "verdicts"]
 
 FAMILIES = {
     "primary": ("dr_grpo", "paper", "variance_optimal"),
-    "secondary": ("entropy_ema", "otb", "empg", "entropy_mask", "gtpo", "paper_still", "paper_backwards", "paper_dr"),
+    "secondary": (
+        *("paper_grpo_rate", "entropy_ema", "otb", "empg", "entropy_mask", "gtpo"),
+        *("paper_still", "paper_backwards", "paper_dr"),
+    ),
 }
 """Comparisons that are corrected together."""
 
