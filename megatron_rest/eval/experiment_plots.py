@@ -22,7 +22,7 @@ from megatron_rest.eval.outcomes import (
     measured_variances,
     pass_steps,
 )
-from megatron_rest.eval.training_tables import tokens_of
+from megatron_rest.eval.training_tables import common_regions, tokens_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,8 +86,7 @@ def _entropy(experiment: Experiment) -> Figure:
     """The same of the entropy, region by region."""
     import matplotlib.pyplot as plt
 
-    runs = [policy.run for policies in experiment.policies.values() for policy in policies]
-    there = [region for region in REGIONS if any(run.has(f"entropy/{region}") for run in runs)]
+    there = common_regions(experiment)
     figure, grid = plt.subplots(-(-len(there) // 2), 2, figsize=(11, 7), squeeze=False)
     for axis, region in zip(grid.flat, there, strict=False):
         _curves(axis, experiment, f"entropy/{region}")

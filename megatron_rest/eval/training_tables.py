@@ -15,10 +15,19 @@ from megatron_rest.analysis.groups import paired_differences
 from megatron_rest.analysis.series import METRICS_FILE, REGIONS, RunMetrics, Window, load_runs
 from megatron_rest.eval.outcomes import BASELINE, TITLES, Experiment, pass_steps
 
-__all__ = ["RATE_WINDOW", "entropy_lines", "rate_rewards", "tokens_of", "training_lines", "tuning_lines"]
+__all__ = [
+    "RATE_WINDOW",
+    "common_regions",
+    "entropy_lines",
+    "rate_rewards",
+    "tokens_of",
+    "training_lines",
+    "tuning_lines",
+]
 
 RATE_WINDOW = 6
 """Last steps, whose mean reward chooses a learning rate."""
+_LEAST_SHARE = 0.01  # of a run's tokens; with less, a region's entropy is that of a few stray answers
 
 
 def rate_rewards(folder: Path) -> dict[str, dict[float, float]]:
@@ -92,10 +101,8 @@ def training_lines(experiment: Experiment) -> list[str]:
 
 
 def entropy_lines(experiment: Experiment) -> list[str]:
-    """Markdown: entropy and share of the tokens by region, in the first and the last steps."""
-    window = pass_steps(experiment)
-    every = [run for name in experiment.policies for run in _runs(experiment, name)]
-    there = [region for region in REGIONS if any(run.has(f"entropy/{region}") for run in every)]
+    """Markdown: entropy and share of the tokens by region, in the first and the last steps; then thoughts by seed."""
+    window, there = pass_steps(experiment), common_regions(experiment)
     lines = [
         "### Entropy by region (nats), and share of the tokens",
         "",
@@ -106,12 +113,31 @@ def entropy_lines(experiment: Experiment) -> list[str]:
         runs = _runs(experiment, name)
         cells = []
         for region in there:
-            entropies = _ends(runs, f"entropy/{region}", window)
-            shares = [np.nan_to_num(run.shares("tokens")[region]) for run in runs]
-            ends = [np.mean([share[part] for share in shares]) for part in (slice(window), slice(-window, None))]
-            cells += [" -> ".join(f"{e:.2f}" for e in entropies), " -> ".join(f"{share:.0%}" for share in ends)]
+            ends = np.mean([_share_ends(run, region, window) for run in runs], axis=0)
+            cells.append(" -> ".join(_number(e) for e in _ends(runs, f"entropy/{region}", window)))
+            cells.append(" -> ".join(f"{share:.0%}" for share in ends))
         lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"| last {window} steps, each seed | share of the tokens that are thoughts | valid format |",
+        "|---|---|---|",
+    ]
+    for name in experiment.policies:
+        runs = _runs(experiment, name)
+        thoughts = ", ".join(f"{_share_ends(run, 'think', window)[1]:.0%}" for run in runs)
+        valid = ", ".join(f"{run.last('reward/format_valid', window).mean:.2f}" for run in runs)
+        lines.append(f"| {TITLES[name]} | {thoughts} | {valid} |")
     return [*lines, ""]
+
+
+def common_regions(experiment: Experiment) -> list[str]:
+    """Regions with :data:`_LEAST_SHARE` of the tokens of some algorithm."""
+    shares = [
+        [np.mean(np.nan_to_num(run.shares("tokens")[region])) for region in REGIONS]
+        for name in experiment.policies
+        for run in _runs(experiment, name)
+    ]
+    return [region for region, share in zip(REGIONS, np.max(shares, axis=0), strict=True) if share >= _LEAST_SHARE]
 
 
 def tokens_of(run: RunMetrics) -> np.ndarray:
@@ -128,6 +154,16 @@ def tokens_of(run: RunMetrics) -> np.ndarray:
 def _runs(experiment: Experiment, name: str, seeds: Iterable[int] | None = None) -> list[RunMetrics]:
     wanted = set(experiment.seeds_of(name) if seeds is None else seeds)
     return [policy.run for policy in experiment.policies[name] if policy.seed in wanted]
+
+
+def _share_ends(run: RunMetrics, region: str, window: int) -> tuple[float, float]:
+    """Share of the tokens that lie in a region, of the first and of the last steps."""
+    share = np.nan_to_num(run.shares("tokens")[region])
+    return float(share[:window].mean()), float(share[-window:].mean())
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"
 
 
 def _ends(runs: Sequence[RunMetrics], metric: str, window: int) -> tuple[float, float]:

@@ -38,6 +38,7 @@ def make_report(step: int, *, slope: float = 0.1, seed: int = 0) -> StepReport:
             continue
         metrics[f"entropy/{region}"] = (i + 1) / (step + 5)
         metrics[f"weight_mass/{region}"] = float(i + 1)
+        metrics[f"tokens/{region}"] = float(i + 2)
         metrics[f"mismatch/{region}"] = 1e-6 * (i + 1) * (1 + noise.random())
     seconds = {"rollout": 10.0 + noise.random(), "score": 3.0, "update": 8.0, "sync": 0.5}
     if step % 10 == 0:

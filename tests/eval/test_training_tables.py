@@ -21,7 +21,8 @@ def make_run(folder: Path, rewards: list[float], *, length: float = 50.0, count:
         metrics = {
             "reward/static": reward, "reward/accuracy": reward / 10, "reward/format_valid": 1.0,
             "response/length": length, "rollout/count": count, "optimizer/grad_norm": 0.5,
-            "tokens/format": 0.5, "tokens/think": 0.5, "entropy/format": 0.25,
+            "tokens/format": 0.498, "tokens/think": 0.498, "tokens/response": 0.004, "entropy/format": 0.25,
+            "entropy/response": 2.0,
         }  # fmt: skip
         if step == 1:
             metrics["entropy/think"] = 1.5  # gone in later steps: no thoughts were written
@@ -70,7 +71,9 @@ def test_a_step_counts_by_its_tokens(tmp_path):
 def test_entropies_by_region_leave_out_steps_without_them(experiment):
     lines = entropy_lines(experiment)
     assert lines[2] == "| first 2 -> last 2 steps | format: entropy | tokens | think: entropy | tokens |"
-    assert "| GRPO | 0.25 -> 0.25 | 50% -> 50% | 1.50 -> nan | 50% -> 50% |" in lines
+    assert "| GRPO | 0.25 -> 0.25 | 50% -> 50% | 1.50 -> - | 50% -> 50% |" in lines
+    assert lines[-5] == "| last 2 steps, each seed | share of the tokens that are thoughts | valid format |"
+    assert lines[-2] == "| ResT, paper | 50%, 50% | 1.00, 1.00 |"
 
 
 def test_learning_rates_with_the_one_that_was_taken(tmp_path):
