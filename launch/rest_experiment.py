@@ -315,12 +315,13 @@ def variance_stages(name: str, config: RestConfig) -> list[Stage]:
 
 
 def keep_stage(setup: Setup, name: str, run_dir: Path) -> Stage:
-    """What the tables need of a judged run, for the repository."""
+    """What the tables need of a judged run, for the repository; its checkpoints go: 44 runs would fill 100 GB."""
     kept = setup.kept or run_dir
+    options = [*(["--unjudged"] if _is_tuning(name) else []), "--remove-checkpoints"]
     return Stage(
         name=f"keep-{name.replace('/', '-')}",
         module="megatron_rest.eval.keep",
-        arguments=(str(run_dir), str(kept / name), *(["--unjudged"] if _is_tuning(name) else [])),
+        arguments=(str(run_dir), str(kept / name), *options),
         produces=kept / name,
     )
 

@@ -73,3 +73,19 @@ def test_of_a_run_whose_training_alone_counts_no_scores_are_asked(tmp_path: Path
     assert main([str(run_dir), str(kept), "--unjudged"]) == 0
     assert (kept / "metrics.jsonl").is_file() and not (kept / "prompt_sets.json").exists()
     assert "weights_sha256" not in json.loads((kept / "kept.json").read_text())
+
+
+def test_checkpoints_go_once_the_small_files_are_safe_and_not_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = make_run(tmp_path / "run", 4)
+    for name in ("checkpoints/step_000004", "hf_step_000002", "hf"):
+        (run_dir / name).mkdir(parents=True)
+        (run_dir / name / "weights").write_bytes(b"x" * 1000)
+    words = [str(run_dir), str(tmp_path / "kept"), "--remove-checkpoints"]
+    assert main(words) == 2, "it was not judged"
+    assert (run_dir / "checkpoints" / "step_000004" / "weights").is_file()
+    assert main([*words, "--unjudged"]) == 0
+    assert not (run_dir / "checkpoints").exists() and not (run_dir / "hf_step_000002").exists()
+    assert (run_dir / "hf" / "weights").is_file() and (run_dir / "metrics.jsonl").is_file()
+    assert "checkpoints taken away" in capsys.readouterr().out

@@ -384,7 +384,7 @@ def test_every_run_of_the_pretrained_model_is_judged_measured_and_kept(tmp_path:
     arguments = {stage.name: " ".join(stage.arguments) for stage in stages}
     assert arguments["middle-paper-seed-1"].endswith("checkpoints/step_000008")
     assert arguments["variance-paper-seed-1"].endswith("--steps 8 16"), "the start is GRPO's"
-    assert arguments["keep-otb-seed-2"].endswith(str(tmp_path / "kept/otb/seed-2"))
+    assert arguments["keep-otb-seed-2"].endswith(f"{tmp_path / 'kept/otb/seed-2'} --remove-checkpoints")
 
 
 def test_a_kept_run_is_not_made_again_whatever_its_checkpoints_and_refused_with_other_settings(
