@@ -100,8 +100,8 @@ def _entropy(experiment: Experiment) -> Figure:
 def _curves(axis: Axes, experiment: Experiment, metric: str) -> None:
     """One line an algorithm, over the seeds shared with the baseline, with the 95 % interval over seeds as a band."""
     width = pass_steps(experiment)
-    for name, policies in experiment.policies.items():
-        curves = [_curve(p.run, metric, width) for p in policies if p.seed in experiment.seeds_of(name)]
+    for name in experiment.policies:
+        curves = [_curve(run, metric, width) for run in experiment.runs_of(name)]
         curves = [(at, values) for at, values in curves if len(at)]
         if not curves:
             continue
@@ -232,6 +232,5 @@ def _weights(experiment: Experiment) -> Figure:
 
 
 def _share(experiment: Experiment, name: str, prefix: str) -> np.ndarray:
-    runs = [p.run for p in experiment.policies[name] if p.seed in experiment.seeds_of(name)]
-    shares = [run.shares(prefix) for run in runs]
+    shares = [run.shares(prefix) for run in experiment.runs_of(name)]
     return 100 * np.array([np.mean(np.nan_to_num([s[region] for s in shares])) for region in REGIONS])

@@ -97,6 +97,11 @@ class Experiment:
         base, own = ({p.seed for p in self.policies[name]} for name in (self.base_of(algorithm), algorithm))
         return sorted(base & own)
 
+    def runs_of(self, algorithm: str, seeds: Sequence[int] | None = None) -> list[RunMetrics]:
+        """Its runs by seed; those of :meth:`seeds_of` unless ``seeds`` are given."""
+        wanted = self.seeds_of(algorithm) if seeds is None else seeds
+        return [policy.run for policy in self.policies[algorithm] if policy.seed in wanted]
+
     def pair(self, algorithm: str, prompts: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
         """Scores of what it is compared with, and its own, at the seeds of both: float64 [seeds, prompts] each."""
         seeds = self.seeds_of(algorithm)

@@ -6,7 +6,7 @@ entropies and its answers, and what a step cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +74,13 @@ def training_lines(experiment: Experiment) -> list[str]:
     ]
     digits = {"reward/static": 2, "reward/accuracy": 3, "reward/format_valid": 2, "response/length": 0}
     for name in experiment.policies:
-        runs = _runs(experiment, name)
+        runs = experiment.runs_of(name)
         ends = {metric: _ends(runs, metric, window) for metric in digits}
-        cells = [" -> ".join(f"{end:.{digits[metric]}f}" for end in ends[metric]) for metric in digits]
+        cells = [" -> ".join(f"{end.mean:.{digits[metric]}f}" for end in ends[metric]) for metric in digits]
         norm = np.mean([np.mean(run.series("optimizer/grad_norm")[1]) for run in runs])
         seconds = np.mean([np.mean(run.series("total", part="seconds")[1]) for run in runs])
         lines.append(f"| {TITLES[name]} | {' | '.join(cells)} | {norm:.2f} | {seconds:.0f} |")
-    budget = min(int(tokens_of(run).sum()) for name in experiment.policies for run in _runs(experiment, name))
+    budget = min(int(tokens_of(run).sum()) for name in experiment.policies for run in experiment.runs_of(name))
     lines += [
         "",
         f"Learning curves as a number: mean over the first {budget / 1000:.1f} thousand tokens that were sampled, "
@@ -92,8 +92,8 @@ def training_lines(experiment: Experiment) -> list[str]:
     for name in experiment.policies:
         cells = []
         for metric, places in (("reward/static", 2), ("reward/accuracy", 3)):
-            base = _means(_runs(experiment, experiment.base_of(name), experiment.seeds_of(name)), metric, budget)
-            own = _means(_runs(experiment, name), metric, budget)
+            base = _means(experiment.runs_of(experiment.base_of(name), experiment.seeds_of(name)), metric, budget)
+            own = _means(experiment.runs_of(name), metric, budget)
             over_seeds = None if name == BASELINE else paired_differences(base, own)[0]
             cells += [f"{own.mean():.{places}f}", str(over_seeds or "")]
         lines.append(f"| {TITLES[name]} | {' | '.join(cells)} |")
@@ -110,7 +110,7 @@ def entropy_lines(experiment: Experiment) -> list[str]:
         f"|---|{'---|---|' * len(there)}",
     ]
     for name in experiment.policies:
-        runs = _runs(experiment, name)
+        runs = experiment.runs_of(name)
         cells = []
         for region in there:
             ends = np.mean([_share_ends(run, region, window) for run in runs], axis=0)
@@ -123,7 +123,7 @@ def entropy_lines(experiment: Experiment) -> list[str]:
         "|---|---|---|",
     ]
     for name in experiment.policies:
-        runs = _runs(experiment, name)
+        runs = experiment.runs_of(name)
         thoughts = ", ".join(f"{_share_ends(run, 'think', window)[1]:.0%}" for run in runs)
         valid = ", ".join(f"{run.last('reward/format_valid', window).mean:.2f}" for run in runs)
         lines.append(f"| {TITLES[name]} | {thoughts} | {valid} |")
@@ -135,7 +135,7 @@ def common_regions(experiment: Experiment) -> list[str]:
     shares = [
         [np.mean(np.nan_to_num(run.shares("tokens")[region])) for region in REGIONS]
         for name in experiment.policies
-        for run in _runs(experiment, name)
+        for run in experiment.runs_of(name)
     ]
     return [region for region, share in zip(REGIONS, np.max(shares, axis=0), strict=True) if share >= _LEAST_SHARE]
 
@@ -151,25 +151,20 @@ def tokens_of(run: RunMetrics) -> np.ndarray:
     return np.rint(lengths * counts).astype(np.int64)
 
 
-def _runs(experiment: Experiment, name: str, seeds: Iterable[int] | None = None) -> list[RunMetrics]:
-    wanted = set(experiment.seeds_of(name) if seeds is None else seeds)
-    return [policy.run for policy in experiment.policies[name] if policy.seed in wanted]
-
-
 def _share_ends(run: RunMetrics, region: str, window: int) -> tuple[float, float]:
     """Share of the tokens that lie in a region, of the first and of the last steps."""
     share = np.nan_to_num(run.shares("tokens")[region])
     return float(share[:window].mean()), float(share[-window:].mean())
 
 
-def _number(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.2f}"
+def _number(window: Window) -> str:
+    return f"{window.mean:.2f}" if window.num_steps else "-"
 
 
-def _ends(runs: Sequence[RunMetrics], metric: str, window: int) -> tuple[float, float]:
-    """Mean over the runs that have the metric there, of the first and of the last steps; nan if none has."""
-    windows = [run.first(metric, window).mean for run in runs], [run.last(metric, window).mean for run in runs]
-    first, last = (Window.of([value for value in of if not np.isnan(value)]).mean for of in windows)
+def _ends(runs: Sequence[RunMetrics], metric: str, window: int) -> tuple[Window, Window]:
+    """Over the runs that have the metric there, of the first and of the last steps; nan where one was not finite."""
+    windows = [run.first(metric, window) for run in runs], [run.last(metric, window) for run in runs]
+    first, last = (Window.of([one.mean for one in of if one.num_steps]) for of in windows)
     return first, last
 
 

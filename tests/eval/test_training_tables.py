@@ -13,7 +13,7 @@ from megatron_rest.eval.outcomes import Experiment, Policy
 from megatron_rest.eval.training_tables import entropy_lines, rate_rewards, tokens_of, training_lines, tuning_lines
 
 
-def make_run(folder: Path, rewards: list[float], *, length: float = 50.0, count: float = 20.0, **others: float) -> Path:
+def make_run(folder: Path, rewards: list[float], *, length: float = 50.0, count: float = 20.0) -> Path:
     """A step for each reward, of 1,000 tokens unless said otherwise; half of them format, half thoughts."""
     folder.mkdir(parents=True)
     rows = []
@@ -26,7 +26,7 @@ def make_run(folder: Path, rewards: list[float], *, length: float = 50.0, count:
         }  # fmt: skip
         if step == 1:
             metrics["entropy/think"] = 1.5  # gone in later steps: no thoughts were written
-        rows.append({"step": step, "policy_version": step, "metrics": metrics | others, "seconds": {"total": 30.0}})
+        rows.append({"step": step, "policy_version": step, "metrics": metrics, "seconds": {"total": 30.0}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -74,6 +74,12 @@ def test_entropies_by_region_leave_out_steps_without_them(experiment):
     assert "| GRPO | 0.25 -> 0.25 | 50% -> 50% | 1.50 -> - | 50% -> 50% |" in lines
     assert lines[-5] == "| last 2 steps, each seed | share of the tokens that are thoughts | valid format |"
     assert lines[-2] == "| ResT, paper | 50%, 50% | 1.00, 1.00 |"
+
+
+def test_a_value_that_was_not_finite_is_shown_and_not_left_out(experiment):
+    experiment.policies["grpo"][0].run.rows[-1]["metrics"].update({"reward/static": None, "entropy/format": None})
+    assert any(line.startswith("| GRPO | 0.65 -> nan | 0.065 -> 0.665 |") for line in training_lines(experiment))
+    assert any(line.startswith("| GRPO | 0.25 -> nan | 50% -> 50% | 1.50 -> - |") for line in entropy_lines(experiment))
 
 
 def test_learning_rates_with_the_one_that_was_taken(tmp_path):
