@@ -120,7 +120,7 @@ def benchmark_lines(outcomes: Sequence[BenchmarkOutcome]) -> list[str]:
         rows = [o for o in outcomes if o.benchmark == benchmark]
         names = list(dict.fromkeys(o.algorithm for o in rows))
         lines += [
-            f"### {benchmark}: accuracy on cases that leave room for an answer",
+            f"## {benchmark}: accuracy on cases that leave room for an answer",
             "",
             f"| category | asked, of those that fit, of all | {' | '.join(_title(name) for name in names)} |",
             f"|---|---|{'---|' * len(names)}",

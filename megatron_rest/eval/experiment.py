@@ -43,7 +43,7 @@ def table_lines(experiment: Experiment, results: Sequence[Outcome]) -> list[str]
     for prompts in experiment.sets:
         what = SETS[prompts]
         count = len(next(iter(experiment.start[prompts].values())))
-        lines += [f"### {what[0].upper()}{what[1:]} ({count})", ""]
+        lines += [f"## {what[0].upper()}{what[1:]} ({count})", ""]
         for measure, title in MEASURES.items():
             rows = [r for r in results if r.prompts == prompts and r.measure == measure]
             lines += [
@@ -77,7 +77,7 @@ def variance_lines(experiment: Experiment) -> list[str]:
         return []
     names = [str(row["name"]) for row in measured[0].step["variance"]][1:]  # the first is uniform weights
     lines = [
-        "### Variance of the policy gradient",
+        "## Variance of the policy gradient",
         "",
         "Ratio to uniform weights on the same rollouts, with one standard error (prompts as units).",
         "",
@@ -118,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     results = outcomes(experiment)
     found = verdicts(experiment)
-    lines = [*verdict_lines(found), *table_lines(experiment, results), *training]
+    lines = ["# The report of the runs", "", "All tables; edit none by hand.", ""]
+    lines += [*verdict_lines(found), *table_lines(experiment, results), *training]
     lines += [*benchmark_lines(benchmarks), *variance_lines(experiment)]
     report = {
         "verdicts": [asdict(v) for v in found],

@@ -51,7 +51,7 @@ def tuning_lines(folder: Path) -> list[str]:
         return []
     rates = sorted({rate for of in rewards.values() for rate in of})
     lines = [
-        f"### Learning rates (one seed each, mean reward of the last {RATE_WINDOW} steps)",
+        f"## Learning rates (one seed each, mean reward of the last {RATE_WINDOW} steps)",
         "",
         f"| | {' | '.join(f'{rate:g}' for rate in rates)} | taken |",
         f"|---|{'---|' * len(rates)}---|",
@@ -66,7 +66,7 @@ def training_lines(experiment: Experiment) -> list[str]:
     """Markdown: rollouts of the first and the last steps, what a step cost, and learning as a number."""
     some, window = experiment.policies[BASELINE][0].run, pass_steps(experiment)
     lines = [
-        f"### During training ({len(some.rows)} steps)",
+        f"## During training ({len(some.rows)} steps)",
         "",
         f"| first {window} -> last {window} steps | reward without schedule | accuracy | valid format "
         "| tokens an answer | gradient norm, mean | seconds a step |",
@@ -104,7 +104,7 @@ def entropy_lines(experiment: Experiment) -> list[str]:
     """Markdown: entropy and share of the tokens by region, in the first and the last steps; then thoughts by seed."""
     window, there = pass_steps(experiment), common_regions(experiment)
     lines = [
-        "### Entropy by region (nats), and share of the tokens",
+        "## Entropy by region (nats), and share of the tokens",
         "",
         f"| first {window} -> last {window} steps | {' | '.join(f'{region}: entropy | tokens' for region in there)} |",
         f"|---|{'---|---|' * len(there)}",

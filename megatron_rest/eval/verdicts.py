@@ -93,7 +93,7 @@ def verdict_lines(found: Sequence[Verdict]) -> list[str]:
         if not rows:
             continue
         lines += [
-            f"### Verdicts, {family} comparisons (accuracy on {_PROMPTS} prompts)",
+            f"## Verdicts, {family} comparisons (accuracy on {_PROMPTS} prompts)",
             "",
             "| | against | seeds | difference, 95 % over seeds | 95 % over prompts | p | p, Holm | verdict |",
             "|---|---|---|---|---|---|---|---|",

@@ -65,5 +65,5 @@ def test_weights_on_other_advantages_are_compared_with_those_advantages():
     assert by_name["paper_dr"].over_seeds.estimate == pytest.approx(0.1, abs=0.02)
     assert set(by_name) <= {name for family in FAMILIES.values() for name in family}
     lines = verdict_lines(list(by_name.values()))
-    assert sum(line.startswith("### Verdicts") for line in lines) == 2
+    assert sum(line.startswith("## Verdicts") for line in lines) == 2
     assert any("| ResT, paper, on Dr. GRPO | Dr. GRPO | 5 |" in line for line in lines)

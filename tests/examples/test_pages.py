@@ -219,6 +219,13 @@ def test_links_of_the_top_pages(page):
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_every_page_is_listed():
+    """`make site` refuses the others, but in CI alone; a report that a command writes into docs/ is a page too."""
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed_pages = re.findall(r": (\S+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed_pages) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+
+
 def test_lines_are_within_the_width():
     wrap = docs_module("wrap")
     pages = {page: page.read_text(encoding="utf-8") for page in wrap.pages()}
