@@ -11,6 +11,7 @@ another machine, too.  One seed also answers API-Bank and BFCL, and the variance
 """
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,6 +368,23 @@ def is_done(name: str, config: RestConfig, setup: Setup) -> bool:
     return True
 
 
+def refuse_a_full_disk(folder: Path, due: Mapping[str, RestConfig], *, is_kept: bool) -> None:
+    """End the program if the runs would fill the disk hours from now.
+
+    A run leaves its last weights, in float32 as the warm start's; a checkpoint has Adam's two moments as well, and the
+    next is written before the oldest goes.  Of runs that are kept only the one under way has any.
+    """
+    weights = sum(file.stat().st_size for file in (folder / "base" / "warm-start" / "hf").glob("*.safetensors"))
+    checkpoints = [3 * weights * (config.checkpoint.keep_last + 1) for config in due.values()]
+    need = weights * len(due) + (max(checkpoints, default=0) if is_kept else sum(checkpoints))
+    free = shutil.disk_usage(folder).free if folder.exists() else need
+    if need > free:
+        stop(
+            f"{len(due)} runs want {need / 1e9:.0f} GB below {folder}, and {free / 1e9:.0f} GB are free: make room "
+            "(runs that are done need no checkpoints/), ask for fewer with only=, or give folder= on a larger disk"
+        )
+
+
 @run.cli.entrypoint(type="experiment", name="rest_experiment")
 def rest_experiment(
     ctx: run.cli.RunContext, about: str = "toy", seeds: int = 3, only: str = "", folder: str = ""
@@ -416,6 +434,7 @@ def rest_experiment(
             print(f"# {name}: {' '.join(overrides)}")
         print(f"# ----- {root / 'experiment.yaml'} -----\n{as_yaml(resolve(setup.recipe(root), world_size=1))}", end="")
         return
+    refuse_a_full_disk(root, due, is_kept=setup.kept is not None)
     for config in due.values():
         claim(config)
     write_atomically(root / "base" / "warm-start.yaml", as_yaml(setup.warm_start(root)))

@@ -387,6 +387,30 @@ def test_every_run_of_the_pretrained_model_is_judged_measured_and_kept(tmp_path:
     assert arguments["keep-otb-seed-2"].endswith(f"{tmp_path / 'kept/otb/seed-2'} --remove-checkpoints")
 
 
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "checkpoints stay"])
+def test_an_experiment_that_would_fill_the_disk_is_refused_before_its_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], is_kept: bool
+) -> None:
+    from launch.rest_experiment import configurations, refuse_a_full_disk
+
+    due = configurations(tmp_path, seeds=2)
+    refuse_a_full_disk(tmp_path, due, is_kept=is_kept)  # nothing is known before the warm start
+    weights = tmp_path / "base" / "warm-start" / "hf" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    checkpoints = 3 * 2  # in weights: the one that stays and the one being written
+    total = len(due) + checkpoints * (1 if is_kept else len(due))
+    free = shutil.disk_usage(tmp_path).free
+    for share, is_refused in ((0.9, False), (1.1, True)):
+        weights.touch()
+        os.truncate(weights, int(share * free / total))  # sparse: takes no room itself
+        if is_refused:
+            with pytest.raises(SystemExit):
+                refuse_a_full_disk(tmp_path, due, is_kept=is_kept)
+        else:
+            refuse_a_full_disk(tmp_path, due, is_kept=is_kept)
+    assert f"{len(due)} runs want {share * free / 1e9:.0f} GB" in capsys.readouterr().err
+
+
 def test_a_kept_run_is_not_made_again_whatever_its_checkpoints_and_refused_with_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
