@@ -39,6 +39,7 @@ _CURVES = {
 _SHARES = ("reward/accuracy", "reward/format_valid")
 _FEWEST_FOR_A_BAND = 3  # Student's interval of two seeds is 12.7 standard errors to either side
 _POINTS = 60  # of a curve
+_PANELS = 4  # side by side
 _TOKEN_REGIONS = {
     "format": "format", "name": "tool_name", "args": "tool_args", "think": "think", "response": "response"
 }  # fmt: skip
@@ -57,6 +58,7 @@ def plot_experiment(experiment: Experiment, results: Sequence[Outcome], output: 
     with plt.rc_context(STYLE):
         figures = {
             "training": _training(experiment),
+            "seeds": _seeds(experiment),
             "entropy": _entropy(experiment),
             "differences": _differences(experiment, results),
             "weights": _weights(experiment),
@@ -97,16 +99,46 @@ def _entropy(experiment: Experiment) -> Figure:
     return figure
 
 
+def _seeds(experiment: Experiment) -> Figure:
+    """Every run of every algorithm by itself, a panel each: what broke is seen, which a mean of few seeds hides."""
+    import matplotlib.pyplot as plt
+
+    metric = next(iter(_CURVES))
+    names, width = list(experiment.policies), pass_steps(experiment)
+    rows = -(-len(names) // _PANELS)
+    size = (13, 2.3 * rows + 0.7)
+    figure, grid = plt.subplots(rows, _PANELS, figsize=size, sharex=True, sharey=True, squeeze=False)
+    base = _mean_curve([_curve(run, metric, width) for run in experiment.runs_of(BASELINE)])
+    for axis, name in zip(grid.flat, names, strict=False):
+        if base is not None:
+            axis.plot(base[0], base[1].mean(axis=0), "--", color=GREY, linewidth=1.5)
+        for run in experiment.runs_of(name):
+            axis.plot(*_curve(run, metric, width), color=_COLOURS[name], linewidth=1.2)
+        axis.set_title(TITLES[name])
+        axis.tick_params(labelbottom=name in names[-_PANELS:])  # the lowest of its column
+    for axis in list(grid.flat)[len(names) :]:
+        axis.remove()
+    figure.supxlabel(
+        f"{_CURVES[metric]} by thousand tokens sampled; a line a seed, dashed the mean of {TITLES[BASELINE]}",
+        fontsize=9, color=GREY,
+    )  # fmt: skip
+    return figure
+
+
+def _most_seeds(experiment: Experiment) -> list[str]:
+    """Algorithms with as many seeds as any: a band of few seeds hides those of many, so they share no picture."""
+    counts = {name: len(experiment.seeds_of(name)) for name in experiment.policies}
+    return [name for name, count in counts.items() if count == max(counts.values())]
+
+
 def _curves(axis: Axes, experiment: Experiment, metric: str) -> None:
     """One line an algorithm, over the seeds shared with the baseline, with the 95 % interval over seeds as a band."""
     width = pass_steps(experiment)
-    for name in experiment.policies:
-        curves = [_curve(run, metric, width) for run in experiment.runs_of(name)]
-        curves = [(at, values) for at, values in curves if len(at)]
-        if not curves:
+    for name in _most_seeds(experiment):
+        mean = _mean_curve([_curve(run, metric, width) for run in experiment.runs_of(name)])
+        if mean is None:
             continue
-        grid = np.linspace(max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves), _POINTS)
-        table = np.array([np.interp(grid, at, values) for at, values in curves])
+        grid, table = mean
         axis.plot(grid, table.mean(axis=0), color=_COLOURS[name], linewidth=2, label=TITLES[name])
         if len(table) >= _FEWEST_FOR_A_BAND:
             bands = [seed_interval(column) for column in table.T]
@@ -115,6 +147,15 @@ def _curves(axis: Axes, experiment: Experiment, metric: str) -> None:
     low, high = axis.get_ylim()
     if metric in _SHARES or metric.startswith("entropy/"):  # a band of Student's knows no bounds, these measures do
         axis.set_ylim(max(0.0, low), min(1.0, high) if metric in _SHARES else high)
+
+
+def _mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Where all runs are, and their values there [runs, points]; None if no run has any."""
+    curves = [(at, values) for at, values in curves if len(at)]
+    if not curves:
+        return None
+    grid = np.linspace(max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves), _POINTS)
+    return grid, np.array([np.interp(grid, at, values) for at, values in curves])
 
 
 def _curve(run: RunMetrics, metric: str, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,11 +168,12 @@ def _curve(run: RunMetrics, metric: str, width: int) -> tuple[np.ndarray, np.nda
 
 
 def _label(figure: Figure, axis: Axes, experiment: Experiment) -> None:
-    width = pass_steps(experiment)
+    width, few = pass_steps(experiment), len(experiment.policies) - len(_most_seeds(experiment))
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.supxlabel(
         "thousand tokens sampled; line: mean over seeds, band: 95 % over three seeds or more"
-        + (f"; mean of the last {width} steps" if width > 1 else ""),
+        + (f"; mean of the last {width} steps" if width > 1 else "")
+        + (f"; {few} methods with fewer seeds are in seeds.png" if few else ""),
         fontsize=9, color=GREY,
     )  # fmt: skip
 
@@ -188,9 +230,12 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
     names = [name for name in experiment.policies if name != BASELINE]
     rows, columns, height = len(MEASURES), len(experiment.sets), len(MEASURES) * (0.4 * len(names) + 1)
     figure, grid = plt.subplots(rows, columns, figsize=(13, height), sharex="row", sharey=True, squeeze=False)
+    full = _most_seeds(experiment)
     for row, (measure, title) in zip(grid, MEASURES.items(), strict=True):
+        reaches: list[float] = []
         for axis, prompts in zip(row, experiment.sets, strict=True):
             axis.axvline(0, color=GREY, linewidth=1)
+            reach = 0.0
             for place, name in enumerate(names):
                 [found] = [r for r in results if (r.algorithm, r.prompts, r.measure) == (name, prompts, measure)]
                 assert found.difference_over_seeds and found.difference_over_prompts  # not the baseline
@@ -201,14 +246,24 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
                     at, colour = place + offset, _COLOURS[name]
                     axis.plot([interval.low, interval.high], [at, at], style, color=colour, linewidth=2)
                     axis.plot([interval.estimate], [at], "o", color=colour, markersize=5)
-            axis.set_yticks(range(len(names)), [TITLES[name] for name in names])
+                    if style == ":" or name in full:
+                        reach = max(reach, abs(interval.low), abs(interval.high))
+            reaches.append(1.1 * reach)
+            axis.set_yticks(range(len(names)), [_with_base(experiment, n) for n in names])
             axis.set_title(f"{title}, {prompts}")
+        if max(reaches) > 0:
+            row[0].set_xlim(-max(reaches), max(reaches))  # of three seeds' intervals nothing else would be seen
     grid[0][0].invert_yaxis()
     figure.supxlabel(
-        f"difference to {TITLES[BASELINE]}, 95 %: solid over the seeds that both have, dotted over prompts",
+        f"difference to {TITLES[BASELINE]}, 95 %: solid over seeds (it may go on at an edge), dotted over prompts",
         fontsize=9, color=GREY,
     )  # fmt: skip
     return figure
+
+
+def _with_base(experiment: Experiment, name: str) -> str:
+    base = experiment.base_of(name)
+    return TITLES[name] if base == BASELINE else f"{TITLES[name]} (to {TITLES[base]})"
 
 
 def _weights(experiment: Experiment) -> Figure:

@@ -96,7 +96,7 @@ def test_report_is_written_and_drawn(folder, capsys):
     assert "| 6.900 | 5.700, 6.900, 8.100 | +2.400 (+1.903 to +2.897) | +2.400 (+2.400 to +2.400) |" in row
     stored = json.loads((folder / "results.json").read_text())
     assert stored["seeds"] == [1, 2, 3] and len(stored["outcomes"]) == 27
-    for name in ("training", "entropy", "differences", "weights"):
+    for name in ("training", "seeds", "entropy", "differences", "weights"):
         pixels = imread(folder / "plots" / f"{name}.png")[..., :3]
         assert 0.005 < (pixels < 0.9).any(axis=-1).mean() < 0.8, name
 
@@ -180,6 +180,26 @@ def test_curves_are_by_tokens_with_bands_over_seeds(folder):
     lengths = [64 * (90 + step) for step in range(1, 9)]
     assert at[-1] == pytest.approx(sum(lengths) / 1000) and at[0] == pytest.approx(sum(lengths[:2]) / 1000)
     assert values[-1] == pytest.approx(0.75), "mean of the last two steps, in which every prompt is asked once"
+
+
+def test_algorithms_with_fewer_seeds_leave_the_pictures_of_means_and_are_drawn_run_by_run(folder):
+    (folder / "dr_grpo" / "seed-3" / RESULT_FILE).unlink()
+    answers(folder / "dr_grpo" / "seed-2", 8.0)  # its two seeds are 1.1 and 6 above GRPO's
+    experiment = read_experiment(folder)
+    training = experiment_plots._training(experiment)
+    for axis in training.axes:
+        assert [line.get_label() for line in axis.lines] == [TITLES["grpo"], TITLES["entropy_ema"]]
+    assert "1 methods with fewer seeds are in seeds.png" in training.get_supxlabel()
+    panels = experiment_plots._seeds(experiment).axes
+    assert [axis.get_title() for axis in panels] == [TITLES[name] for name in ALGORITHMS]
+    assert [len(axis.lines) for axis in panels] == [1 + 3, 1 + 2, 1 + 3], "GRPO's mean and every run"
+    reward = experiment_plots._differences(experiment, outcomes(experiment)).axes[0]
+    ends = {tuple(line.get_xdata()) for line in reward.lines if len(line.get_xdata()) == 2}
+    two_seeds = max(ends, key=lambda end: end[1] - end[0])
+    low, high = reward.get_xlim()
+    assert low > two_seeds[0] and high < two_seeds[1], "an interval of two seeds runs out of the picture"
+    others = ends - {two_seeds}
+    assert all(low < end[0] and end[1] < high for end in others)
 
 
 def test_only_finished_and_common_seeds_are_compared(folder, capsys):
