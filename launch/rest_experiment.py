@@ -377,8 +377,7 @@ def refuse_a_full_disk(folder: Path, due: Mapping[str, RestConfig], *, is_kept: 
     weights = sum(file.stat().st_size for file in (folder / "base" / "warm-start" / "hf").glob("*.safetensors"))
     checkpoints = [3 * weights * (config.checkpoint.keep_last + 1) for config in due.values()]
     need = weights * len(due) + (max(checkpoints, default=0) if is_kept else sum(checkpoints))
-    free = shutil.disk_usage(folder).free if folder.exists() else need
-    if need > free:
+    if need and need > (free := shutil.disk_usage(folder).free):  # before the warm start nothing is known
         stop(
             f"{len(due)} runs want {need / 1e9:.0f} GB below {folder}, and {free / 1e9:.0f} GB are free: make room "
             "(runs that are done need no checkpoints/), ask for fewer with only=, or give folder= on a larger disk"

@@ -86,38 +86,29 @@ def _training(experiment: Experiment) -> Figure:
 
 def _entropy(experiment: Experiment) -> Figure:
     """The same of the entropy, region by region."""
-    import matplotlib.pyplot as plt
-
     there = common_regions(experiment)
-    figure, grid = plt.subplots(-(-len(there) // 2), 2, figsize=(11, 7), squeeze=False)
-    for axis, region in zip(grid.flat, there, strict=False):
+    figure, axes = _panels(len(there), 2, (11, 7))
+    for axis, region in zip(axes, there, strict=True):
         _curves(axis, experiment, f"entropy/{region}")
         axis.set_title(f"entropy, {REGION_TITLES[region]} (nats)")
-    for axis in list(grid.flat)[len(there) :]:
-        axis.remove()
-    _label(figure, grid.flat[0], experiment)
+    _label(figure, axes[0], experiment)
     return figure
 
 
 def _seeds(experiment: Experiment) -> Figure:
     """Every run of every algorithm by itself, a panel each: what broke is seen, which a mean of few seeds hides."""
-    import matplotlib.pyplot as plt
-
     metric = next(iter(_CURVES))
     names, width = list(experiment.policies), pass_steps(experiment)
-    rows = -(-len(names) // _PANELS)
-    size = (13, 2.3 * rows + 0.7)
-    figure, grid = plt.subplots(rows, _PANELS, figsize=size, sharex=True, sharey=True, squeeze=False)
+    height = 2.3 * -(-len(names) // _PANELS) + 0.7
+    figure, axes = _panels(len(names), _PANELS, (13, height), sharex=True, sharey=True)
     base = _mean_curve([_curve(run, metric, width) for run in experiment.runs_of(BASELINE)])
-    for axis, name in zip(grid.flat, names, strict=False):
+    for axis, name in zip(axes, names, strict=True):
         if base is not None:
             axis.plot(base[0], base[1].mean(axis=0), "--", color=GREY, linewidth=1.5)
         for run in experiment.runs_of(name):
             axis.plot(*_curve(run, metric, width), color=_COLOURS[name], linewidth=1.2)
         axis.set_title(TITLES[name])
         axis.tick_params(labelbottom=name in names[-_PANELS:])  # the lowest of its column
-    for axis in list(grid.flat)[len(names) :]:
-        axis.remove()
     figure.supxlabel(
         f"{_CURVES[metric]} by thousand tokens sampled; a line a seed, dashed the mean of {TITLES[BASELINE]}",
         fontsize=9, color=GREY,
@@ -125,14 +116,29 @@ def _seeds(experiment: Experiment) -> Figure:
     return figure
 
 
+def _panels(
+    count: int, columns: int, size: tuple[float, float], *, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """As many panels as asked for, in rows of ``columns``; the last row may have fewer."""
+    import matplotlib.pyplot as plt
+
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharex=sharex, sharey=sharey, squeeze=False)
+    axes = list(grid.flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
 def _most_seeds(experiment: Experiment) -> list[str]:
     """Algorithms with as many seeds as any: a band of few seeds hides those of many, so they share no picture."""
     counts = {name: len(experiment.seeds_of(name)) for name in experiment.policies}
-    return [name for name, count in counts.items() if count == max(counts.values())]
+    most = max(counts.values())
+    return [name for name, count in counts.items() if count == most]
 
 
 def _curves(axis: Axes, experiment: Experiment, metric: str) -> None:
-    """One line an algorithm, over the seeds shared with the baseline, with the 95 % interval over seeds as a band."""
+    """One line for each of :func:`_most_seeds`, their mean, with the 95 % interval over seeds as a band."""
     width = pass_steps(experiment)
     for name in _most_seeds(experiment):
         mean = _mean_curve([_curve(run, metric, width) for run in experiment.runs_of(name)])
@@ -232,10 +238,9 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
     figure, grid = plt.subplots(rows, columns, figsize=(13, height), sharex="row", sharey=True, squeeze=False)
     full = _most_seeds(experiment)
     for row, (measure, title) in zip(grid, MEASURES.items(), strict=True):
-        reaches: list[float] = []
+        reach = 0.0  # of three seeds' intervals nothing else would be seen, so they may run out of the picture
         for axis, prompts in zip(row, experiment.sets, strict=True):
             axis.axvline(0, color=GREY, linewidth=1)
-            reach = 0.0
             for place, name in enumerate(names):
                 [found] = [r for r in results if (r.algorithm, r.prompts, r.measure) == (name, prompts, measure)]
                 assert found.difference_over_seeds and found.difference_over_prompts  # not the baseline
@@ -248,11 +253,10 @@ def _differences(experiment: Experiment, results: Sequence[Outcome]) -> Figure:
                     axis.plot([interval.estimate], [at], "o", color=colour, markersize=5)
                     if style == ":" or name in full:
                         reach = max(reach, abs(interval.low), abs(interval.high))
-            reaches.append(1.1 * reach)
             axis.set_yticks(range(len(names)), [_with_base(experiment, n) for n in names])
             axis.set_title(f"{title}, {prompts}")
-        if max(reaches) > 0:
-            row[0].set_xlim(-max(reaches), max(reaches))  # of three seeds' intervals nothing else would be seen
+        if reach > 0:
+            row[0].set_xlim(-1.1 * reach, 1.1 * reach)
     grid[0][0].invert_yaxis()
     figure.supxlabel(
         f"difference to {TITLES[BASELINE]}, 95 %: solid over seeds (it may go on at an edge), dotted over prompts",
